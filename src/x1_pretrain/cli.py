@@ -1,0 +1,52 @@
+"""`x1`: one verb a line, each in the module that does it. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from x1_pretrain import __version__
+
+# verb -> (module with a typer `app`, one line of help)
+VERBS: dict[str, tuple[str, str]] = {
+    "tokenize": ("x1_pretrain.tokenize_data", "raw text (parquet, jsonl, plain files) -> a corpus folder"),
+    "train": ("x1_pretrain.train", "train from a config; the same command resumes"),
+    "export": ("x1_pretrain.export_run", "a run -> the folder of artifacts to show others"),
+    "verify": ("x1_pretrain.records.verify", "check a run as a careful reviewer would"),
+    "demo": ("x1_pretrain.demo", "the whole way in minutes, on this machine's own Python as text"),
+}
+
+HELP = "usage: x1 VERB [OPTIONS]\n\nPretrain a language model under a hard budget, every number measured.\n"
+
+
+def usage() -> str:
+    """The page `x1 --help` prints."""
+    width = max(map(len, VERBS)) + 2
+    verbs = "\n".join(f"  {verb:<{width}}{text}" for verb, (_, text) in VERBS.items())
+    return f"{HELP}\n{verbs}\n\n`x1 VERB --help` lists a verb's options. `x1 --version` prints the version."
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of the `x1` script."""
+    args = sys.argv[1:] if argv is None else argv
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(usage())
+        raise SystemExit(0)
+    if args[0] in ("-V", "--version"):
+        print(f"x1 {__version__}")
+        raise SystemExit(0)
+    if args[0] not in VERBS:
+        from difflib import get_close_matches
+
+        near = get_close_matches(args[0], VERBS, n=1)
+        hint = f": did you mean `x1 {near[0]}`?" if near else ""
+        print(f"x1: there is no verb '{args[0]}'{hint} (`x1 --help` lists them)", file=sys.stderr)
+        raise SystemExit(2)
+    from x1_pretrain.command import run
+
+    module = importlib.import_module(VERBS[args[0]][0])
+    raise SystemExit(run(module.app, args[1:], prog=f"x1 {args[0]}"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,377 @@
+"""What a run is, on one page: strict models; load, override, resolve, hash. No torch.
+
+A config is a YAML file of these sections. `--set section.field=value` overrides any field. Unknown keys and wrong
+types are refused by name, before anything is spent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from x1_pretrain.errors import UserError
+
+Count = Annotated[int, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """Strict and frozen: no unknown keys, no silent conversions, no later edits."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelConfig(Section):
+    """The decoder. Plain = Hugging Face `LlamaForCausalLM`; with `qk_norm` = `Qwen3ForCausalLM`."""
+
+    layers: Count
+    d_model: Count
+    heads: Count
+    kv_heads: Count
+    d_ff: Count
+    context: Count = 1024  # tokens a sequence; also the length of a block of data
+    vocab_size: Count | None = None  # none: the corpus says
+    vocab_multiple: Count = 128  # padded in memory to this multiple; never on disk
+    head_dim: Count | None = None  # none: d_model / heads
+    rope_theta: Positive = 10000.0
+    norm_eps: Positive = 1e-5
+    tied_embeddings: bool = True
+    qk_norm: bool = False
+    init_std: Positive = 0.02
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> Self:
+        if self.d_model % self.heads:
+            raise ValueError(f"d_model {self.d_model} is not a multiple of heads {self.heads}")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
+        if self.head_size % 2:
+            raise ValueError(f"head size {self.head_size} is odd; rotary embedding needs pairs")
+        return self
+
+    @property
+    def head_size(self) -> int:
+        return self.head_dim or self.d_model // self.heads
+
+    @property
+    def vocab(self) -> int:
+        """The vocabulary on disk; only a resolved config has one."""
+        if self.vocab_size is None:
+            raise ValueError("the vocabulary is not resolved yet: open the corpus first")
+        return self.vocab_size
+
+    @property
+    def padded_vocab(self) -> int:
+        return -(-self.vocab // self.vocab_multiple) * self.vocab_multiple
+
+
+class CorpusConfig(Section):
+    """One corpus of the mixture."""
+
+    dir: str
+    weight: Positive = 1.0
+
+
+class DataConfig(Section):
+    """Either one corpus (`dir`) or a mixture (`corpora`, by name)."""
+
+    dir: str | None = "/workspace/data/tokenized"
+    corpora: dict[str, CorpusConfig] = {}
+
+    def mixture(self) -> dict[str, CorpusConfig]:
+        """The corpora by name, whichever way they were given."""
+        if self.corpora:
+            return dict(self.corpora)
+        if self.dir is None:
+            raise UserError("data: no corpus given; pass --data-dir DIR or set data.corpora in the config")
+        return {Path(self.dir).name: CorpusConfig(dir=self.dir)}
+
+
+class TrainingConfig(Section):
+    """How much is trained, in what portions, and how the arithmetic is done."""
+
+    total_steps: Count
+    batch_tokens: Count = 524_288  # tokens a step over all ranks; micro-batch and accumulation are derived
+    micro_batch: Count | Literal["auto"] = "auto"  # sequences on one device at a time
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # of the computation; the weights are always fp32
+    compile: Literal["auto", "off", "default", "max-autotune"] = "auto"
+    compile_timeout_s: Positive = 600.0
+    attention: Literal["auto", "flash", "sdpa"] = "auto"
+    deterministic: bool = False
+
+
+class OptimizerConfig(Section):
+    """AdamW with warm-up and cosine decay; weight decay on matrices only."""
+
+    lr: Positive = 3e-4
+    min_lr: NonNegative = 3e-5
+    warmup_steps: Annotated[int, Field(ge=0)] = 1000
+    beta1: Share = 0.9
+    beta2: Share = 0.95
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 0.1
+    clip: Positive = 1.0
+
+    @model_validator(mode="after")
+    def _decays(self) -> Self:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr {self.min_lr} is above lr {self.lr}")
+        return self
+
+
+class CheckpointConfig(Section):
+    """When to save, where, and what to keep."""
+
+    dir: str | None = None  # none: <run folder>/checkpoints
+    every: Count = 1800
+    keep_last: Annotated[int, Field(ge=2)] = 2  # two: a new one is trusted only after it verified
+    keep_every: Count | None = None  # keep every checkpoint whose step is a multiple of this
+
+
+class EvaluationConfig(Section):
+    """Validation loss per domain, and what the model says."""
+
+    every: Count = 1800
+    tokens: Count = 1_048_576  # at most so many per domain
+    prompts: list[str] = ["The tallest mountain in the world is", "Once upon a time", "In 1969,"]
+    sample_tokens: Count = 48
+    temperature: NonNegative = 0.8
+
+
+class LogConfig(Section):
+    every: Count = 10
+    blocks: bool = False  # also write blocks.jsonl: which blocks each step really read
+
+
+class MlflowConfig(Section):
+    uri: str | None = None
+    experiment: str = "x1"
+
+
+class VerifyConfig(Section):
+    """What `x1 verify` holds the finished run against."""
+
+    loss_band: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
+    run_dir: str | None = None  # none: runs/<name>
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    training: TrainingConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    log: LogConfig = LogConfig()
+    mlflow: MlflowConfig = MlflowConfig()
+    verify: VerifyConfig = VerifyConfig()
+
+    @model_validator(mode="after")
+    def _steps_fit(self) -> Self:
+        if self.training.batch_tokens % self.model.context:
+            raise ValueError(
+                f"training.batch_tokens {self.training.batch_tokens} is not a multiple of model.context "
+                f"{self.model.context}; the nearest is {self._nearest_batch()}"
+            )
+        if self.optimizer.warmup_steps > self.training.total_steps:
+            raise ValueError(
+                f"optimizer.warmup_steps {self.optimizer.warmup_steps} is more than "
+                f"training.total_steps {self.training.total_steps}"
+            )
+        return self
+
+    def _nearest_batch(self) -> int:
+        return max(1, round(self.training.batch_tokens / self.model.context)) * self.model.context
+
+    @property
+    def batch_blocks(self) -> int:
+        """Blocks (sequences of `context` tokens) in one step, over all ranks."""
+        return self.training.batch_tokens // self.model.context
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.run_dir or f"runs/{self.name}")
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        return Path(self.checkpoint.dir) if self.checkpoint.dir else self.folder / "checkpoints"
+
+
+# Fields that may change when a run resumes: they do not change what a step computes. Everything else is the run.
+# Where the data lie may change; what they hold may not: the corpus fingerprints are part of the hash.
+HARMLESS = (
+    "name",
+    "run_dir",
+    "data.dir",
+    "data.corpora.*.dir",
+    "training.micro_batch",
+    "training.compile",
+    "training.compile_timeout_s",
+    "training.attention",
+    "training.deterministic",
+    "checkpoint.",
+    "evaluation.",
+    "log.",
+    "mlflow.",
+    "verify.",
+)
+
+
+def _is_harmless(path: str) -> bool:
+    starred = re.sub(r"^(data\.corpora\.).+(\.[^.]+)$", r"\1*\2", path)
+    return any(starred.startswith(h) if h.endswith(".") else starred == h for h in HARMLESS)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}; lists are leaves."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def step_fields(config: RunConfig) -> dict[str, Any]:
+    """The fields that decide what a step computes, flat."""
+    return {path: v for path, v in flatten(config.model_dump()).items() if not _is_harmless(path)}
+
+
+def config_hash(config: RunConfig, fingerprints: Iterable[str]) -> str:
+    """One hash over all that decides a step: those fields, and the content of the corpora."""
+    canonical = json.dumps([step_fields(config), sorted(fingerprints)], sort_keys=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def changed_fields(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """`field: before -> after` for each step-deciding field that differs."""
+    paths = sorted(before.keys() | after.keys())
+    missing = "(absent)"
+    return [
+        f"{path}: {before.get(path, missing)} -> {after.get(path, missing)}"
+        for path in paths
+        if before.get(path, missing) != after.get(path, missing)
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it: `3e-4` is a number, a key given twice is an error."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _mapping_without_twins(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node)  # type: ignore[no-untyped-call]
+        if key in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"the key '{key}' is given twice", key_node.start_mark)
+        seen.add(key)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping_without_twins)
+
+
+def parse_yaml(text: str, origin: str) -> Any:
+    """The value in `text`; an error names `origin` and the line."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{origin}:{mark.line + 1}" if mark else origin
+        raise UserError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """`training.total_steps=100` -> ("training.total_steps", 100)."""
+    path, sign, value = text.partition("=")
+    if not sign or not path.strip():
+        raise UserError(f"--set {text}: expected section.field=value, for example --set training.total_steps=100")
+    return path.strip(), parse_yaml(value, f"--set {path.strip()}")
+
+
+def _put(tree: dict[str, Any], path: str, value: Any) -> None:
+    *parents, leaf = path.split(".")
+    for key in parents:
+        tree = tree.setdefault(key, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"--set {path}: '{key}' is a value, not a section")
+    tree[leaf] = value
+
+
+def load_config(file: Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+    """Read `file`, apply `overrides` (dotted path -> value), and check every field."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"--config {file}: can't be read ({reason})") from None
+    tree = parse_yaml(text, str(file))
+    if not isinstance(tree, dict):
+        raise UserError(f"{file}: expected sections (name, model, training, ...), found {type(tree).__name__}")
+    for path, value in (overrides or {}).items():
+        _put(tree, path, value)
+    return parse_config(tree, str(file))
+
+
+def parse_config(tree: Mapping[str, Any], origin: str) -> RunConfig:
+    """Check a tree of plain values; every problem is named in one line."""
+    try:
+        return RunConfig.model_validate_json(json.dumps(tree))
+    except ValidationError as error:
+        raise UserError(f"{origin}: " + "; ".join(map(_problem, error.errors()))) from None
+    except TypeError as error:  # YAML can hold what JSON can't: dates, sets
+        raise UserError(f"{origin}: {error}; use plain numbers, strings, lists and sections") from None
+
+
+def _problem(detail: Any) -> str:
+    path = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        known = _fields_at(detail["loc"][:-1])
+        near = get_close_matches(str(detail["loc"][-1]), known, n=1, cutoff=0.5)
+        return f"{path}: unknown key" + (f", did you mean '{near[0]}'?" if near else f"; known: {', '.join(known)}")
+    if detail["type"] == "missing":
+        return f"{path}: missing"
+    message = re.sub(r"^Value error, |^Input should be ", "", detail["msg"])
+    if detail["type"] == "value_error":
+        return f"{path}: {message}" if path else message
+    return f"{path}: expected {message}, found {detail['input']!r}"
+
+
+def _fields_at(location: Iterable[Any]) -> list[str]:
+    section: type[BaseModel] = RunConfig
+    for part in location:
+        field = section.model_fields.get(str(part))
+        kind = field.annotation if field else None
+        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
+            return list(CorpusConfig.model_fields) if "corpora" in location else []
+        section = kind
+    return list(section.model_fields)
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved config, as it is written into the run folder."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
