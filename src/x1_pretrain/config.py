@@ -1,7 +1,7 @@
 """What a run is, on one page: strict models; load, override, resolve, hash. No torch.
 
-A config is a YAML file of these sections. `--set section.field=value` overrides any field. Unknown keys and wrong
-types are refused by name, before anything is spent.
+A config is a YAML file of these sections. `--set section.field=value` overrides any field. Unknown keys and
+wrong types are refused by name, before anything is spent.
 """
 
 from __future__ import annotations
@@ -211,8 +211,8 @@ class RunConfig(Section):
         return Path(self.checkpoint.dir) if self.checkpoint.dir else self.folder / "checkpoints"
 
 
-# Fields that may change when a run resumes: they do not change what a step computes. Everything else is the run.
-# Where the data lie may change; what they hold may not: the corpus fingerprints are part of the hash.
+# Fields that may change when a run resumes: they do not change what a step computes. Everything else is the
+# run. Where the data lie may change; what they hold may not: the corpus fingerprints are part of the hash.
 HARMLESS = (
     "name",
     "run_dir",
@@ -269,7 +269,7 @@ def changed_fields(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[
     ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Reading
 
 
@@ -278,7 +278,9 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
 )
 
 
@@ -287,7 +289,9 @@ def _mapping_without_twins(loader: _Loader, node: yaml.MappingNode) -> dict[Any,
     for key_node, _ in node.value:
         key = loader.construct_object(key_node)  # type: ignore[no-untyped-call]
         if key in seen:
-            raise yaml.constructor.ConstructorError(None, None, f"the key '{key}' is given twice", key_node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key '{key}' is given twice", key_node.start_mark
+            )
         seen.add(key)
     return loader.construct_mapping(node, deep=True)
 
@@ -309,7 +313,9 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     """`training.total_steps=100` -> ("training.total_steps", 100)."""
     path, sign, value = text.partition("=")
     if not sign or not path.strip():
-        raise UserError(f"--set {text}: expected section.field=value, for example --set training.total_steps=100")
+        raise UserError(
+            f"--set {text}: expected section.field=value, for example --set training.total_steps=100"
+        )
     return path.strip(), parse_yaml(value, f"--set {path.strip()}")
 
 
@@ -331,7 +337,9 @@ def load_config(file: Path, overrides: Mapping[str, Any] | None = None) -> RunCo
         raise UserError(f"--config {file}: can't be read ({reason})") from None
     tree = parse_yaml(text, str(file))
     if not isinstance(tree, dict):
-        raise UserError(f"{file}: expected sections (name, model, training, ...), found {type(tree).__name__}")
+        raise UserError(
+            f"{file}: expected sections (name, model, training, ...), found {type(tree).__name__}"
+        )
     for path, value in (overrides or {}).items():
         _put(tree, path, value)
     return parse_config(tree, str(file))
@@ -352,7 +360,9 @@ def _problem(detail: Any) -> str:
     if detail["type"] == "extra_forbidden":
         known = _fields_at(detail["loc"][:-1])
         near = get_close_matches(str(detail["loc"][-1]), known, n=1, cutoff=0.5)
-        return f"{path}: unknown key" + (f", did you mean '{near[0]}'?" if near else f"; known: {', '.join(known)}")
+        return f"{path}: unknown key" + (
+            f", did you mean '{near[0]}'?" if near else f"; known: {', '.join(known)}"
+        )
     if detail["type"] == "missing":
         return f"{path}: missing"
     message = re.sub(r"^Value error, |^Input should be ", "", detail["msg"])

@@ -1,0 +1,221 @@
+"""The order of training data as a function: (step, slot) -> (corpus, epoch, block), and its inverse.
+
+Pure integer arithmetic. Nothing here depends on ranks, micro-batches, workers, files or NumPy's random
+streams, so the order of a run is the same on any machine and any number of GPUs, and the whole state to
+resume it is the step.
+
+Two parts. A keyed permutation (`Shuffle`) says which block is the k-th of an epoch. An apportionment
+(`cumulative_quotas`) says how many blocks of each corpus a step takes. `Order` puts them together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+U64 = npt.NDArray[np.uint64]
+I64 = npt.NDArray[np.int64]
+
+ROUNDS = 8  # of the Feistel network; four make a good permutation, eight are cheap
+QUOTA_UNIT = 1 << 30  # one block of quota in the integer arithmetic of the mixture
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The shuffle: a keyed Feistel network over the smallest even number of bits that holds the epoch, walked
+# until the value falls inside. At most four times as many values as blocks: fewer than four walks on average.
+
+
+def _mix(values: U64, key: np.uint64) -> U64:
+    """The round function: a 64-bit integer hash (add, then xor-shift and multiply; overflow is meant)."""
+    v = values + key
+    v = (v ^ (v >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    v = (v ^ (v >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return v ^ (v >> np.uint64(31))
+
+
+class Shuffle:
+    """A permutation of range(size) chosen by `key`, computed element by element, and its inverse."""
+
+    def __init__(self, size: int, key: bytes) -> None:
+        if size < 1:
+            raise ValueError(f"a shuffle needs at least one element, got {size}")
+        half_bits = max(1, -(-(size - 1).bit_length() // 2))
+        digest = hashlib.blake2b(key, digest_size=8 * ROUNDS).digest()
+        self.size = size
+        self._half = np.uint64(half_bits)
+        self._mask = np.uint64((1 << half_bits) - 1)
+        self._keys = np.frombuffer(digest, dtype="<u8").astype(np.uint64)
+
+    def __call__(self, positions: npt.ArrayLike) -> I64:
+        """Positions in the epoch -> blocks."""
+        return self._walk(positions, backward=False)
+
+    def inverse(self, blocks: npt.ArrayLike) -> I64:
+        """Blocks -> positions in the epoch."""
+        return self._walk(blocks, backward=True)
+
+    def _walk(self, values: npt.ArrayLike, backward: bool) -> I64:
+        v = np.atleast_1d(np.asarray(values, dtype=np.int64))
+        if v.size and (v.min() < 0 or v.max() >= self.size):
+            raise ValueError(f"a value outside range({self.size})")
+        network = self._backward if backward else self._forward
+        walked = network(v.astype(np.uint64))
+        while (outside := walked >= np.uint64(self.size)).any():
+            walked[outside] = network(walked[outside])
+        return walked.astype(np.int64)
+
+    def _forward(self, v: U64) -> U64:
+        left, right = v >> self._half, v & self._mask
+        for key in self._keys:
+            left, right = right, left ^ (_mix(right, key) & self._mask)
+        return (left << self._half) | right
+
+    def _backward(self, v: U64) -> U64:
+        left, right = v >> self._half, v & self._mask
+        for key in self._keys[::-1]:
+            left, right = right ^ (_mix(left, key) & self._mask), left
+        return (left << self._half) | right
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The mixture: whole-number quotas whose running totals stay within one block of the wanted shares, at every
+# step.
+
+
+def _whole_shares(weights: Sequence[float], total: int) -> list[int]:
+    """Integers in proportion to `weights` that sum to `total` exactly (largest remainder)."""
+    scale = sum(weights)
+    exact = [w / scale * total for w in weights]
+    shares = [int(e) for e in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: (shares[i] - exact[i], i))
+    for i in by_remainder[: total - sum(shares)]:
+        shares[i] += 1
+    return shares
+
+
+def cumulative_quotas(weights: Sequence[Sequence[float]], batch_blocks: int) -> I64:
+    """Blocks of each corpus taken before each step: row s is the total after s steps, (steps + 1, corpora).
+
+    `weights[s]` are the shares wanted in step s. The j-th block of a corpus may be taken from the first step
+    whose wanted running total exceeds j - 1, and must be taken by the first step where it reaches j. A
+    schedule that keeps all these windows exists (the wanted shares themselves are one, in fractions), and
+    taking the earliest deadlines first finds it. Hence every running total is less than one block away from
+    what was wanted, always.
+    """
+    corpora = len(weights[0])
+    if corpora == 1:
+        return np.arange(len(weights) + 1, dtype=np.int64)[:, None] * batch_blocks
+    shares_of = lru_cache(maxsize=None)(lambda w: _whole_shares(w, batch_blocks * QUOTA_UNIT))
+    shares = np.array([shares_of(tuple(w)) for w in weights], dtype=np.int64)
+    wanted: list[list[int]] = np.cumsum(
+        shares, axis=0
+    ).T.tolist()  # per corpus, in QUOTA_UNIT, after each step
+    taken = [0] * corpora
+    rows = [list(taken)]
+    for step in range(len(weights)):
+        due = [max(taken[i], wanted[i][step] // QUOTA_UNIT) for i in range(corpora)]
+        early = [i for i in range(corpora) if wanted[i][step] > due[i] * QUOTA_UNIT]
+        early.sort(key=lambda i: (bisect_left(wanted[i], (due[i] + 1) * QUOTA_UNIT), i))
+        for i in early[: batch_blocks - (sum(due) - sum(taken))]:
+            due[i] += 1
+        taken = due
+        rows.append(list(taken))
+    quotas = np.array(rows, dtype=np.int64)
+    assert (quotas.sum(axis=1) == np.arange(len(weights) + 1) * batch_blocks).all()
+    return quotas
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The order
+
+
+@dataclass(frozen=True)
+class Source:
+    """One corpus as the order sees it. `key` names its content, so that the same data have the same order
+    anywhere.
+    """
+
+    key: str
+    blocks: int
+    weight: float = 1.0
+
+
+class Draw(NamedTuple):
+    """Which block of which corpus, in which pass over it."""
+
+    corpus: int
+    epoch: int
+    block: int
+
+
+class Order:
+    """The blocks of a whole run. `batch_blocks` slots a step, the same for any number of ranks."""
+
+    def __init__(self, seed: int, sources: Sequence[Source], batch_blocks: int, total_steps: int) -> None:
+        self.seed, self.sources = seed, tuple(sources)
+        self.batch_blocks, self.total_steps = batch_blocks, total_steps
+        weights = [tuple(s.weight for s in sources)] * total_steps
+        self._taken = cumulative_quotas(weights, batch_blocks)
+        self._shuffle = lru_cache(maxsize=8)(self._make_shuffle)
+
+    def _make_shuffle(self, corpus: int, epoch: int) -> Shuffle:
+        source = self.sources[corpus]
+        return Shuffle(source.blocks, f"x1-order-1/{self.seed}/{source.key}/{epoch}".encode())
+
+    def step_blocks(self, step: int, slots: slice = slice(None)) -> list[Draw]:
+        """What the slots of `step` hold. Rank r of W reads `slice(r, None, W)`."""
+        if not 0 <= step < self.total_steps:
+            raise ValueError(f"step {step} outside range({self.total_steps})")
+        draws: list[Draw] = []
+        for corpus, (first, last) in enumerate(zip(self._taken[step], self._taken[step + 1], strict=True)):
+            draws += self._draws(corpus, np.arange(first, last, dtype=np.int64))
+        return draws[slots]
+
+    def _draws(self, corpus: int, ordinals: I64) -> list[Draw]:
+        """The `ordinals`-th blocks ever drawn from one corpus."""
+        epochs, positions = np.divmod(ordinals, self.sources[corpus].blocks)
+        blocks = np.empty_like(positions)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            blocks[here] = self._shuffle(corpus, int(epoch))(positions[here])
+        return [Draw(corpus, int(e), int(b)) for e, b in zip(epochs, blocks, strict=True)]
+
+    def find(self, draw: Draw) -> tuple[int, int] | None:
+        """The inverse: the (step, slot) that reads `draw`, or None if the run ends before it."""
+        position = int(self._shuffle(draw.corpus, draw.epoch).inverse(draw.block)[0])
+        ordinal = draw.epoch * self.sources[draw.corpus].blocks + position
+        step = int(np.searchsorted(self._taken[:, draw.corpus], ordinal, side="right")) - 1
+        if step >= self.total_steps:
+            return None
+        before = self._taken[step + 1, : draw.corpus] - self._taken[step, : draw.corpus]
+        return step, int(before.sum()) + ordinal - int(self._taken[step, draw.corpus])
+
+    def blocks_taken(self, step: int) -> list[int]:
+        """Blocks of each corpus read by the first `step` steps."""
+        return [int(n) for n in self._taken[step]]
+
+    def epochs(self) -> list[float]:
+        """Passes over each corpus by the end of the run."""
+        return [n / s.blocks for n, s in zip(self.blocks_taken(self.total_steps), self.sources, strict=True)]
+
+
+def block_count(tokens: int, context: int) -> int:
+    """Blocks of `context` tokens in a corpus: each needs one token more, the target of its last."""
+    return max(0, (tokens - 1) // context)
+
+
+def block_span(block: int, context: int) -> tuple[int, int]:
+    """The tokens a block reads, [first, last): `context` inputs and the target after the last of them."""
+    return block * context, (block + 1) * context + 1
+
+
+def blocks_of_span(start: int, end: int, context: int) -> range:
+    """The blocks that read a token of [start, end) as an input or have it as a target."""
+    return range(max(0, start - 1) // context, max(0, end - 1) // context + 1)

@@ -1,0 +1,1 @@
+"""How the weights change: the optimizer, its state on disk, and the learning rate of each step."""

@@ -1,0 +1,160 @@
+"""From a config to everything the loop uses: the model on its device, the optimizer, and how they are
+computed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from torch.optim import AdamW
+
+from x1_pretrain.config import RunConfig
+from x1_pretrain.errors import RefusedError, UserError
+from x1_pretrain.learning import optimizers
+from x1_pretrain.model import attention, flops
+from x1_pretrain.model.decoder import Decoder
+from x1_pretrain.model.loss import ChunkTerms, chunk_terms, compiled_chunk_terms, summed_loss
+from x1_pretrain.records import run_manifest
+from x1_pretrain.runtime import fit
+from x1_pretrain.runtime.world import World
+
+
+@dataclass
+class Machine:
+    """How this run is computed here. `said` is one line for each choice."""
+
+    precision: fit.Precision
+    attention: str
+    said: list[str]
+    micro_batch: int = 1
+    compile_mode: str = "off"
+    terms: ChunkTerms = chunk_terms
+    peak_flops_per_sec: float | None = None  # of all GPUs of the run; None: not known, so no MFU
+
+
+def be_deterministic(device: torch.device) -> None:
+    """Bitwise repeatable steps, for tests of exactness; slower on a GPU."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+    torch.use_deterministic_algorithms(True)
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = False
+
+
+def local_blocks(config: RunConfig, world: World) -> int:
+    """Blocks of a step that this rank computes."""
+    blocks, rest = divmod(config.batch_blocks, world.size)
+    if rest:
+        raise UserError(
+            f"training.batch_tokens {config.training.batch_tokens} is {config.batch_blocks} blocks of "
+            f"{config.model.context}, which {world.size} ranks can't share evenly"
+        )
+    return blocks
+
+
+def build_model(config: RunConfig, world: World, remembered: str | None) -> tuple[Decoder, AdamW, Machine]:
+    """Weights from the seed, on the device, in the precision chosen (a resumed run keeps the one it has)."""
+    keep = remembered if config.training.precision == "auto" else None
+    precision, why = world.from_first(
+        fit.choose_precision(keep or config.training.precision, world.device, config.model)
+    )
+    if keep:
+        why = f"precision: {precision} (as the run was started)"
+    dtype = fit.DTYPES[precision]
+    kernel, which = attention.choose(config.training.attention, world.device, dtype)
+    decoder = Decoder(config.model, compute_dtype=dtype, attention=kernel, seed=config.seed).to(world.device)
+    machine = Machine(precision=precision, attention=which, said=[why, which])
+    return decoder, optimizers.build(decoder, config.optimizer, world.device), machine
+
+
+def fit_machine(
+    config: RunConfig, world: World, decoder: Decoder, machine: Machine, interrupted: Callable[[], bool]
+) -> None:
+    """Micro-batch and compilation, found by trying."""
+    blocks = local_blocks(config, world)
+    machine.micro_batch, how = world.from_first(
+        _micro_batch(config, world, decoder, machine.precision, blocks)
+    )
+    found = fit.Compilation("off", "")
+    if world.first:
+        found = fit.choose_compilation(
+            config, world.device, machine.precision, machine.micro_batch, interrupted
+        )
+    found = world.from_first(found)
+    if found.mode != "off":
+        decoder.compile_blocks(found.mode)
+        machine.terms = compiled_chunk_terms()
+    machine.compile_mode = found.mode
+    machine.said += [how, found.message]
+    if is_cuda(world) and machine.precision == "bf16":
+        peak = flops.peak_bf16_flops_per_sec(torch.cuda.get_device_name(world.device))
+        machine.peak_flops_per_sec = peak * world.size if peak else None
+
+
+def _micro_batch(
+    config: RunConfig, world: World, decoder: Decoder, precision: fit.Precision, blocks: int
+) -> tuple[int, str]:
+    wanted = config.training.micro_batch
+    if wanted != "auto":
+        if blocks % wanted:
+            near = fit.divisors_up_to(blocks, wanted)[0]
+            raise UserError(
+                f"training.micro_batch {wanted} does not divide the {blocks} blocks of a rank's step; "
+                f"the nearest below is {near}"
+            )
+        return wanted, f"micro-batch: {wanted} sequences (asked for)"
+    if not is_cuda(world):
+        return fit.cpu_micro_batch(config.model, blocks, precision, psutil.virtual_memory().available)
+    limit = torch.cuda.get_device_properties(world.device).total_memory * fit.GPU_MEMORY_SHARE
+    probe = fit.cuda_peak(lambda n: dry_run(decoder, n), world.device)
+    found, how = fit.largest_fitting(
+        blocks, probe, limit - 8.0 * sum(p.numel() for p in decoder.parameters())
+    )
+    decoder.zero_grad(set_to_none=True)
+    if found is None:
+        raise RefusedError(f"{how} into the GPU's memory; a smaller model.context or model is needed")
+    return found, how
+
+
+def dry_run(decoder: Decoder, sequences: int) -> None:
+    """A forward and backward of `sequences` full sequences; no update."""
+    device = decoder.output_weight.device
+    ids = torch.zeros(sequences, decoder.config.context, dtype=torch.int64, device=device)  # (B, T)
+    hidden = decoder.hidden(ids).flatten(0, 1)  # (B T, d)
+    loss = summed_loss(hidden, decoder.output_weight, ids.flatten(), decoder.config.vocab, fit.CHUNK_TOKENS)
+    torch.autograd.backward(loss)
+
+
+def is_cuda(world: World) -> bool:
+    return world.device.type == "cuda"
+
+
+def hardware(world: World) -> dict[str, Any]:
+    """What the manifest says of the machine."""
+    found: dict[str, Any] = {
+        "device": "cpu",
+        "count": world.size,
+        "world_size": world.size,
+        **run_manifest.host(),
+    }
+    if is_cuda(world):
+        properties = torch.cuda.get_device_properties(world.device)
+        found |= {"device": properties.name, "gpu_memory_gib": round(properties.total_memory / 2**30, 1)}
+    return found
+
+
+def memory(world: World) -> dict[str, float]:
+    """Memory in use, GiB: of the GPU, or of this process on a CPU."""
+    if not is_cuda(world):
+        return {"memory/rss_gib": psutil.Process().memory_info().rss / 2**30}
+    free, total = torch.cuda.mem_get_info(world.device)
+    return {
+        "memory/allocated_gib": torch.cuda.max_memory_allocated(world.device) / 2**30,
+        "memory/reserved_gib": torch.cuda.memory_reserved(world.device) / 2**30,
+        "memory/headroom_gib": free / 2**30,
+        "memory/total_gib": total / 2**30,
+    }

@@ -1,0 +1,102 @@
+"""What a checkpoint holds: a Hugging Face model folder, the optimizer's state, and the state of the run.
+
+    model.safetensors config.json generation_config.json tokenizer.json tokenizer_config.json
+    optimizer.safetensors state.json manifest.json
+
+Full tensors by parameter name, so that the number of ranks is free to change.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.optim import AdamW
+
+from x1_pretrain.errors import RefusedError
+from x1_pretrain.learning import optimizers
+from x1_pretrain.model import huggingface
+from x1_pretrain.model.decoder import Decoder
+from x1_pretrain.runtime import checkpoint_files
+from x1_pretrain.runtime.checkpoint_files import CheckpointFailedError
+
+
+@dataclass(frozen=True)
+class RunState:
+    """All that a run is besides its tensors. The order of the data needs the step and nothing else."""
+
+    run_id: str
+    step: int
+    tokens: int
+    elapsed_s: float  # wall-clock of training so far, over all sessions
+    session: int
+    config_hash: str
+    step_fields: dict[
+        str, Any
+    ]  # the config fields the hash is over, so that a refusal can name the one that differs
+    fingerprints: list[str]  # of the corpora, in the order of the mixture
+    precision: str
+    context: int
+    bad_streak: int = 0  # steps just before this one whose loss or gradient was not finite
+
+
+def save(
+    folder: Path, state: RunState, decoder: Decoder, optimizer: AdamW, tokenizer_json: Path, eot_id: int
+) -> Path:
+    """Publish the checkpoint of `state.step`. CheckpointFailedError if it can't be written or must not be."""
+    weights = huggingface.disk_state(decoder)
+    broken = [name for name, tensor in weights.items() if not bool(torch.isfinite(tensor).all())]
+    if broken:
+        raise CheckpointFailedError(
+            f"{broken[0]} holds values that are not finite; such weights are never saved"
+        )
+    moments = optimizers.state_tensors(optimizer, decoder)
+
+    def write(target: Path) -> None:
+        save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+        save_file(moments, target / "optimizer.safetensors", metadata={"format": "pt"})
+        shutil.copyfile(tokenizer_json, target / "tokenizer.json")
+        _write_json(target / "config.json", huggingface.config_json(decoder.config, eot_id))
+        _write_json(target / "generation_config.json", huggingface.generation_config(eot_id))
+        _write_json(target / "tokenizer_config.json", huggingface.tokenizer_config(decoder.config))
+        _write_json(target / "state.json", {"schema_version": 1, **asdict(state)})
+
+    try:
+        return checkpoint_files.publish(folder, state.step, state.run_id, write, saved_bytes(decoder))
+    except CheckpointFailedError:
+        raise
+    except Exception as error:  # safetensors reports a full disk with an exception of its own
+        if "No space left" in str(error) or "os error 28" in str(error):
+            raise CheckpointFailedError("No space left on device") from error
+        raise
+
+
+def saved_bytes(decoder: Decoder) -> int:
+    """Bytes of a checkpoint on disk: weights and two moments in fp32, and the small files."""
+    rows = {name: decoder.disk_rows(name, p) for name, p in decoder.named_parameters()}
+    numbers = sum(rows[name] * p[0].numel() for name, p in decoder.named_parameters())
+    return 12 * numbers + (8 << 20)
+
+
+def read_state(checkpoint: Path) -> RunState:
+    """The state of a verified checkpoint."""
+    content = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    version = content.pop("schema_version", None)
+    if version != 1:
+        raise RefusedError(f"{checkpoint}: state.json has schema version {version}, this version reads 1")
+    return RunState(**content)
+
+
+def load(checkpoint: Path, decoder: Decoder, optimizer: AdamW) -> None:
+    """Put a verified checkpoint's tensors into the model and its optimizer."""
+    huggingface.load_disk_state(decoder, load_file(checkpoint / "model.safetensors"))
+    optimizers.load_state_tensors(optimizer, decoder, load_file(checkpoint / "optimizer.safetensors"))
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

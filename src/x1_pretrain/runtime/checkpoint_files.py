@@ -1,0 +1,221 @@
+"""Checkpoint folders: published whole or not at all, verified before they are trusted, removed last. No
+torch.
+
+A checkpoint is written under a temporary name, every file flushed to the disk and hashed into
+`manifest.json`, and then renamed. So a folder named `step-000001800` is complete, or was damaged later, which
+its hashes show. `latest` is a hint for people; nothing here reads it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+SCHEMA_VERSION = 1
+TEMPORARY = ".writing-"
+SAFETY_BYTES = 1 << 20  # left free beside a checkpoint, for logs and directory entries
+
+
+class CheckpointFailedError(Exception):
+    """A checkpoint could not be written; the folders that were there are untouched."""
+
+
+def folder_name(step: int) -> str:
+    return f"step-{step:09d}"
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Every checkpoint folder, newest first, good or not."""
+    if not folder.is_dir():
+        return []
+    named = [p for p in folder.iterdir() if re.fullmatch(r"step-\d{9,}", p.name) and not p.is_symlink()]
+    return sorted(named, key=step_of, reverse=True)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Trust
+
+
+def verify_folder(path: Path) -> str | None:
+    """None if the checkpoint is exactly what was written, else what is wrong with it."""
+    if not path.is_dir():
+        return "not a folder"
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        listed: dict[str, dict[str, Any]] = manifest["files"]
+        version, step = int(manifest["schema_version"]), int(manifest["step"])
+    except FileNotFoundError:
+        return "manifest.json is missing"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"manifest.json can't be read ({error})"
+    if version > SCHEMA_VERSION:
+        return f"written by a newer version (schema {version}, this one reads {SCHEMA_VERSION})"
+    if step != step_of(path):
+        return f"its manifest is of step {step}"
+    for name, want in listed.items():
+        if problem := _file_problem(path / name, want):
+            return f"{name} {problem}"
+    return None
+
+
+def _file_problem(file: Path, want: dict[str, Any]) -> str | None:
+    try:
+        size = file.stat().st_size
+        if size != want["bytes"]:
+            return f"has {size} bytes, not {want['bytes']}"
+        if sha256(file) != want["sha256"]:
+            return "does not match its hash"
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"can't be read ({error.strerror})"
+    return None
+
+
+def newest_good(folder: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """The newest checkpoint that verifies, and those newer ones that do not, each with the reason."""
+    skipped: list[tuple[Path, str]] = []
+    for path in list_checkpoints(folder):
+        problem = verify_folder(path)
+        if problem is None:
+            return path, skipped
+        skipped.append((path, problem))
+    return None, skipped
+
+
+def sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def publish(
+    folder: Path, step: int, run_id: str, write: Callable[[Path], None], needed_bytes: int = 0
+) -> Path:
+    """Make the checkpoint of `step` appear in `folder` at once, with the files that `write` puts into a
+    temporary folder. On any failure the temporary is removed and a CheckpointFailedError says why."""
+    final = folder / folder_name(step)
+    if final.exists() and verify_folder(final) is None:
+        return final
+    temporary = folder / f"{TEMPORARY}{final.name}"
+    with _cleaned_up(temporary):
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_temporaries(folder)
+        _require_space(folder, needed_bytes)
+        temporary.mkdir()
+        write(temporary)
+        _seal(temporary, step, run_id)
+        if final.exists():  # damaged: kept beside, for whoever wants to know why
+            bad = folder / f"bad-{final.name}"
+            shutil.rmtree(bad, ignore_errors=True)
+            final.rename(bad)
+        temporary.rename(final)
+        sync_directory(folder)
+    _point_latest(folder, final.name)
+    return final
+
+
+@contextmanager
+def _cleaned_up(temporary: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointFailedError(error.strerror or str(error)) from error
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _require_space(folder: Path, needed_bytes: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes + SAFETY_BYTES:
+        raise CheckpointFailedError(
+            f"the disk of {folder} has {free / 2**30:.2f} GiB free, a checkpoint needs "
+            f"{needed_bytes / 2**30:.2f} GiB"
+        )
+
+
+def _seal(temporary: Path, step: int, run_id: str) -> None:
+    """Flush every file to the disk, then write the manifest of their hashes, then flush that."""
+    files = {}
+    for file in sorted(temporary.iterdir()):
+        sync_file(file)
+        files[file.name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+    manifest = {
+        "schema_version": SCHEMA_VERSION,
+        "kind": "checkpoint",
+        "step": step,
+        "run_id": run_id,
+        "files": files,
+    }
+    target = temporary / "manifest.json"
+    target.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    sync_file(target)
+    sync_directory(temporary)
+
+
+def sync_file(file: Path) -> None:
+    with file.open("rb+") as stream:
+        os.fsync(stream.fileno())
+
+
+def sync_directory(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _point_latest(folder: Path, name: str) -> None:
+    """A hint for people. Some file systems have no links; then there is no hint."""
+    link = folder / ".latest-new"
+    try:
+        link.unlink(missing_ok=True)
+        link.symlink_to(name)
+        link.replace(folder / "latest")
+    except OSError:
+        return
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Room
+
+
+def remove_temporaries(folder: Path) -> None:
+    """What a killed writer left behind. Only the one writer of a run calls this."""
+    for path in folder.glob(f"{TEMPORARY}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def prune(folder: Path, keep_last: int, keep_every: int | None) -> list[Path]:
+    """Remove checkpoints beyond the newest `keep_last`, except steps that are multiples of `keep_every`.
+
+    Call it only after the newest was published and verified. Returns what was removed.
+    """
+    removed = []
+    for path in list_checkpoints(folder)[max(1, keep_last) :]:
+        if keep_every and step_of(path) % keep_every == 0:
+            continue
+        doomed = folder / f"{TEMPORARY}removing-{path.name}"
+        path.rename(
+            doomed
+        )  # first out of sight, so that a kill in between leaves no half folder under a good name
+        shutil.rmtree(doomed, ignore_errors=True)
+        removed.append(path)
+    return removed

@@ -1,0 +1,51 @@
+"""One forward and backward of the compiled model at its final shape, in a process that may hang or crash.
+
+Started by `fit.try_compile` with the task as one line of JSON on standard input; it ends when that is closed.
+What it compiles stays in the compiler's cache on disk, so the training process compiles the same in a
+fraction of the time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+
+import torch
+
+from x1_pretrain.config import parse_config
+from x1_pretrain.model import attention
+from x1_pretrain.model.decoder import Decoder
+from x1_pretrain.model.loss import compiled_chunk_terms, summed_loss
+from x1_pretrain.runtime.fit import CHUNK_TOKENS, DTYPES
+
+
+def end_with_parent() -> None:
+    """The training process holds the other end of standard input: when it dies, so does this one."""
+    sys.stdin.read()
+    os._exit(1)
+
+
+def main() -> None:
+    task = json.loads(sys.stdin.readline())
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    config = parse_config(task["config"], "compile trial")
+    device, dtype = torch.device(task["device"]), DTYPES[task["precision"]]
+    kernel, _ = attention.choose(config.training.attention, device, dtype)
+    decoder = Decoder(config.model, compute_dtype=dtype, attention=kernel).to(device)
+    decoder.compile_blocks(task["mode"])
+    ids = torch.zeros(task["micro_batch"], config.model.context, dtype=torch.int64, device=device)  # (B, T)
+    hidden = decoder.hidden(ids).flatten(0, 1)  # (B T, d)
+    terms = compiled_chunk_terms()
+    loss = summed_loss(hidden, decoder.output_weight, ids.flatten(), config.model.vocab, CHUNK_TOKENS, terms)
+    torch.autograd.backward(loss)
+    with torch.no_grad():
+        decoder.hidden(ids)  # evaluation is another program
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    os._exit(0)  # the thread above still waits on standard input
+
+
+if __name__ == "__main__":
+    main()

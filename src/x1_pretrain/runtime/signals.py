@@ -1,0 +1,71 @@
+"""A request to stop is a flag that the loop polls; a second one leaves at once.
+
+SIGTERM and Ctrl-C ask for a checkpoint and exit code 75. While the first step is being compiled nothing has
+been learned since the last checkpoint and Python may not get to poll for minutes: `nothing_to_save` makes the
+request leave right away. A hang-up (the terminal is gone) is noted and survived.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Self
+
+from x1_pretrain.errors import INTERRUPTED
+
+REQUESTS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Signals:
+    """`with Signals() as signals:` ... `if signals.requested: save and leave`."""
+
+    def __init__(self) -> None:
+        self.requested: str | None = None  # the name of the first signal
+        self.hung_up = False
+        self.nothing_to_save = False
+        self.before_leaving: Callable[[str], None] = lambda _: None  # last words of an immediate exit
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> Self:
+        for number in REQUESTS:
+            self._previous[number] = signal.signal(number, self._on_request)
+        self._previous[signal.SIGHUP] = signal.signal(signal.SIGHUP, self._on_hang_up)
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def interrupted(self) -> bool:
+        return self.requested is not None
+
+    def _on_request(self, number: int, _: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if self.requested is not None:
+            _say(
+                f"\nx1: {name} again: leaving at once; the last checkpoint is safe, relaunch to go on from "
+                "it\n"
+            )
+            self._leave(name)
+        self.requested = name
+        if self.nothing_to_save:
+            _say(f"\nx1: {name}: nothing was learned since the last checkpoint; leaving\n")
+            self._leave(name)
+        _say(f"\nx1: {name}: saving a checkpoint, then leaving (once more: leave at once)\n")
+
+    def _leave(self, name: str) -> None:
+        self.before_leaving(name)
+        os._exit(INTERRUPTED)
+
+    def _on_hang_up(self, _: int, __: FrameType | None) -> None:
+        self.hung_up = True
+
+
+def _say(text: str) -> None:
+    """Straight to stderr: a handler may not wait for a lock that the interrupted code holds."""
+    try:
+        os.write(2, text.encode())
+    except OSError:
+        return  # the terminal is gone; the event in the run folder remains

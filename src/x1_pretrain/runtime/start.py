@@ -1,0 +1,254 @@
+"""Starting or resuming a run: open everything, say what it is, and only then spend compute."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from x1_pretrain import config as cfg
+from x1_pretrain.config import RunConfig
+from x1_pretrain.corpus.reader import Reader, TokenFile
+from x1_pretrain.corpus.shards import Corpus
+from x1_pretrain.errors import UserError
+from x1_pretrain.evals.perplexity import windows
+from x1_pretrain.model.flops import flops_per_token, parameter_counts
+from x1_pretrain.records import console, run_manifest
+from x1_pretrain.records.metrics import utc_now
+from x1_pretrain.records.mlflow_sink import MlflowSink
+from x1_pretrain.runtime import assemble, checkpoint, world
+from x1_pretrain.runtime.run import Clock, Run
+from x1_pretrain.runtime.session import (
+    Session,
+    link_checkpoints,
+    make_order,
+    open_corpora,
+    open_records,
+    open_session,
+    resolve,
+    write_atomically,
+)
+from x1_pretrain.runtime.signals import Signals
+from x1_pretrain.runtime.world import World
+
+
+@contextmanager
+def started(config: RunConfig, signals: Signals, fresh: bool, device: str) -> Iterator[Run | None]:
+    """The run, opened and loaded; None if it was finished before."""
+    here = world.join(device)
+    if config.training.deterministic:
+        assemble.be_deterministic(here.device)
+    corpora = open_corpora(config)
+    config = resolve(config, corpora)
+    assemble.local_blocks(config, here)
+    session = agreed_session(config, corpora, fresh, here)
+    with session, console.Screen(config.training.total_steps, quiet=not here.first) as screen:
+        if session.step >= config.training.total_steps:
+            screen.say(f"{config.name}: finished before, at step {session.step} ({config.folder})")
+            yield None
+            return
+        run = build(config, corpora, session, screen, signals, here)
+        try:
+            yield run
+        except Exception as error:
+            run.note("fault", f"{type(error).__name__}: {error}")
+            if run.sink:
+                run.sink.close("FAILED", timeout_s=3.0)
+            raise
+        finally:
+            run.reader.close()
+
+
+def agreed_session(config: RunConfig, corpora: Mapping[str, Corpus], fresh: bool, here: World) -> Session:
+    """The first rank opens the run; the others learn what it found, or end with the same refusal."""
+    found: Session | UserError | None = None
+    if here.first:
+        try:
+            found = open_session(config, corpora, fresh)
+        except UserError as error:
+            found = error
+    if here.size > 1:
+        shared = replace(found, lock=None) if isinstance(found, Session) else found
+        shared = here.from_first(shared)
+        found = found if here.first else shared
+    if isinstance(found, UserError):
+        raise found
+    assert found is not None
+    return found
+
+
+def build(
+    config: RunConfig,
+    corpora: dict[str, Corpus],
+    session: Session,
+    screen: console.Screen,
+    signals: Signals,
+    here: World,
+) -> Run:
+    """Model, optimizer and reader, at the step the session goes on from."""
+    state = session.resumed
+    decoder, optimizer, machine = assemble.build_model(config, here, state.precision if state else None)
+    if session.checkpoint:
+        checkpoint.load(session.checkpoint, decoder, optimizer)
+    order = make_order(config, corpora)
+    files = [TokenFile(c.path / "train.bin", c.train.dtype) for c in corpora.values()]
+    pin = here.device.type == "cuda"
+    reader = Reader(
+        order,
+        files,
+        config.model.context,
+        lambda rows: _tensor(rows, pin),
+        session.step,
+        here.rank,
+        here.size,
+    )
+    run = Run(
+        config=config,
+        world=here,
+        corpora=corpora,
+        tokenizer=next(iter(corpora.values())).tokenizer(),
+        order=order,
+        session=session,
+        records=None,
+        screen=screen,
+        signals=signals,
+        decoder=decoder,
+        optimizer=optimizer,
+        machine=machine,
+        flops=flops_per_token(config.model),
+        reader=reader,
+        windows=windows(corpora, config.model.context, config.evaluation.tokens),
+        sink=None,
+        step=session.step,
+        saved_step=session.step if state else -1,
+        evaluated_step=session.last_evaluated,
+        bad_streak=state.bad_streak if state else 0,
+        clock=Clock(earlier_s=state.elapsed_s if state else 0.0),
+    )
+    if here.first:
+        open_folder(run)
+    return run
+
+
+def _tensor(rows: npt.NDArray[np.int64], pin: bool) -> Tensor:
+    tensor = torch.from_numpy(rows)
+    return tensor.pin_memory() if pin else tensor
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What is written and said before the first step
+
+
+def open_folder(run: Run) -> None:
+    """The records, the resolved config, and the first event: where this session goes on from."""
+    session, config = run.session, run.config
+    run.records = open_records(config.folder, config.log.blocks, run.screen.say)
+    write_atomically(config.folder / "config.yaml", cfg.to_yaml(config))
+    link_checkpoints(config)
+    run.screen.say(introduction(run))
+    for path, reason in session.skipped:
+        run.event("skipped_checkpoint", f"skipped {path}: {reason}", path=str(path))
+    if session.checkpoint is None:
+        run.event("start", f"run {session.run_id} starts in {config.folder}")
+        return
+    redone = f"; {session.superseded_rows} rows of later steps set aside" if session.superseded_rows else ""
+    run.event("resume", f"run {session.run_id} goes on from {session.checkpoint}{redone}")
+
+
+def introduction(run: Run) -> str:
+    """What the run is, in exact numbers, each with what it counts."""
+    config, counts, flops = run.config, parameter_counts(run.config.model), run.flops
+    model, training = config.model, config.training
+    epochs = ", ".join(f"{e:.2f} epochs of {n}" for n, e in zip(run.corpora, run.order.epochs(), strict=True))
+    total = training.total_steps * training.batch_tokens
+    size = (
+        f"{config.name}: {counts.matrices:,} parameters in matrices + {counts.norms:,} in norms + "
+        f"{counts.embedding:,} in embeddings = {counts.total:,}"
+    )
+    length = (
+        f"  a step: {config.batch_blocks} blocks x {model.context:,} = {training.batch_tokens:,} tokens; "
+        f"the run: {training.total_steps:,} steps = {total:,} tokens = {epochs}"
+    )
+    work = (
+        f"  training FLOPs per token: {flops.six_n:.3e} (6N, no embeddings), {flops.palm:.3e} (PaLM: with "
+        f"the output matrix, attention not halved), {flops.causal:.3e} (causal: the true work)"
+    )
+    return "\n".join((size, length, work))
+
+
+def get_ready(run: Run) -> None:
+    """Find how this machine computes the run best, say it, and write the manifest."""
+    machine = run.machine
+    assemble.fit_machine(run.config, run.world, run.decoder, machine, run.signals.interrupted)
+    blocks = assemble.local_blocks(run.config, run.world)
+    micro, context = machine.micro_batch, run.config.model.context
+    for line in machine.said:
+        run.event("machine", f"  {line}")
+    run.event(
+        "batch",
+        f"  {run.world.size} rank(s) x {blocks // micro} accumulated x {micro} sequences x {context} tokens "
+        f"= {run.config.training.batch_tokens:,} tokens a step",
+    )
+    if not run.windows:
+        run.event("no_validation", "  the corpus has no validation tokens: there will be no validation loss")
+    if not run.world.first:
+        return
+    write_atomically(run.config.folder / "manifest.json", json.dumps(manifest(run), indent=1) + "\n")
+    settings = run.config.mlflow
+    if settings.uri:
+        run.sink = MlflowSink(run.config.folder, settings.uri, settings.experiment)
+    run.signals.before_leaving = lambda name: run.note("signal", f"left at once on {name}", signal=name)
+
+
+def manifest(run: Run) -> dict[str, Any]:
+    """`manifest.json` of the run folder."""
+    config, counts, flops = run.config, parameter_counts(run.config.model), run.flops
+    mixture = config.data.mixture()
+    fingerprints = [c.fingerprint for c in run.corpora.values()]
+    return {
+        "schema_version": 1,
+        "kind": "run",
+        "run_id": run.session.run_id,
+        "name": config.name,
+        "created_utc": utc_now(),
+        "session": run.session.number,
+        "argv": run_manifest.argv(),
+        **run_manifest.source_state(),
+        "seed": config.seed,
+        "config_hash": cfg.config_hash(config, fingerprints),
+        "versions": {**run_manifest.versions(), "cuda": torch.version.cuda},
+        "hardware": assemble.hardware(run.world),
+        "data": [
+            {
+                "name": name,
+                "dir": str(corpus.path),
+                "fingerprint": corpus.fingerprint,
+                "train_tokens": len(corpus.train),
+                "val_tokens": len(corpus.val),
+                "weight": mixture[name].weight,
+            }
+            for name, corpus in run.corpora.items()
+        ],
+        "parameters": {
+            "non_embedding": counts.matrices,
+            "norms": counts.norms,
+            "embedding": counts.embedding,
+            "total": counts.total,
+        },
+        "flops_per_token": {"6N": flops.six_n, "palm": flops.palm, "causal": flops.causal},
+        "tokens_per_step": config.training.batch_tokens,
+        "total_steps": config.training.total_steps,
+        "precision": run.machine.precision,
+        "attention": run.machine.attention,
+        "compile": run.machine.compile_mode,
+        "micro_batch": run.machine.micro_batch,
+        "peak_flops": run.machine.peak_flops_per_sec,
+        "spent_usd": None,
+    }

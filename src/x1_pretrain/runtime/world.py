@@ -1,0 +1,112 @@
+"""Ranks and devices: one process, or `torchrun` with several. One process pays for none of it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+
+from x1_pretrain.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """Who this process is among how many, and what it computes on."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank writes the files and speaks."""
+        return self.rank == 0
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def sum_gradients_(self, parameters: list[torch.nn.Parameter]) -> None:
+        """Gradients summed over ranks, in buckets of about 64 MiB, once a step."""
+        if self.size == 1:
+            return
+        bucket: list[torch.Tensor] = []
+        for parameter in parameters:
+            if parameter.grad is not None:
+                bucket.append(parameter.grad)
+            if sum(g.numel() * g.element_size() for g in bucket) > 64 << 20:
+                _sum_bucket(bucket)
+                bucket = []
+        _sum_bucket(bucket)
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank if it is true on one."""
+        if self.size == 1:
+            return flag
+        tensor = torch.tensor([float(flag)], device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return bool(tensor.item())
+
+    def from_first(self, value: T) -> T:
+        """The first rank's value, on every rank."""
+        if self.size == 1:
+            return value
+        box: list[Any] = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return cast(T, box[0])
+
+    def close(self) -> None:
+        """Only on the way out of a run that went well: after a fault a rank may wait for ever."""
+        if self.size > 1:
+            dist.barrier()
+            dist.destroy_process_group()
+
+
+def _sum_bucket(gradients: list[torch.Tensor]) -> None:
+    if not gradients:
+        return
+    flat = torch.cat([g.reshape(-1) for g in gradients])
+    dist.all_reduce(flat)
+    offset = 0
+    for gradient in gradients:
+        gradient.copy_(flat[offset : offset + gradient.numel()].view_as(gradient))
+        offset += gradient.numel()
+
+
+def join(device: str | None = None) -> World:
+    """This process's place: from torchrun's environment if there is one, else alone."""
+    size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    chosen = _device(device, int(os.environ.get("LOCAL_RANK", 0)))
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if size > 1:
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=15))
+    return World(rank, size, chosen)
+
+
+def _device(wanted: str | None, local_rank: int) -> torch.device:
+    if wanted in (None, "auto"):
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted not in ("cuda", "cpu"):
+        raise UserError(f"--device {wanted}: expected cpu or cuda")
+    if wanted == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError(
+            "--device cuda: this torch sees no CUDA device (`nvidia-smi` shows whether the driver does)"
+        )
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"rank {local_rank} has no GPU: this machine has {torch.cuda.device_count()}; "
+            "start torchrun with --nproc_per_node of at most that"
+        )
+    return torch.device("cuda", local_rank)

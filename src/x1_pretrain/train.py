@@ -1,0 +1,415 @@
+"""Train a model from a config. The same command starts a run and resumes it.
+
+python -m x1_pretrain.train --config configs/x1-50m-a100.yaml --data-dir DIR --ckpt-dir DIR
+torchrun --standalone --nproc_per_node 4 -m x1_pretrain.train --config ...
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from x1_pretrain import config as cfg
+from x1_pretrain import errors
+from x1_pretrain.command import run as run_app
+from x1_pretrain.command import single
+from x1_pretrain.corpus.reader import Batch
+from x1_pretrain.evals.perplexity import evaluate
+from x1_pretrain.learning import optimizers, stability
+from x1_pretrain.learning.schedule import learning_rate
+from x1_pretrain.model.decoder import Decoder
+from x1_pretrain.model.flops import mfu
+from x1_pretrain.model.loss import IGNORED, summed_loss
+from x1_pretrain.records import console
+from x1_pretrain.records.metrics import utc_now
+from x1_pretrain.runtime import assemble, checkpoint, checkpoint_files, fit
+from x1_pretrain.runtime.checkpoint import RunState
+from x1_pretrain.runtime.checkpoint_files import CheckpointFailedError
+from x1_pretrain.runtime.run import Run
+from x1_pretrain.runtime.signals import Signals
+from x1_pretrain.runtime.start import get_ready, started
+
+# ------------------------------------------------------------------------------------------------------------
+# The loop
+
+
+def train(run: Run) -> int:
+    """Get ready, train to the last step or to a signal, close. Returns the exit code."""
+    if run.session.resumed is None and not save(
+        run
+    ):  # also the first proof that a checkpoint fits on the disk
+        raise errors.RefusedError(
+            f"{run.config.checkpoint_folder}: the checkpoint of step 0 can't be saved (see above), so no "
+            "later one "
+            "could: make room or choose another --ckpt-dir"
+        )
+    get_ready(run)
+    run.signals.nothing_to_save = True  # until the first step of this session, which may compile for long
+    code = train_loop(run)
+    finish(run, code)
+    return code
+
+
+def train_loop(run: Run) -> int:
+    """From the current step to the last. Returns the exit code."""
+    while True:
+        if run.world.any(run.signals.interrupted()):
+            return leave(run)
+        done = run.step == run.total_steps
+        if due(run, run.config.evaluation.every, run.evaluated_step) and not evaluate_and_sample(run):
+            continue  # interrupted: the next turn leaves
+        if due(run, run.config.checkpoint.every, run.saved_step) and not save(run) and done:
+            return errors.INTERRUPTED
+        if done:
+            return errors.FINISHED
+        batch, waited_s = run.reader.next(run.signals.interrupted if run.world.size == 1 else lambda: False)
+        if batch is None:
+            continue
+        begun = time.perf_counter()
+        result = train_step(run, batch)
+        if result is None:
+            continue  # interrupted before the update: this step has not happened
+        run.step += 1
+        run.signals.nothing_to_save = False
+        run.clock.count(time.perf_counter() - begun + waited_s, waited_s)
+        log(run, batch, *result)
+
+
+def due(run: Run, every: int, last: int) -> bool:
+    """At every multiple of `every` and at the end, but not twice at one step."""
+    return (run.step % every == 0 or run.step == run.total_steps) and last < run.step
+
+
+def train_step(run: Run, batch: Batch[Tensor]) -> tuple[float, float] | None:
+    """One update from one global batch; its loss and gradient norm, or None if a signal came first."""
+    total = accumulate(run, batch.tokens)
+    if total is None:
+        run.optimizer.zero_grad(set_to_none=True)
+        return None
+    weights = list(run.decoder.parameters())
+    run.world.sum_gradients_(weights)
+    norm = optimizers.global_norm(w.grad for w in weights if w.grad is not None)
+    loss, grad_norm = torch.stack([run.world.sum_(total), norm]).tolist()  # the one wait for the device
+    verdict = stability.judge(loss, grad_norm, run.bad_streak)
+    if verdict == "go":
+        optimizers.clip_(weights, run.config.optimizer.clip, norm)
+        optimizers.set_learning_rate(
+            run.optimizer, learning_rate(run.step, run.config.optimizer, run.total_steps)
+        )
+        run.optimizer.step()
+        run.bad_streak = 0
+    run.optimizer.zero_grad(set_to_none=True)
+    if verdict != "go":
+        not_finite(run, verdict, loss, grad_norm)
+    return loss, grad_norm
+
+
+def accumulate(run: Run, tokens: Tensor) -> Tensor | None:
+    """Gradients of the mean loss over all counted tokens of the step, a micro-batch at a time; that loss so
+    far as this rank has it. tokens (n, T + 1). Out of memory: half the micro-batch and once more from the
+    start."""
+    counted = run.world.sum_((tokens[:, 1:] != IGNORED).sum().to(run.world.device, torch.float32))
+    while True:
+        total = torch.zeros((), device=run.world.device)
+        try:
+            for rows in torch.split(tokens, run.machine.micro_batch):
+                if run.world.size == 1 and run.signals.interrupted():
+                    return None
+                loss = forward(run, rows.to(run.world.device, non_blocking=True)) / counted
+                torch.autograd.backward(loss)
+                total += loss.detach()
+            return total
+        except torch.OutOfMemoryError:
+            halve_micro_batch(run, len(tokens))
+
+
+def forward(run: Run, tokens: Tensor) -> Tensor:
+    """Summed loss of some sequences, (B, T + 1)."""
+    hidden = run.decoder.hidden(tokens[:, :-1])  # (B, T, d)
+    targets = tokens[:, 1:].reshape(-1)  # (B T,)
+    weight, vocab = run.decoder.output_weight, run.decoder.config.vocab
+    return summed_loss(hidden.flatten(0, 1), weight, targets, vocab, fit.CHUNK_TOKENS, run.machine.terms)
+
+
+def halve_micro_batch(run: Run, blocks: int) -> None:
+    """A smaller micro-batch is the same step, slower."""
+    before = run.machine.micro_batch
+    if before == 1 or run.world.size > 1:  # ranks would have to agree; the dry run is there to prevent it
+        raise errors.RefusedError(
+            f"out of memory in step {run.step + 1} with a micro-batch of {before}; relaunch with "
+            f"--set training.micro_batch={max(1, before // 2)}"
+            + (" and a smaller model" if before == 1 else "")
+        ) from None
+    run.machine.micro_batch = fit.divisors_up_to(blocks, before // 2)[0]
+    run.optimizer.zero_grad(set_to_none=True)
+    if run.world.device.type == "cuda":
+        torch.cuda.empty_cache()
+    after = run.machine.micro_batch
+    run.event(
+        "micro_batch",
+        f"out of memory with a micro-batch of {before}: going on with {after} x {blocks // after} "
+        "accumulated; "
+        "the global batch is the same",
+    )
+
+
+def not_finite(run: Run, verdict: stability.Verdict, loss: float, grad_norm: float) -> None:
+    """The update was not made. Say so; after a streak, stop: the weights are still good."""
+    run.bad_streak += 1
+    where = f"step {run.step + 1}: loss {loss}, gradient norm {grad_norm}"
+    run.event("not_finite", f"{where}: not finite, this update was not made", loss=loss, grad_norm=grad_norm)
+    if verdict == "stop":
+        last = checkpoint_files.folder_name(max(run.saved_step, 0))
+        raise NotFiniteError(
+            f"{where}: {run.bad_streak} steps in a row were not finite. The weights are those before them; "
+            "the last "
+            f"checkpoint is {last}. Try a lower optimizer.lr, or --set training.precision=fp32, in a new "
+            "--run-dir"
+        )
+
+
+class NotFiniteError(errors.UserError):
+    exit_code = errors.FAULT
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Log, evaluate, save, leave
+
+
+def log(run: Run, batch: Batch[Tensor], loss: float, grad_norm: float) -> None:
+    """The records of one finished step. The row is written before the line is printed."""
+    if run.records and run.records.blocks:
+        run.records.blocks.append({"step": run.step, "blocks": [list(draw) for draw in batch.draws]})
+    if run.step % run.config.log.every and run.step != run.total_steps:
+        run.screen.at(run.step)
+        return
+    optimizer = run.config.optimizer
+    row = run.row(**{"train/loss": loss, "grad_norm": grad_norm, "param_norm": param_norm(run.decoder)})
+    row["lr"] = learning_rate(run.step - 1, optimizer, run.total_steps)
+    row |= pace(run) | assemble.memory(run.world)
+    row |= {"context": run.config.model.context, "attention/flop_share": run.flops.attention_share}
+    before, after = run.order.blocks_taken(run.step - 1), run.order.blocks_taken(run.step)
+    for name, first, last in zip(run.corpora, before, after, strict=True):
+        row[f"mixture/{name}"] = (last - first) / run.config.batch_blocks
+    if run.records:
+        run.records.metrics.append(row)
+    eta_s = run.clock.eta_s(run.total_steps - run.step)
+    run.screen.say(console.train_line(row, run.total_steps, eta_s))
+    run.screen.at(run.step)
+    for line in run.sink.news() if run.sink else ():
+        run.event("mlflow", line)
+    run.clock.reset()
+
+
+def pace(run: Run) -> dict[str, float]:
+    """Speed since the last row, without evaluation, checkpoints and the compiling first step."""
+    if not run.clock.steps:
+        return {}
+    rate = run.clock.steps * run.config.training.batch_tokens / run.clock.step_s
+    row = {"tokens_per_sec": rate, "flops_per_sec": rate * run.flops.causal}
+    row["data/wait_share"] = run.clock.wait_s / run.clock.step_s
+    if peak := run.machine.peak_flops_per_sec:
+        row |= {"mfu": mfu(rate, run.flops.palm, peak), "mfu_causal": mfu(rate, run.flops.causal, peak)}
+    return row
+
+
+@torch.no_grad()
+def param_norm(decoder: Decoder) -> float:
+    return float(optimizers.global_norm(decoder.parameters()))
+
+
+def evaluate_and_sample(run: Run) -> bool:
+    """Validation loss per domain, and what the model says; False if it was interrupted."""
+    found = evaluate(run.decoder, run.windows, run.machine.micro_batch, run.world, run.signals.interrupted)
+    if found is None or not sample(run):
+        return False
+    run.evaluated_step = run.step
+    if found:
+        row = run.row(**found)
+        if run.records:
+            run.records.metrics.append(row)
+        run.screen.say(console.evaluation_line(row))
+    return True
+
+
+def sample(run: Run) -> bool:
+    """A few continuations into samples.jsonl; the same seed and step give the same draws."""
+    settings = run.config.evaluation
+    if not run.records:
+        return True
+    for number, prompt in enumerate(settings.prompts):
+        if run.world.size == 1 and run.signals.interrupted():
+            return False
+        generator = torch.Generator().manual_seed(
+            (run.config.seed * 1_000_003 + run.step * 101 + number) % 2**63
+        )
+        ids = torch.from_numpy(run.tokenizer.encode(prompt).astype("int64"))[None].to(
+            run.world.device
+        )  # (1, T)
+        out = run.decoder.generate(
+            ids, settings.sample_tokens, settings.temperature, generator, run.tokenizer.eot_id
+        )
+        text = run.tokenizer.decode(out[0, ids.shape[1] :].tolist())
+        said = {"prompt": prompt, "text": text, "temperature": settings.temperature}
+        run.records.samples.append({"step": run.step, "tokens": run.tokens, "time_utc": utc_now(), **said})
+        run.screen.say(f'  "{prompt}" ... {text!r}')
+    return True
+
+
+def save(run: Run) -> bool:
+    """Publish a checkpoint, then remove old ones. On failure: say so, make room, try once more, go on."""
+    if run.world.first:
+        saved = _save(run) or (_make_room(run) and _save(run))
+    else:
+        saved = False
+    if run.world.from_first(saved):
+        run.saved_step = run.step
+        return True
+    return False
+
+
+def _save(run: Run) -> bool:
+    assert run.records is not None
+    settings, begun = run.config.checkpoint, time.perf_counter()
+    folder, corpus = run.config.checkpoint_folder, next(iter(run.corpora.values()))
+    run.records.sync()
+    try:
+        path = checkpoint.save(
+            folder, state_of(run), run.decoder, run.optimizer, corpus.path / "tokenizer.json", corpus.eot_id
+        )
+    except CheckpointFailedError as error:
+        last = (
+            f"the last good one is {checkpoint_files.folder_name(run.saved_step)}"
+            if run.saved_step >= 0
+            else "none"
+        )
+        run.event("checkpoint_failed", f"checkpoint at step {run.step} not saved: {error}; {last}")
+        return False
+    took = time.perf_counter() - begun
+    run.event("checkpoint", f"checkpoint {path} ({took:.1f} s)", path=str(path), seconds=round(took, 3))
+    if len(
+        checkpoint_files.list_checkpoints(folder)
+    ) > settings.keep_last and not checkpoint_files.verify_folder(path):
+        checkpoint_files.prune(folder, settings.keep_last, settings.keep_every)
+    return True
+
+
+def _make_room(run: Run) -> bool:
+    """Whether removing all but the newest good checkpoint freed anything."""
+    folder = run.config.checkpoint_folder
+    good, skipped = checkpoint_files.newest_good(folder)
+    if good is None or skipped or not checkpoint_files.prune(folder, 1, None):
+        return False
+    run.event("made_room", f"removed older checkpoints to make room; {good.name} stays")
+    return True
+
+
+def state_of(run: Run) -> RunState:
+    fingerprints = [c.fingerprint for c in run.corpora.values()]
+    return RunState(
+        run_id=run.session.run_id,
+        step=run.step,
+        tokens=run.tokens,
+        elapsed_s=run.clock.elapsed_s(),
+        session=run.session.number,
+        config_hash=cfg.config_hash(run.config, fingerprints),
+        step_fields=cfg.step_fields(run.config),
+        fingerprints=fingerprints,
+        precision=run.machine.precision,
+        context=run.config.model.context,
+        bad_streak=run.bad_streak,
+    )
+
+
+def leave(run: Run) -> int:
+    """A signal came: save, say how to go on."""
+    why = run.signals.requested or "another rank was asked to stop"
+    safe = run.saved_step == run.step or save(run)
+    at = f"at step {run.step}" if safe else f"from step {max(run.saved_step, 0)}, later steps are lost"
+    run.event("signal", f"stopped by {why}; relaunch the same command to go on {at}", signal=why)
+    return errors.INTERRUPTED
+
+
+def finish(run: Run, code: int) -> None:
+    """Last words; the terminal status goes to MLflow."""
+    if code == errors.FINISHED:
+        run.event(
+            "finish", f"finished: {run.total_steps:,} steps, {run.tokens:,} tokens in {run.config.folder}"
+        )
+    if run.sink:
+        run.sink.close("FINISHED" if code == errors.FINISHED else "KILLED")
+        for line in run.sink.news():
+            run.event("mlflow", line)
+    if run.records:
+        run.records.sync()
+    run.world.close()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def overrides_from(assignments: list[str], flags: dict[str, Any]) -> dict[str, Any]:
+    """Flags by config path; `--set` wins over a flag."""
+    given = {path: value for path, value in flags.items() if value is not None}
+    return given | dict(cfg.parse_assignment(text) for text in assignments)
+
+
+Flag = typer.Option
+
+
+def main(
+    config: Annotated[Path, Flag(help="the run's YAML file", show_default=False)],
+    data_dir: Annotated[
+        str | None, Flag(help="corpus folder, made by tokenize_data [config: data.dir]")
+    ] = None,
+    ckpt_dir: Annotated[str | None, Flag(help="where checkpoints go [default: in the run folder]")] = None,
+    run_dir: Annotated[str | None, Flag(help="the run folder [default: runs/<name>]")] = None,
+    total_steps: Annotated[int | None, Flag(help="updates in all [training.total_steps]")] = None,
+    ckpt_every: Annotated[int | None, Flag(help="steps between checkpoints [checkpoint.every]")] = None,
+    eval_every: Annotated[int | None, Flag(help="steps between evaluations [evaluation.every]")] = None,
+    log_every: Annotated[int | None, Flag(help="steps between log lines [log.every]")] = None,
+    mlflow_uri: Annotated[
+        str | None, Flag(help="also send metrics there, e.g. file:///workspace/mlruns")
+    ] = None,
+    mlflow_experiment: Annotated[str | None, Flag(help="MLflow experiment [mlflow.experiment]")] = None,
+    resume_from_latest: Annotated[
+        bool,
+        Flag(
+            "--resume-from-latest/--fresh",
+            help="go on from the newest good checkpoint, or refuse if one exists",
+        ),
+    ] = True,
+    deterministic: Annotated[bool, Flag(help="bitwise repeatable steps (slower on a GPU)")] = False,
+    device: Annotated[str, Flag(help="cpu, cuda or auto")] = "auto",
+    set_: Annotated[
+        list[str], Flag("--set", metavar="FIELD=VALUE", help="override any config field; repeatable")
+    ] = [],  # noqa: B006
+) -> int:
+    """Train a model from a config. The same command starts a run and resumes it."""
+    flags = {
+        "data.dir": data_dir,
+        "checkpoint.dir": ckpt_dir,
+        "run_dir": run_dir,
+        "training.total_steps": total_steps,
+        "checkpoint.every": ckpt_every,
+        "evaluation.every": eval_every,
+        "log.every": log_every,
+        "mlflow.uri": mlflow_uri,
+        "mlflow.experiment": mlflow_experiment,
+        "training.deterministic": deterministic or None,
+    }
+    loaded = cfg.load_config(config, overrides_from(set_, flags))
+    with Signals() as signals, started(loaded, signals, not resume_from_latest, device) as run:
+        return train(run) if run else errors.FINISHED  # none: it was finished before
+
+
+app = single(main)
+
+if __name__ == "__main__":
+    raise SystemExit(run_app(app, prog="python -m x1_pretrain.train"))
