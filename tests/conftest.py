@@ -9,6 +9,8 @@ import pytest
 
 from tests.corpora import write_corpus
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: a second thread only waits, and tests run side by side
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 

@@ -61,7 +61,7 @@ class Training:
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], limit_s: float = 60) -> None:
     deadline = time.monotonic() + limit_s
     while not condition():
-        assert process.poll() is None, f"ended early:\n{process.communicate()[0]}"
+        assert process.poll() is None, f"ended early with {process.returncode}"
         assert time.monotonic() < deadline, "nothing happened in time"
         time.sleep(0.001)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from types import TracebackType
 from typing import Any, Self
@@ -50,11 +51,18 @@ def evaluation_line(row: dict[str, Any]) -> str:
     return f"eval at step {row['step']}: validation loss {row['val/loss']:.4f}  {each}"
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Whoever read the output is gone. rich would end the program here; a run goes on."""
+        self.quiet = True
+        _send_to_nowhere(self.file.fileno())
+
+
 class Screen:
     """Lines, and on a terminal a bar that stays below them. `quiet` ranks say nothing."""
 
     def __init__(self, total_steps: int, quiet: bool = False) -> None:
-        self._console = Console(highlight=False, soft_wrap=True, quiet=quiet)
+        self._console = _Console(highlight=False, soft_wrap=True, quiet=quiet)
         self._lost = quiet
         self._progress: Progress | None = None
         self._task: TaskID | None = None
@@ -81,8 +89,16 @@ class Screen:
             self._console.file.flush()
         except OSError:
             self._lost = True
+            _send_to_nowhere(self._console.file.fileno())
 
     def at(self, step: int, note: str = "") -> None:
         """Move the bar."""
         if self._progress is not None and self._task is not None and not self._lost:
             self._progress.update(self._task, completed=step, note=note)
+
+
+def _send_to_nowhere(descriptor: int) -> None:
+    """Later writes, and the interpreter's own at its exit, must not fail on a terminal that is gone."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)

@@ -1,0 +1,357 @@
+"""Resuming: from the newest checkpoint that verifies, never silently from zero, never as another run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.corpora import write_config, write_corpus
+from tests.end_to_end.in_process import train_here
+from tests.end_to_end.processes import Training, curve, rows, weights
+from x1_pretrain.runtime.checkpoint_files import list_checkpoints, newest_good, verify_folder
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_config(tmp_path_factory.mktemp("config") / "tiny.yaml")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, config: Path, corpus: Path) -> Path:
+    """A run of 30 steps with checkpoints at 20 and 30."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    code, output = Training("--config", config, "--data-dir", corpus, "--run-dir", run).end()
+    assert code == 0, output
+    return run
+
+
+@pytest.fixture
+def run(tmp_path: Path, finished: Path) -> Path:
+    """A copy of it to damage."""
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy, symlinks=True)
+    return copy
+
+
+def truncated(newest: Path) -> str:
+    file = newest / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    return "model.safetensors has"
+
+
+def one_byte_flipped(newest: Path) -> str:
+    file = newest / "optimizer.safetensors"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    return "optimizer.safetensors does not match its hash"
+
+
+def a_file_missing(newest: Path) -> str:
+    (newest / "state.json").unlink()
+    return "state.json is missing"
+
+
+def no_manifest(newest: Path) -> str:
+    (newest / "manifest.json").unlink()
+    return "manifest.json is missing"
+
+
+def half_a_manifest(newest: Path) -> str:
+    file = newest / "manifest.json"
+    file.write_text(file.read_text()[:50])
+    return "manifest.json can't be read"
+
+
+def an_empty_folder(newest: Path) -> str:
+    shutil.rmtree(newest)
+    newest.mkdir()
+    return "manifest.json is missing"
+
+
+def another_step_under_its_name(newest: Path) -> str:
+    older = newest.with_name("step-000000020")
+    shutil.rmtree(newest)
+    shutil.copytree(older, newest)
+    return "its manifest is of step 20"
+
+
+DAMAGES = [
+    truncated,
+    one_byte_flipped,
+    a_file_missing,
+    no_manifest,
+    half_a_manifest,
+    an_empty_folder,
+    another_step_under_its_name,
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_taken(
+    damage: Callable[[Path], str], run: Path, finished: Path, config: Path, corpus: Path, capfd: Capture
+) -> None:
+    reason = damage(run / "checkpoints" / "step-000000030")
+    outcome = train_here(capfd, "--config", config, "--data-dir", corpus, "--run-dir", run)
+    assert outcome.code == 0, outcome.err
+    assert f"step-000000030: {reason}" in outcome.out
+    assert "goes on from" in outcome.out
+    assert curve(run) == curve(finished)
+    assert weights(run) == weights(finished)
+    assert (run / "checkpoints" / "bad-step-000000030").is_dir()  # kept for whoever wants to know why
+    skipped = [r for r in rows(run / "events.jsonl") if r["event"] == "skipped_checkpoint"]
+    assert reason in skipped[0]["message"]
+
+
+def test_a_half_written_temporary_is_no_checkpoint(
+    run: Path, finished: Path, config: Path, corpus: Path, capfd: Capture
+) -> None:
+    newest = run / "checkpoints" / "step-000000030"
+    newest.rename(newest.with_name(".writing-step-000000030"))
+    outcome = train_here(capfd, "--config", config, "--data-dir", corpus, "--run-dir", run)
+    assert outcome.code == 0, outcome.err
+    assert "step-000000020" in outcome.out
+    assert not list((run / "checkpoints").glob(".writing*"))
+    assert weights(run) == weights(finished)
+
+
+def test_all_checkpoints_bad_is_refused_with_the_list(
+    run: Path, config: Path, corpus: Path, capfd: Capture
+) -> None:
+    for checkpoint in list_checkpoints(run / "checkpoints"):
+        one_byte_flipped(checkpoint)
+    before = (run / "metrics.jsonl").read_bytes()
+    outcome = train_here(capfd, "--config", config, "--data-dir", corpus, "--run-dir", run)
+    assert outcome.code == 78
+    for name in ("step-000000030", "step-000000020"):
+        assert f"{name}: optimizer.safetensors does not match its hash" in outcome.one_line
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_checkpoints_that_vanished_are_not_a_new_run(run: Path, config: Path, corpus: Path, capfd: Capture) -> None:
+    shutil.rmtree(run / "checkpoints")
+    outcome = train_here(capfd, "--config", config, "--data-dir", corpus, "--run-dir", run)
+    assert outcome.code == 78
+    assert "saved a checkpoint at step 30" in outcome.one_line
+
+
+def test_a_finished_run_stays_finished(run: Path, config: Path, corpus: Path, capfd: Capture) -> None:
+    before = (run / "metrics.jsonl").read_bytes()
+    outcome = train_here(capfd, "--config", config, "--data-dir", corpus, "--run-dir", run, "--resume-from-latest")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "finished before, at step 30" in outcome.out
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_fresh_does_not_run_over_an_old_run(run: Path, config: Path, corpus: Path, capfd: Capture) -> None:
+    outcome = train_here(capfd, "--config", config, "--data-dir", corpus, "--run-dir", run, "--fresh")
+    assert outcome.code == 2
+    assert "--fresh" in outcome.one_line
+
+
+def test_harmless_fields_may_change(run: Path, config: Path, corpus: Path, finished: Path, capfd: Capture) -> None:
+    shutil.rmtree(run / "checkpoints" / "step-000000030")
+    outcome = train_here(
+        capfd,
+        *("--config", config, "--data-dir", corpus, "--run-dir", run, "--log-every", "5", "--ckpt-every", "3"),
+        *("--set", "training.micro_batch=8", "--set", "verify.loss_band=[1.0, 2.0]"),
+    )
+    assert outcome.code == 0, outcome.err
+    logged = [r["step"] for r in rows(run / "metrics.jsonl") if "train/loss" in r]
+    assert logged == [*range(1, 21), 25, 30]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (["--total-steps", "60"], "training.total_steps: 30 -> 60"),
+        (["--set", "optimizer.lr=1e-3"], "optimizer.lr: 0.003 -> 0.001"),
+        (["--set", "model.layers=3"], "model.layers: 2 -> 3"),
+        (["--set", "seed=8"], "seed: 7 -> 8"),
+        (["--set", "training.batch_tokens=512"], "training.batch_tokens: 256 -> 512"),
+    ],
+)
+def test_fields_that_change_a_step_are_refused_by_name(
+    change: list[str], named: str, run: Path, config: Path, corpus: Path, capfd: Capture
+) -> None:
+    outcome = train_here(capfd, "--config", config, "--data-dir", corpus, "--run-dir", run, *change)
+    assert outcome.code == 78
+    assert named in outcome.one_line
+
+
+def test_other_data_under_the_same_path_is_another_run(
+    tmp_path: Path, run: Path, config: Path, corpus: Path, capfd: Capture
+) -> None:
+    other = write_corpus(tmp_path / "other", seed=5)
+    outcome = train_here(capfd, "--config", config, "--data-dir", other, "--run-dir", run)
+    assert outcome.code == 78
+    assert "content of the corpora" in outcome.one_line
+    # the same data elsewhere are the same data
+    moved = tmp_path / "moved"
+    shutil.copytree(corpus, moved)
+    assert train_here(capfd, "--config", config, "--data-dir", moved, "--run-dir", run).code == 0
+
+
+def test_two_runs_never_share_a_checkpoint_folder(
+    tmp_path: Path, run: Path, config: Path, corpus: Path, capfd: Capture
+) -> None:
+    outcome = train_here(
+        capfd,
+        *("--config", config, "--data-dir", corpus, "--run-dir", tmp_path / "B", "--set", "seed=9"),
+        *("--ckpt-dir", run / "checkpoints"),
+    )
+    assert outcome.code == 78
+    assert "seed: 7 -> 9" in outcome.one_line
+
+
+def test_checkpoints_elsewhere_outlive_the_run_folder(
+    tmp_path: Path, config: Path, corpus: Path, finished: Path, capfd: Capture
+) -> None:
+    elsewhere, run = tmp_path / "checkpoints", tmp_path / "run"
+    command = ("--config", config, "--data-dir", corpus, "--run-dir", run, "--ckpt-dir", elsewhere)
+    assert train_here(capfd, *command).code == 0
+    assert (run / "checkpoints").is_symlink()
+    assert verify_folder(elsewhere / "step-000000030") is None
+    shutil.rmtree(run)
+    shutil.rmtree(elsewhere / "step-000000030")
+    outcome = train_here(capfd, *command)
+    assert outcome.code == 0, outcome.err
+    assert weights(run) == weights(finished)
+    assert [r["step"] for r in curve(run) if "train/loss" in r] == list(range(21, 31))
+
+
+def test_a_run_is_refused_while_another_process_trains_it(
+    tmp_path: Path, config: Path, corpus: Path, capfd: Capture
+) -> None:
+    run = tmp_path / "run"
+    command = ("--config", config, "--data-dir", corpus, "--run-dir", run, "--total-steps", "20000")
+    first = Training(*command)
+    try:
+        first.wait_for_line("step     5/")
+        outcome = train_here(capfd, *command)
+    finally:
+        first.kill()
+    assert outcome.code == 78
+    assert f"process {first.process.pid} on " in outcome.one_line
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A full disk
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB: the tiny model's checkpoint takes a third of it."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a tmpfs needs rights that this user does not have")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.fixture
+def no_safety_margin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the write itself meet the end of the disk, as when another program fills it meanwhile."""
+    monkeypatch.setattr("x1_pretrain.runtime.checkpoint_files._require_space", lambda folder, needed: None)
+
+
+@pytest.mark.usefixtures("no_safety_margin")
+def test_a_full_disk_costs_no_checkpoint_that_was_there(
+    small_disk: Path, tmp_path: Path, config: Path, corpus: Path, finished: Path, capfd: Capture
+) -> None:
+    run, where = tmp_path / "run", small_disk / "checkpoints"
+    command = ("--config", config, "--data-dir", corpus, "--run-dir", run, "--ckpt-dir", where)
+    where.mkdir()
+    filler = small_disk / "someone-elses-file"
+    # room for one checkpoint and a half: the one of step 0 fits, no second one does
+    filler.write_bytes(b"x" * (1024 * 1024 - int(1.5 * checkpoint_bytes(finished))))
+    outcome = train_here(capfd, *command)
+    assert outcome.code == 75, outcome.out
+    assert "checkpoint at step 10 not saved: No space left on device" in outcome.out
+    assert "the last good one is step-000000000" in outcome.out
+    good, skipped = newest_good(where)
+    assert good is not None
+    assert (good.name, skipped) == ("step-000000000", [])
+    assert not list(where.glob(".writing*"))
+    filler.unlink()
+    outcome = train_here(capfd, *command)  # room again: the same command goes on
+    assert outcome.code == 0, outcome.err
+    assert weights(run) == weights(finished)
+    assert curve(run) == curve(finished)
+
+
+@pytest.mark.usefixtures("no_safety_margin")
+def test_older_checkpoints_make_room_for_a_new_one(
+    small_disk: Path, tmp_path: Path, config: Path, corpus: Path, finished: Path, capfd: Capture
+) -> None:
+    where = small_disk / "checkpoints"
+    where.mkdir()
+    (small_disk / "filler").write_bytes(b"x" * (1024 * 1024 - int(2.5 * checkpoint_bytes(finished))))
+    outcome = train_here(
+        capfd,
+        *("--config", config, "--data-dir", corpus, "--run-dir", tmp_path / "run", "--ckpt-dir", where),
+    )
+    assert outcome.code == 0, outcome.out
+    assert "removed older checkpoints to make room" in outcome.out
+    assert newest_good(where)[0] == where / "step-000000030"
+
+
+def test_no_room_for_even_one_checkpoint_is_refused_before_compute(
+    small_disk: Path, tmp_path: Path, config: Path, corpus: Path, capfd: Capture
+) -> None:
+    outcome = train_here(
+        capfd,
+        *("--config", config, "--data-dir", corpus, "--run-dir", tmp_path / "run"),
+        *("--ckpt-dir", small_disk / "checkpoints"),
+    )
+    assert outcome.code == 78
+    assert "can't be saved" in outcome.err
+    assert not rows(tmp_path / "run" / "metrics.jsonl")
+
+
+def test_a_full_disk_under_the_records_loses_no_row(
+    small_disk: Path, tmp_path: Path, config: Path, corpus: Path, finished: Path, capfd: Capture
+) -> None:
+    run = small_disk / "run"
+    filler = small_disk / "filler"
+    filler.write_bytes(b"x" * (1024 * 1024 - 24 * 1024))
+    # a few rows fit, then the disk is full; the checkpoints are elsewhere and go on
+    outcome = train_here(
+        capfd,
+        *("--config", config, "--data-dir", corpus, "--run-dir", run, "--ckpt-dir", tmp_path / "checkpoints"),
+    )
+    assert outcome.code == 0, outcome.err
+    assert "rows wait in memory" in outcome.out
+    whole = curve(finished)
+    kept = curve(run)
+    assert 0 < len(kept) < len(whole)
+    assert kept == whole[: len(kept)]
+    assert (run / "metrics.jsonl").read_bytes().endswith(b"\n")
+
+
+def checkpoint_bytes(run: Path) -> int:
+    newest = run / "checkpoints" / "step-000000030"
+    return sum(-(-f.stat().st_size // 4096) * 4096 for f in newest.iterdir())
+
+
+def test_old_checkpoints_go_only_beyond_what_is_kept(tmp_path: Path, config: Path, corpus: Path, capfd: Capture) -> None:
+    run = tmp_path / "run"
+    outcome = train_here(
+        capfd,
+        *("--config", config, "--data-dir", corpus, "--run-dir", run, "--ckpt-every", "4"),
+        *("--set", "checkpoint.keep_last=3", "--set", "checkpoint.keep_every=12"),
+    )
+    assert outcome.code == 0, outcome.err
+    kept = [int(p.name[5:]) for p in list_checkpoints(run / "checkpoints")]
+    assert kept == [30, 28, 24, 12, 0]
+    manifest = json.loads((run / "checkpoints" / "step-000000012" / "manifest.json").read_text())
+    assert manifest["step"] == 12
