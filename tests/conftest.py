@@ -9,14 +9,14 @@ import pytest
 
 from tests.corpora import write_corpus
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: a second thread only waits, and tests run side by side
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: a second thread only waits
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Real texts, vocabularies and tasks, beside the checkout; tests that use them skip where they are absent."""
+    """Real texts, vocabularies and tasks beside the checkout; tests that use them skip without."""
     folder = Path(os.environ.get("X1_SHARED", REPOSITORY.parent / "shared"))
     if not folder.is_dir():
         pytest.skip(f"{folder} is absent (real material is optional)")

@@ -12,9 +12,30 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 END = "<|endoftext|>"
-WORDS = (
-    "the cat sat on a mat and saw that it was good while rain fell over hills far away from any town".split()
-)
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "and",
+    "saw",
+    "that",
+    "it",
+    "was",
+    "good",
+    "while",
+    "rain",
+    "fell",
+    "over",
+    "hills",
+    "far",
+    "away",
+    "from",
+    "any",
+    "town",
+]
 
 
 def text(documents: int, seed: int) -> list[str]:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-import click
 import typer
+import typer.main
 
 from x1_pretrain.errors import USAGE, guarded
+
+# typer brings its own copy of click or uses the one installed: the base of its errors is found by name
+UsageProblem: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 
 def single(function: Callable[..., object]) -> typer.Typer:
@@ -23,14 +26,22 @@ def run(app: typer.Typer, args: list[str] | None = None, prog: str | None = None
     command = typer.main.get_command(app)
 
     def call() -> object:
-        return command.main(args=sys.argv[1:] if args is None else args, prog_name=prog, standalone_mode=False)
+        return command.main(
+            args=sys.argv[1:] if args is None else args, prog_name=prog, standalone_mode=False
+        )
 
     try:
         return guarded(call)
-    except click.ClickException as error:
+    except UsageProblem as error:
         where = prog or "x1"
-        print(f"x1: {error.format_message()} (`{where} --help` lists the options)", file=sys.stderr)
+        print(f"x1: {_message(error)} (`{where} --help` lists the options)", file=sys.stderr)
         return USAGE
-    except click.exceptions.Abort:
+    except typer.Abort:
         print("x1: interrupted", file=sys.stderr)
         return 130
+
+
+def _message(error: Exception) -> str:
+    """click's own wording: it names the option."""
+    wording: Callable[[], str] = getattr(error, "format_message", lambda: str(error))
+    return wording().rstrip(".")

@@ -287,7 +287,7 @@ _Loader.add_implicit_resolver(
 def _mapping_without_twins(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
-        key = loader.construct_object(key_node)  # type: ignore[no-untyped-call]
+        key = loader.construct_object(key_node)
         if key in seen:
             raise yaml.constructor.ConstructorError(
                 None, None, f"the key '{key}' is given twice", key_node.start_mark
@@ -350,25 +350,51 @@ def parse_config(tree: Mapping[str, Any], origin: str) -> RunConfig:
     try:
         return RunConfig.model_validate_json(json.dumps(tree))
     except ValidationError as error:
-        raise UserError(f"{origin}: " + "; ".join(map(_problem, error.errors()))) from None
+        raise UserError(f"{origin}: {_problems(error.errors())}") from None
     except TypeError as error:  # YAML can hold what JSON can't: dates, sets
         raise UserError(f"{origin}: {error}; use plain numbers, strings, lists and sections") from None
 
 
-def _problem(detail: Any) -> str:
-    path = ".".join(str(part) for part in detail["loc"])
+def _problems(details: Iterable[Any]) -> str:
+    """Each wrong field once, with the value found and what was expected."""
+    by_path: dict[str, list[str]] = {}
+    for detail in details:
+        path, problem = _problem(detail)
+        by_path.setdefault(path, []).append(problem)
+    return "; ".join(
+        f"{path}: {_joined(found)}" if path else _joined(found) for path, found in by_path.items()
+    )
+
+
+def _joined(problems: list[str]) -> str:
+    """A field of several kinds fails as each of them: `expected a or b, found x`."""
+    if len(problems) == 1:
+        return problems[0]
+    wanted = [p.removeprefix("expected ").rpartition(", found ")[0] for p in problems]
+    return f"expected {' or '.join(wanted)}, found {problems[0].rpartition(', found ')[2]}"
+
+
+def _problem(detail: Any) -> tuple[str, str]:
+    """The field's path and what is wrong with it."""
+    parts = [str(part) for part in detail["loc"]]
+    if parts and re.search(
+        r"\[|^constrained|^(int|str)$", parts[-1]
+    ):  # pydantic's name for one kind of several
+        parts.pop()
+    return ".".join(parts), _reason(detail)
+
+
+def _reason(detail: Any) -> str:
     if detail["type"] == "extra_forbidden":
         known = _fields_at(detail["loc"][:-1])
         near = get_close_matches(str(detail["loc"][-1]), known, n=1, cutoff=0.5)
-        return f"{path}: unknown key" + (
-            f", did you mean '{near[0]}'?" if near else f"; known: {', '.join(known)}"
-        )
+        return "unknown key" + (f", did you mean '{near[0]}'?" if near else f"; known: {', '.join(known)}")
     if detail["type"] == "missing":
-        return f"{path}: missing"
+        return "missing"
     message = re.sub(r"^Value error, |^Input should be ", "", detail["msg"])
     if detail["type"] == "value_error":
-        return f"{path}: {message}" if path else message
-    return f"{path}: expected {message}, found {detail['input']!r}"
+        return message
+    return f"expected {message}, found {detail['input']!r}"
 
 
 def _fields_at(location: Iterable[Any]) -> list[str]:

@@ -68,7 +68,9 @@ def test_the_shuffle_is_pinned_so_that_old_runs_resume_with_their_order() -> Non
 
     for size in (1, 2, 3, 17, 1000, 70_001):
         positions = range(0, size, max(1, size // 50))
-        assert Shuffle(size, b"pin")(list(positions)).tolist() == [feistel(p, size, b"pin") for p in positions]
+        assert Shuffle(size, b"pin")(list(positions)).tolist() == [
+            feistel(p, size, b"pin") for p in positions
+        ]
 
 
 def test_the_shuffle_looks_random() -> None:
@@ -105,14 +107,16 @@ def test_cycles_of_the_shuffle_are_as_many_as_of_a_random_permutation() -> None:
     assert abs(np.mean(counts) - harmonic) < 5 * np.sqrt(harmonic / len(counts))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The mixture
 
 WEIGHTS = st.lists(st.floats(0.001, 1.0), min_size=1, max_size=7)
 
 
 @given(weights=WEIGHTS, batch=st.integers(1, 9), steps=st.integers(1, 60))
-def test_running_totals_stay_within_one_block_of_the_shares(weights: list[float], batch: int, steps: int) -> None:
+def test_running_totals_stay_within_one_block_of_the_shares(
+    weights: list[float], batch: int, steps: int
+) -> None:
     quotas = cumulative_quotas([weights] * steps, batch)
     total = sum(map(Fraction, weights))
     for step in range(steps + 1):
@@ -124,7 +128,9 @@ def test_running_totals_stay_within_one_block_of_the_shares(weights: list[float]
 
 
 @given(data=st.data(), batch=st.integers(1, 5), steps=st.integers(1, 40), corpora=st.integers(2, 6))
-def test_also_when_the_weights_move_with_training(data: st.DataObject, batch: int, steps: int, corpora: int) -> None:
+def test_also_when_the_weights_move_with_training(
+    data: st.DataObject, batch: int, steps: int, corpora: int
+) -> None:
     row = st.lists(st.floats(0.001, 1.0), min_size=corpora, max_size=corpora)
     weights = data.draw(st.lists(row, min_size=steps, max_size=steps))
     quotas = cumulative_quotas(weights, batch)
@@ -144,11 +150,16 @@ def test_many_small_corpora_do_not_starve() -> None:
     assert drift.max() < 1.000001
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The order
 
 SOURCES = st.lists(
-    st.builds(Source, key=st.text("abc", min_size=1, max_size=3), blocks=st.integers(1, 40), weight=st.floats(0.05, 1)),
+    st.builds(
+        Source,
+        key=st.text("abc", min_size=1, max_size=3),
+        blocks=st.integers(1, 40),
+        weight=st.floats(0.05, 1),
+    ),
     min_size=1,
     max_size=4,
 )
@@ -185,7 +196,10 @@ def test_a_block_the_run_never_reaches_has_no_step() -> None:
     assert order.find(Draw(0, 5, 0)) is None
 
 
-@given(worlds=st.lists(st.sampled_from([1, 2, 3, 4, 6, 12]), min_size=3, max_size=6), micro=st.sampled_from([1, 2, 3]))
+@given(
+    worlds=st.lists(st.sampled_from([1, 2, 3, 4, 6, 12]), min_size=3, max_size=6),
+    micro=st.sampled_from([1, 2, 3]),
+)
 def test_ranks_and_micro_batches_only_slice_a_step(worlds: list[int], micro: int) -> None:
     order = Order(7, [Source("a", 50, 0.7), Source("b", 9, 0.3)], 12, len(worlds))
     for step, world in enumerate(worlds):  # the number of ranks changes at every step

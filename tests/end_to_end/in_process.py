@@ -1,4 +1,4 @@
-"""`x1 train` called in this process: its exit code and what it printed, in a tenth of the time of a new one."""
+"""`x1 train` called in this process: its exit code and its output, in a tenth of the time of a new one."""
 
 from __future__ import annotations
 

@@ -18,7 +18,9 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 class Training:
     """One `x1_pretrain.train` process in a process group of its own."""
 
-    def __init__(self, *args: str | Path, script: Path | None = None, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, *args: str | Path, script: Path | None = None, env: dict[str, str] | None = None
+    ) -> None:
         what = [str(script)] if script else ["-m", "x1_pretrain.train"]
         self.process = subprocess.Popen(
             [sys.executable, "-u", *what, *map(str, args)],
@@ -81,7 +83,15 @@ def last_step(run: Path) -> int:
     return int(json.loads(complete[-1])["step"]) if complete and complete[-1].startswith(b"{") else -1
 
 
-TIMES = ("time_utc", "elapsed_s", "session", "tokens_per_sec", "flops_per_sec", "data/wait_share", "memory/rss_gib")
+TIMES = (
+    "time_utc",
+    "elapsed_s",
+    "session",
+    "tokens_per_sec",
+    "flops_per_sec",
+    "data/wait_share",
+    "memory/rss_gib",
+)
 
 
 def curve(run: Path) -> list[dict[str, Any]]:

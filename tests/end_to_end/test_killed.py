@@ -6,7 +6,6 @@ import random
 from pathlib import Path
 
 import pytest
-
 from tests.corpora import write_config
 from tests.end_to_end.processes import Training, curve, last_step, rows, wait_until, weights
 
@@ -47,7 +46,9 @@ def test_the_uninterrupted_run_is_what_it_should_be(uninterrupted: Path) -> None
     assert len(drawn) == len(set(drawn)) == STEPS * 512 // 32
 
 
-def test_killed_at_five_random_instants(tmp_path: Path, config: Path, corpus: Path, uninterrupted: Path) -> None:
+def test_killed_at_five_random_instants(
+    tmp_path: Path, config: Path, corpus: Path, uninterrupted: Path
+) -> None:
     run, rng = tmp_path / "run", random.Random(20261121)
     command = ("--config", config, "--data-dir", corpus, "--run-dir", run)
     for kill in range(1, 6):

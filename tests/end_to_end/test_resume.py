@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-
 from tests.corpora import write_config, write_corpus
 from tests.end_to_end.in_process import train_here
 from tests.end_to_end.processes import Training, curve, rows, weights
+
 from x1_pretrain.runtime.checkpoint_files import list_checkpoints, newest_good, verify_folder
 
 Capture = pytest.CaptureFixture[str]
@@ -135,7 +135,9 @@ def test_all_checkpoints_bad_is_refused_with_the_list(
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
-def test_checkpoints_that_vanished_are_not_a_new_run(run: Path, config: Path, corpus: Path, capfd: Capture) -> None:
+def test_checkpoints_that_vanished_are_not_a_new_run(
+    run: Path, config: Path, corpus: Path, capfd: Capture
+) -> None:
     shutil.rmtree(run / "checkpoints")
     outcome = train_here(capfd, "--config", config, "--data-dir", corpus, "--run-dir", run)
     assert outcome.code == 78
@@ -144,7 +146,9 @@ def test_checkpoints_that_vanished_are_not_a_new_run(run: Path, config: Path, co
 
 def test_a_finished_run_stays_finished(run: Path, config: Path, corpus: Path, capfd: Capture) -> None:
     before = (run / "metrics.jsonl").read_bytes()
-    outcome = train_here(capfd, "--config", config, "--data-dir", corpus, "--run-dir", run, "--resume-from-latest")
+    outcome = train_here(
+        capfd, "--config", config, "--data-dir", corpus, "--run-dir", run, "--resume-from-latest"
+    )
     assert (outcome.code, outcome.err) == (0, "")
     assert "finished before, at step 30" in outcome.out
     assert (run / "metrics.jsonl").read_bytes() == before
@@ -156,11 +160,24 @@ def test_fresh_does_not_run_over_an_old_run(run: Path, config: Path, corpus: Pat
     assert "--fresh" in outcome.one_line
 
 
-def test_harmless_fields_may_change(run: Path, config: Path, corpus: Path, finished: Path, capfd: Capture) -> None:
+def test_harmless_fields_may_change(
+    run: Path, config: Path, corpus: Path, finished: Path, capfd: Capture
+) -> None:
     shutil.rmtree(run / "checkpoints" / "step-000000030")
     outcome = train_here(
         capfd,
-        *("--config", config, "--data-dir", corpus, "--run-dir", run, "--log-every", "5", "--ckpt-every", "3"),
+        *(
+            "--config",
+            config,
+            "--data-dir",
+            corpus,
+            "--run-dir",
+            run,
+            "--log-every",
+            "5",
+            "--ckpt-every",
+            "3",
+        ),
         *("--set", "training.micro_batch=8", "--set", "verify.loss_band=[1.0, 2.0]"),
     )
     assert outcome.code == 0, outcome.err
@@ -343,7 +360,9 @@ def checkpoint_bytes(run: Path) -> int:
     return sum(-(-f.stat().st_size // 4096) * 4096 for f in newest.iterdir())
 
 
-def test_old_checkpoints_go_only_beyond_what_is_kept(tmp_path: Path, config: Path, corpus: Path, capfd: Capture) -> None:
+def test_old_checkpoints_go_only_beyond_what_is_kept(
+    tmp_path: Path, config: Path, corpus: Path, capfd: Capture
+) -> None:
     run = tmp_path / "run"
     outcome = train_here(
         capfd,

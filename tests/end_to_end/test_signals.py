@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C in each phase: a verified checkpoint, exit 75 within 30 s, and the same run afterwards."""
+"""SIGTERM and Ctrl-C in each phase: a verified checkpoint, exit 75 within 30 s, the same run afterwards."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
-
 from tests.corpora import write_config
 from tests.end_to_end.processes import Training, curve, last_step, rows, wait_until, weights
+
 from x1_pretrain.runtime.checkpoint_files import newest_good, step_of
 
 SCRIPT = Path(__file__).with_name("slow_phase.py")
@@ -76,7 +76,16 @@ def test_a_signal_while_the_compiler_hangs(
 ) -> None:
     run = tmp_path / "run"
     env = {"CXX": str(hanging_compiler(tmp_path)), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    command = ("--config", config, "--data-dir", corpus, "--run-dir", run, "--set", "training.compile=default")
+    command = (
+        "--config",
+        config,
+        "--data-dir",
+        corpus,
+        "--run-dir",
+        run,
+        "--set",
+        "training.compile=default",
+    )
     training = Training("compile", *command, script=SCRIPT, env=env)
     training.wait_for_line("PHASE compile")
     time.sleep(3)
@@ -123,7 +132,16 @@ def test_a_second_signal_leaves_at_once(tmp_path: Path, config: Path, corpus: Pa
 def test_a_hang_up_does_not_end_a_run(tmp_path: Path, config: Path, corpus: Path) -> None:
     run = tmp_path / "run"
     training = Training(
-        "--config", config, "--data-dir", corpus, "--run-dir", run, "--total-steps", "3000", "--eval-every", "3000"
+        "--config",
+        config,
+        "--data-dir",
+        corpus,
+        "--run-dir",
+        run,
+        "--total-steps",
+        "3000",
+        "--eval-every",
+        "3000",
     )
     training.wait_for_line("step   20/")
     training.send(signal.SIGHUP)

@@ -1,0 +1,126 @@
+"""What fits and what compiles is found by trying, bounded, and said."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.corpora import tiny_config
+
+from x1_pretrain.config import ModelConfig, RunConfig, parse_config
+from x1_pretrain.runtime import fit
+
+CPU = torch.device("cpu")
+
+
+def config(mode: str, limit_s: float = 120.0) -> RunConfig:
+    tree = tiny_config(training={"compile": mode, "compile_timeout_s": limit_s})
+    tree["model"]["vocab_size"] = 300
+    return parse_config(tree, "test")
+
+
+@given(blocks=st.integers(1, 600), limit=st.integers(1, 700))
+def test_micro_batches_divide_exactly(blocks: int, limit: int) -> None:
+    found = fit.divisors_up_to(blocks, limit)
+    assert found == [n for n in range(blocks, 0, -1) if blocks % n == 0 and n <= limit]
+
+
+@given(
+    blocks=st.integers(1, 600),
+    base=st.floats(0.1, 20),
+    each=st.floats(0.01, 5),
+    limit=st.floats(1, 80),
+    bend=st.floats(0.8, 1.3),
+)
+def test_the_largest_micro_batch_that_fits_is_found(
+    blocks: int, base: float, each: float, limit: float, bend: float
+) -> None:
+    """Against brute force, for memory that is not quite a straight line and a probe that can run out."""
+    calls = []
+
+    def peak(n: int) -> float | None:
+        calls.append(n)
+        used = base + each * n**bend
+        return None if used > limit * 1.05 else used
+
+    found, said = fit.largest_fitting(blocks, peak, limit)
+    fitting = [n for n in range(1, blocks + 1) if blocks % n == 0 and base + each * n**bend <= limit]
+    if base + each > limit * 1.05:
+        assert found is None
+        return
+    assert found is not None
+    assert "micro-batch" in said
+    assert len(set(calls)) == len(calls) or len(calls) < 30
+    if fitting and bend <= 1.0:  # memory that grows no faster than predicted: at most one divisor short
+        assert found in fitting
+    assert found == 1 or base + each * found**bend <= limit
+
+
+def test_a_prediction_too_high_is_halved_and_said() -> None:
+    def peak(n: int) -> float | None:  # a straight line at first, then worse: 32 fit, 64 do not
+        return n * 1.0 if n <= 32 else None
+
+    found, said = fit.largest_fitting(256, peak, 100.0)
+    assert found == 32
+    assert "did not fit" in said
+
+
+def test_cpu_micro_batches_stay_within_memory_and_caches() -> None:
+    model = ModelConfig(
+        layers=8, d_model=768, heads=12, kv_heads=4, d_ff=2048, context=1024, vocab_size=50257
+    )
+    assert fit.cpu_micro_batch(model, 512, "fp32", 64 << 30)[0] == 8  # 8192 tokens
+    assert fit.cpu_micro_batch(model, 512, "fp32", 1 << 30)[0] == 1
+    assert fit.cpu_micro_batch(model, 6, "fp32", 64 << 30)[0] == 6
+
+
+def test_precision_is_measured_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = config("off").model
+    for ratio, expected in ((4.0, "bf16"), (0.5, "fp32")):
+        times = {torch.float32: ratio, torch.bfloat16: 1.0}
+        monkeypatch.setattr(fit, "matmul_seconds", lambda _, dtype, times=times: times[dtype])
+        chosen, said = fit.choose_precision("auto", CPU, model)
+        assert chosen == expected
+        assert "measured" in said
+    assert fit.choose_precision("fp32", CPU, model)[0] == "fp32"
+
+
+def test_the_measurement_itself_is_a_time() -> None:
+    model = config("off").model
+    assert 0 < fit.matmul_seconds(model, torch.float32) < 1
+
+
+def test_compilation_works_here() -> None:
+    found = fit.choose_compilation(config("default"), CPU, "fp32", 4, lambda: False)
+    if found.mode == "off":
+        pytest.skip(f"no working compiler on this machine: {found.message}")
+    assert found.message.startswith("compile: default")
+
+
+def test_a_compiler_that_fails_is_said_and_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "/bin/false")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    found = fit.choose_compilation(config("default"), CPU, "fp32", 4, lambda: False)
+    assert found.mode == "off"
+    assert "default failed: " in found.message
+    assert "Error" in found.message
+
+
+def test_a_compiler_that_hangs_is_ended_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = tmp_path / "g++"
+    compiler.write_text("#!/bin/sh\nexec sleep 600\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    begun = time.monotonic()
+    found = fit.choose_compilation(config("max-autotune", limit_s=8.0), CPU, "fp32", 4, lambda: False)
+    assert time.monotonic() - begun < 30
+    assert found.mode == "off"
+    assert "max-autotune failed: still compiling after 8 s" in found.message  # and then the next mode
+    assert "default failed: still compiling after 8 s" in found.message
