@@ -1,80 +1,45 @@
 """A run -> the folder of artifacts to show others.
 
-    python -m x1_pretrain.export_run --mlflow-uri file:///workspace/mlruns --output experiments/X1-pretraining/run-cloud/
+    python -m x1_pretrain.export_run --mlflow-uri file:///workspace/mlruns \\
+        --output experiments/X1-pretraining/run-cloud/
     x1 export x1-50m-a100 --output export/
 
-Writes manifest.json (with the sha256 of every file), metrics.csv, the three pictures, the final weights and optimizer
-state, config.yaml and mlflow-run-uri.txt. The folder appears whole or not at all. Exporting again replaces the earlier
-export and keeps what others put beside it. Exit code 1 when something could not be exported; it says what.
+Writes manifest.json, metrics.csv, loss-curve.png, gradnorm-curve.png, throughput.png, final.safetensors,
+final-optimizer.safetensors, config.yaml and mlflow-run-uri.txt. With only a store given it takes the newest
+X1 run in it, and that run's folder if it is still there; else what MLflow has. Exit code 1 when something
+could not be exported; it says what.
 """
 
 from __future__ import annotations
 
-import csv
 import json
-import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from x1_pretrain.command import run as run_app
 from x1_pretrain.command import single
 from x1_pretrain.config import parse_config, parse_yaml
-from x1_pretrain.errors import FAULT, FINISHED, RefusedError, UserError
+from x1_pretrain.errors import FAULT, FINISHED, UserError
 from x1_pretrain.records import mlflow_store
-from x1_pretrain.records.metrics import utc_now
-from x1_pretrain.records.plots import History, draw_all
+from x1_pretrain.records.export_folder import WEIGHTS, Material, export
 from x1_pretrain.records.run_folder import (
     Row,
     Run,
     find_run,
-    is_number,
     last_step,
-    last_value,
     list_runs,
     open_run,
     read_json,
     resume_steps,
-    sessions,
-    validation_losses,
 )
-from x1_pretrain.runtime.checkpoint_files import newest_good, sha256, step_of
+from x1_pretrain.runtime.checkpoint_files import newest_good, step_of
 
 RUNS = Path("runs")
-WEIGHTS = {"model.safetensors": "final.safetensors", "optimizer.safetensors": "final-optimizer.safetensors"}
-KEEPERS = {".gitkeep", ".gitignore"}  # a folder with nothing else in it counts as empty
 MLFLOW_OFF = "MLflow was off for this run; metrics.csv holds every point"
-
-
-@dataclass
-class Material:
-    """What there is to export, wherever it came from."""
-
-    name: str
-    manifest: dict[str, Any]
-    rows: Sequence[Row]
-    resumes: Sequence[int]
-    total_steps: int | None
-    clip: float | None
-    config_text: str | None
-    mlflow_line: str
-    checkpoint: Path | None = None
-    secret: tuple[str, str] = ("", "")  # an address with a password, and what is written instead
-    missing: list[str] = field(default_factory=list)  # what could not be exported, and why
-
-    @property
-    def finished(self) -> bool:
-        return self.total_steps is not None and last_step(self.rows) >= self.total_steps
-
-    @property
-    def label(self) -> str:
-        if self.finished:
-            return self.name
-        return f"{self.name} (unfinished: step {last_step(self.rows):,} of {self.total_steps or '?':,})"
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -107,13 +72,9 @@ def _in_store(uri: str, experiment: str | None, name: str | None) -> tuple[list[
         return [], f"there is no MLflow store at {store}"
     try:
         found = mlflow_store.find_runs(mlflow_store.connect(uri), uri, experiment, name)
-    except (
-        Exception
-    ) as error:  # a server or a database may fail in any way; the run folder can still be exported
+    except Exception as error:  # a store may fail in any way; the run folder can still be exported
         return [], f"{store} can't be read ({type(error).__name__}: {str(error).splitlines()[0][:150]})"
-    wanted = "".join(
-        f" {what} {value!r}" for what, value in (("in experiment", experiment), ("named", name)) if value
-    )
+    wanted = (f" named {name!r}" if name else "") + (f" of experiment {experiment!r}" if experiment else "")
     return found, f"no X1 run{wanted} in {store}"
 
 
@@ -134,9 +95,8 @@ def _folder_of_store(uri: str, experiment: str | None, name: str | None, why_not
 
 def _say_choice(found: Sequence[mlflow_store.Found]) -> None:
     chosen, *others = found
-    print(
-        f"run {chosen.name} ({chosen.x1_run_id}), the newest X1 run in {mlflow_store.without_password(chosen.store)}"
-    )
+    store = mlflow_store.without_password(chosen.store)
+    print(f"run {chosen.name} ({chosen.x1_run_id}), the newest X1 run in {store}")
     if others:
         listed = ", ".join(f"{run.name} ({run.x1_run_id})" for run in others[:10])
         print(f"others there, --run NAME picks one: {listed}")
@@ -181,9 +141,8 @@ def _pick_checkpoint(material: Material, run: Run) -> None:
     if material.checkpoint is None:
         material.missing.append(f"{' and '.join(WEIGHTS.values())}: no good checkpoint in {run.checkpoints}")
     elif material.finished and step_of(material.checkpoint) < last_step(material.rows):
-        material.missing.append(
-            f"the weights of step {last_step(material.rows)}: the newest good checkpoint is {material.checkpoint.name}"
-        )
+        wanted, got = last_step(material.rows), material.checkpoint.name
+        material.missing.append(f"weights of step {wanted}: the newest good checkpoint is {got}")
 
 
 def from_store(uri: str, found: mlflow_store.Found) -> Material:
@@ -223,143 +182,6 @@ def _whole_numbers(row: Row) -> Row:
 
 
 # -----------------------------------------------------------------------------------------------------------
-# Writing
-
-
-def export(material: Material, output: Path) -> list[str]:
-    """Make `output` the export of the run; the names of its files."""
-    output = output.absolute() if not output.exists() else output.resolve()
-    run_id = str(material.manifest["run_id"])
-    _refuse_others(output, run_id)
-    new = output.with_name(f".{output.name}.exporting")
-    try:
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
-        _write(material, new)
-        if output.exists():
-            _carry_over(output, new)
-        _put_in_place(new, output)
-    except OSError as error:
-        shutil.rmtree(new, ignore_errors=True)
-        raise UserError(
-            f"--output {output}: can't be written ({error.strerror}); nothing there was changed"
-        ) from None
-    return sorted(file.name for file in output.iterdir())
-
-
-def _refuse_others(output: Path, run_id: str) -> None:
-    """Only an empty folder or this run's own earlier export may be written over."""
-    if not output.exists():
-        return
-    if not output.is_dir():
-        raise UserError(f"--output {output}: this is a file; expected a folder")
-    if {entry.name for entry in output.iterdir()} <= KEEPERS:
-        return
-    manifest = read_json(output / "manifest.json") if (output / "manifest.json").is_file() else {}
-    if manifest.get("kind") != "export":
-        raise RefusedError(
-            f"--output {output}: not empty and not an export; choose another folder or empty it"
-        )
-    if manifest.get("run_id") != run_id:
-        raise RefusedError(
-            f"--output {output}: holds the export of another run ({manifest.get('run_id')}), this one is {run_id}; "
-            "choose another folder"
-        )
-
-
-def _write(material: Material, folder: Path) -> None:
-    _write_csv(material.rows, folder / "metrics.csv")
-    draw_all(History(material.label, material.rows, material.resumes, material.clip), folder)
-    (folder / "mlflow-run-uri.txt").write_text(material.mlflow_line + "\n", encoding="utf-8")
-    if material.config_text is not None:
-        (folder / "config.yaml").write_text(_public(material.config_text, material), encoding="utf-8")
-    if material.checkpoint is not None:
-        for source, target in WEIGHTS.items():
-            shutil.copyfile(material.checkpoint / source, folder / target)
-    manifest = _manifest(material, folder)
-    text = _public(json.dumps(manifest, indent=1, ensure_ascii=False), material)
-    (folder / "manifest.json").write_text(text + "\n", encoding="utf-8")
-
-
-def _public(text: str, material: Material) -> str:
-    """Others will read this: no password in the address of the store."""
-    secret, instead = material.secret
-    return text.replace(secret, instead) if secret else text
-
-
-def _write_csv(rows: Sequence[Row], file: Path) -> None:
-    """Long form, one line a point. A metric that two rows of one step hold (tokens) is written once."""
-    done: set[tuple[int, str]] = set()
-    with file.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(("step", "name", "value"))
-        for row in rows:
-            for name, value in row.items():
-                if name != "step" and is_number(value) and (row["step"], name) not in done:
-                    done.add((row["step"], name))
-                    writer.writerow((row["step"], name, repr(value)))
-
-
-def _manifest(material: Material, folder: Path) -> dict[str, Any]:
-    """The run's own manifest, then how it ended and what is in this folder."""
-    rows = material.rows
-    spent = last_value(rows, "budget/spent_usd")
-    return {
-        **material.manifest,
-        "schema_version": 1,
-        "kind": "export",
-        "exported_utc": utc_now(),
-        "status": "finished" if material.finished else "unfinished",
-        "total_steps": material.total_steps,
-        "final": {
-            "step": last_step(rows),
-            "tokens": int(last_value(rows, "tokens") or 0),
-            "elapsed_s": last_value(rows, "elapsed_s"),
-            "losses": {name: last_value(rows, name) for name in ("train/loss", *validation_losses(rows))},
-        },
-        "spent_usd": spent if spent is not None else material.manifest.get("spent_usd"),
-        "sessions": sessions(rows),
-        "resumed_from_steps": list(material.resumes),
-        "checkpoint": _checkpoint(material.checkpoint),
-        "not_exported": material.missing,
-        "files": {file.name: _identity(file) for file in sorted(folder.iterdir())},
-    }
-
-
-def _checkpoint(path: Path | None) -> dict[str, Any] | None:
-    return {"name": path.name, "step": step_of(path), "files": WEIGHTS} if path else None
-
-
-def _identity(file: Path) -> dict[str, Any]:
-    return {"bytes": file.stat().st_size, "sha256": sha256(file)}
-
-
-def _carry_over(old: Path, new: Path) -> None:
-    """What others put beside an earlier export (a post-mortem, a screenshot) stays."""
-    ours = {"manifest.json"}
-    if (old / "manifest.json").is_file():
-        ours |= set(read_json(old / "manifest.json").get("files", {}))
-    for entry in old.iterdir():
-        if entry.name in ours or (new / entry.name).exists():
-            continue
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.copytree(entry, new / entry.name, symlinks=True)
-        else:
-            shutil.copy2(entry, new / entry.name, follow_symlinks=False)
-
-
-def _put_in_place(new: Path, output: Path) -> None:
-    if output.exists():
-        old = output.with_name(f".{output.name}.replaced")
-        shutil.rmtree(old, ignore_errors=True)
-        output.rename(old)
-        new.rename(output)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        new.rename(output)
-
-
-# -----------------------------------------------------------------------------------------------------------
 # The command
 
 
@@ -374,7 +196,9 @@ def main(
         str | None, typer.Option("--run", metavar="NAME", help="not the newest run but this one")
     ] = None,
 ) -> int:
-    """Export a run: manifest, metrics, pictures, final weights. A run still going on is exported as it stands."""
+    """Export a run: manifest, metrics, pictures, final weights; one still going on as it stands."""
+    if run is not None and name is not None:
+        raise UserError(f"RUN {run} and --run {name} both name a run; pass one of them")
     material = choose(run, mlflow_uri, mlflow_experiment, name)
     files = export(material, output)
     checkpoint = f", weights of {material.checkpoint.name}" if material.checkpoint else ""

@@ -24,7 +24,7 @@ from x1_pretrain.learning import optimizers, stability
 from x1_pretrain.learning.schedule import learning_rate
 from x1_pretrain.model.decoder import Decoder
 from x1_pretrain.model.flops import mfu
-from x1_pretrain.model.loss import IGNORED, summed_loss
+from x1_pretrain.model.loss import CHUNK_TOKENS, IGNORED, summed_loss
 from x1_pretrain.records import console
 from x1_pretrain.records.metrics import utc_now
 from x1_pretrain.runtime import assemble, checkpoint, checkpoint_files, fit
@@ -133,7 +133,7 @@ def forward(run: Run, tokens: Tensor) -> Tensor:
     hidden = run.decoder.hidden(tokens[:, :-1])  # (B, T, d)
     targets = tokens[:, 1:].reshape(-1)  # (B T,)
     weight, vocab = run.decoder.output_weight, run.decoder.config.vocab
-    return summed_loss(hidden.flatten(0, 1), weight, targets, vocab, fit.CHUNK_TOKENS, run.machine.terms)
+    return summed_loss(hidden.flatten(0, 1), weight, targets, vocab, CHUNK_TOKENS, run.machine.terms)
 
 
 def halve_micro_batch(run: Run, blocks: int) -> None:
@@ -184,7 +184,8 @@ class NotFiniteError(errors.UserError):
 def log(run: Run, batch: Batch[Tensor], loss: float, grad_norm: float) -> None:
     """The records of one finished step. The row is written before the line is printed."""
     if run.records and run.records.blocks:
-        run.records.blocks.append({"step": run.step, "blocks": [list(draw) for draw in batch.draws]})
+        read = [list(draw) for draw in batch.draws]  # this rank's: slots 0, ranks, 2 ranks, ...
+        run.records.blocks.append({"step": run.step, "ranks": run.world.size, "blocks": read})
     if run.step % run.config.log.every and run.step != run.total_steps:
         run.screen.at(run.step)
         return
@@ -257,7 +258,7 @@ def sample(run: Run) -> bool:
         text = run.tokenizer.decode(out[0, ids.shape[1] :].tolist())
         said = {"prompt": prompt, "text": text, "temperature": settings.temperature}
         run.records.samples.append({"step": run.step, "tokens": run.tokens, "time_utc": utc_now(), **said})
-        run.screen.say(f'  "{prompt}" ... {text!r}')
+        run.screen.say(f"  {prompt!r} ... {text!r}")
     return True
 
 

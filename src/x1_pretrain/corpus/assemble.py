@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -43,12 +43,14 @@ from x1_pretrain.corpus.units import (
 from x1_pretrain.errors import UserError
 
 COPY_BYTES = 8 << 20
+MOST_DOMAINS = 65_536
 
 
 @dataclass
 class _File:
     """A source and what its pieces came to."""
 
+    number: int
     source: Source
     pieces: list[PieceFacts] = field(default_factory=list)
 
@@ -57,23 +59,33 @@ class _File:
         # A file is taken whole or not at all, however many pieces it was cut into.
         return next((piece.skipped for piece in self.pieces if piece.skipped), None)
 
+    @property
+    def sha256(self) -> str | None:
+        return next((piece.sha256 for piece in self.pieces if piece.sha256), None)
+
     def total(self, split: Split) -> SplitCount:
-        counts = [piece.count(split) for piece in self.pieces if not self.skipped]
-        return SplitCount(
-            sum(c.tokens for c in counts), sum(c.documents for c in counts), sum(c.bytes for c in counts)
-        )
+        return add([piece.count(split) for piece in self.pieces if not self.skipped])
 
     @property
     def documents(self) -> int:
         return sum(self.total(split).documents for split in SPLITS)
 
 
-@dataclass
-class _Joined:
-    """What joining one split came to."""
+class _Segment(NamedTuple):
+    """A run of one part that goes into the corpus."""
 
-    facts: SplitFacts
-    spans: dict[str, list[list[int]]]  # domain -> [start, end) runs of its tokens
+    unit: Unit
+    file: _File
+    first_token: int  # in the part
+    first_document: int  # in the part
+    size: SplitCount
+
+
+def add(counts: Sequence[SplitCount]) -> SplitCount:
+    """The sum of counts."""
+    return SplitCount(
+        sum(c.tokens for c in counts), sum(c.documents for c in counts), sum(c.bytes for c in counts)
+    )
 
 
 def assemble(
@@ -82,16 +94,12 @@ def assemble(
     """Join the parts of `units` into `folder` and return the manifest written there."""
     parts = [(unit, _facts(unit, job)) for unit in units]
     files = _by_file(found.sources, parts)
-    domains = sorted({file.source.domain for file in files if file.documents})
-    if not domains:
-        raise UserError(f"no text: {len(found.sources)} files were read, none holds a document that is kept")
-    if len(domains) > np.iinfo(DOCUMENT["domain"].type).max:
-        raise UserError(f"{len(domains):,} folders under --input-dir, each a domain; 65,535 is the most")
-    joined = {split: _join(split, job, parts, files, domains) for split in SPLITS}
-    manifest = _manifest(job, found, files, domains, joined, tokenizer, options)
-    for split in SPLITS:
-        for name in (f"{split}.bin", f"{split}.idx.npy"):
-            partial_name(job.parts / name).replace(folder / name)
+    domains = sorted({file.source.domain for file in files.values() if file.documents})
+    _check_domains(domains, found, job)
+    digests = {split: _join(_segments(split, parts, files), split, job, domains) for split in SPLITS}
+    manifest = _manifest(job, found, list(files.values()), domains, digests, tokenizer, options)
+    for name in (f"{split}{ending}" for split in SPLITS for ending in (".bin", ".idx.npy")):
+        partial_name(job.parts / name).replace(folder / name)
     write_whole(folder / "tokenizer.json", tokenizer.json_text.encode())
     write_whole(folder / "manifest.json", (manifest.model_dump_json(indent=2) + "\n").encode())
     shutil.rmtree(job.parts)
@@ -106,52 +114,186 @@ def _facts(unit: Unit, job: Job) -> list[PieceFacts]:
     return facts
 
 
+def _check_domains(domains: Sequence[str], found: Found, job: Job) -> None:
+    if not domains:
+        raise UserError(
+            f"--input-dir: {len(found.sources)} files were read and none holds text to keep; "
+            f"expected documents in the field or column '{job.text_field}' (--text-field)"
+        )
+    if len(domains) > MOST_DOMAINS:
+        raise UserError(
+            f"--input-dir: {len(domains):,} folders at its top, each a domain; at most {MOST_DOMAINS:,}: "
+            "put them into fewer folders"
+        )
+
+
 def _by_file(
     sources: Sequence[Source], parts: Sequence[tuple[Unit, Sequence[PieceFacts]]]
-) -> list[_File]:
-    files = {source.relative: _File(source) for source in sources}
+) -> dict[str, _File]:
+    files = {source.relative: _File(number, source) for number, source in enumerate(sources)}
+    for _, facts in parts:
+        for fact in facts:
+            files[fact.file].pieces.append(fact)
+    return files
+
+
+def _segments(
+    split: Split, parts: Sequence[tuple[Unit, Sequence[PieceFacts]]], files: dict[str, _File]
+) -> list[_Segment]:
+    """What goes into one split, in the order of the corpus."""
+    segments: list[_Segment] = []
     for unit, facts in parts:
-        for piece, fact in zip(unit.pieces, facts, strict=True):
-            files[piece.source.relative].pieces.append(fact)
-    return list(files.values())
+        token, document = 0, 0
+        for fact in facts:
+            count = fact.count(split)
+            if not files[fact.file].skipped:
+                segments.append(_Segment(unit, files[fact.file], token, document, count))
+            token += count.tokens
+            document += count.documents
+    return segments
 
 
-def _join(
-    split: Split,
-    job: Job,
-    parts: Sequence[tuple[Unit, Sequence[PieceFacts]]],
-    files: Sequence[_File],
-    domains: Sequence[str],
-) -> _Joined:
-    numbers = {file.source.relative: i for i, file in enumerate(files)}
-    totals = [file.total(split) for file in files]
-    tokens, documents = sum(t.tokens for t in totals), sum(t.documents for t in totals)
+def _join(segments: Sequence[_Segment], split: Split, job: Job, domains: Sequence[str]) -> str:
+    """Write a split's token file and index; returns the hash of the token file."""
     digest = hashlib.sha256()
-    spans: dict[str, list[list[int]]] = {domain: [] for domain in domains}
-    position = 0
     with (
-        partial_name(job.parts / f"{split}.bin").open("wb") as out,
+        partial_name(job.parts / f"{split}.bin").open("wb") as tokens_out,
         partial_name(job.parts / f"{split}.idx.npy").open("wb") as index_out,
     ):
-        _write_header(index_out, documents)
-        for unit, facts in parts:
-            with (
-                part_file(unit, job, split, "bin").open("rb") as bin_in,
-                part_file(unit, job, split, "idx").open("rb") as idx_in,
-            ):
-                start = 0  # of the piece in its part
-                for fact in facts:
-                    count, number = fact.count(split), numbers[fact.file]
-                    index = np.frombuffer(idx_in.read(count.documents * DOCUMENT.itemsize), DOCUMENT).copy()
-                    size = count.tokens * np.dtype(job.dtype).itemsize
-                    start += count.tokens
-                    if files[number].skipped:
-                        bin_in.seek(size, 1)
-                        continue
-                    for block in _blocks(bin_in, size):
-                        out.write(block)
-                        digest.update(block)
-                    domain = files[number].source.domain
-                    index["start"] += np.uint64(position - (start - count.tokens)) if position else 0
-                    position += count.tokens
-    return _Joined(SplitFacts(tokens=tokens, documents=documents, bytes=0, sha256=digest.hexdigest()), spans)
+        _write_header(index_out, sum(s.size.documents for s in segments))
+        first_token = 0
+        for segment in segments:
+            for block in _token_blocks(segment, split, job):
+                tokens_out.write(block)
+                digest.update(block)
+            if segment.size.documents:
+                index_out.write(_index(segment, split, job, domains, first_token).tobytes())
+            first_token += segment.size.tokens
+    return digest.hexdigest()
+
+
+def _write_header(out: BinaryIO, documents: int) -> None:
+    descr = np.lib.format.dtype_to_descr(DOCUMENT)
+    header = {"descr": descr, "fortran_order": False, "shape": (documents,)}
+    np.lib.format.write_array_header_1_0(out, header)
+
+
+def _token_blocks(segment: _Segment, split: Split, job: Job) -> Iterator[bytes]:
+    token_bytes = np.dtype(job.dtype).itemsize
+    with part_file(segment.unit, job, split, "bin").open("rb") as file:
+        file.seek(segment.first_token * token_bytes)
+        left = segment.size.tokens * token_bytes
+        while left:
+            block = file.read(min(left, COPY_BYTES))
+            if not block:
+                raise UserError(f"{file.name}: cut short; remove {job.parts} and run the same command again")
+            left -= len(block)
+            yield block
+
+
+def _index(segment: _Segment, split: Split, job: Job, domains: Sequence[str], first_token: int) -> np.ndarray:
+    """The segment's rows of the index, as they stand in the corpus, (documents,)."""
+    rows = np.fromfile(
+        part_file(segment.unit, job, split, "idx"),
+        dtype=DOCUMENT,
+        count=segment.size.documents,
+        offset=segment.first_document * DOCUMENT.itemsize,
+    )
+    rows["start"] = rows["start"] - np.uint64(segment.first_token) + np.uint64(first_token)
+    rows["file"] = segment.file.number
+    rows["domain"] = domains.index(segment.file.source.domain)
+    return rows
+
+
+# The manifest
+
+
+def _manifest(
+    job: Job,
+    found: Found,
+    files: Sequence[_File],
+    domains: Sequence[str],
+    digests: dict[Split, str],
+    tokenizer: Tokenizer,
+    options: OptionFacts,
+) -> Manifest:
+    content = digests["train"] + digests["val"] + tokenizer.sha256
+    kept = [piece for file in files if not file.skipped for piece in file.pieces]
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        kind="corpus",
+        created_utc=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        x1_version=__version__,
+        tokenizer=TokenizerFacts(
+            name=tokenizer.name,
+            vocab_size=tokenizer.vocab_size,
+            eot_id=tokenizer.eot_id,
+            sha256=tokenizer.sha256,
+        ),
+        dtype="uint16" if job.dtype == "uint16" else "uint32",
+        val_fraction=job.val_fraction,
+        domains=list(domains),
+        train=_split_facts(files, "train", digests),
+        val=_split_facts(files, "val", digests),
+        domain_counts={domain: _domain_facts(files, domain) for domain in domains},
+        val_spans=_val_spans(files, domains),
+        sources=[_source_facts(file) for file in files],
+        dropped=DroppedFacts(
+            empty_documents=sum(piece.empty for piece in kept),
+            repaired_documents=sum(piece.repaired for piece in kept),
+            ignored_files=found.ignored,
+        ),
+        options=options,
+        versions=_versions(tokenizer),
+        fingerprint=hashlib.sha256(content.encode()).hexdigest(),
+    )
+
+
+def _split_facts(files: Sequence[_File], split: Split, digests: dict[Split, str]) -> SplitFacts:
+    total = add([file.total(split) for file in files])
+    return SplitFacts(
+        tokens=total.tokens, documents=total.documents, bytes=total.bytes, sha256=digests[split]
+    )
+
+
+def _domain_facts(files: Sequence[_File], domain: str) -> DomainFacts:
+    mine = [file for file in files if file.source.domain == domain]
+    train, val = (add([file.total(split) for file in mine]) for split in SPLITS)
+    return DomainFacts(
+        train_tokens=train.tokens,
+        val_tokens=val.tokens,
+        documents=train.documents + val.documents,
+        bytes=train.bytes + val.bytes,
+    )
+
+
+def _val_spans(files: Sequence[_File], domains: Sequence[str]) -> dict[str, list[list[int]]]:
+    """Domain -> its one run of val.bin, since files are ordered by domain; none if it has no tokens there."""
+    spans: dict[str, list[list[int]]] = {domain: [] for domain in domains}
+    start = 0
+    for domain in domains:
+        tokens = sum(file.total("val").tokens for file in files if file.source.domain == domain)
+        if tokens:
+            spans[domain].append([start, start + tokens])
+        start += tokens
+    return spans
+
+
+def _source_facts(file: _File) -> SourceFacts:
+    return SourceFacts(
+        path=file.source.relative,
+        domain=file.source.domain,
+        bytes=file.source.size_bytes,
+        sha256=file.sha256,
+        documents=file.documents,
+        skipped=file.skipped,
+    )
+
+
+def _versions(tokenizer: Tokenizer) -> dict[str, str]:
+    libraries = ("numpy", "pyarrow", "tokenizers", "tiktoken")
+    return {
+        "python": platform.python_version(),
+        "engine": tokenizer.engine.name,
+        **{library: version(library) for library in libraries},
+    }

@@ -7,6 +7,7 @@ reason.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -62,6 +63,11 @@ PARQUET_BATCH_BYTES = 4 << 20
 
 class BadSource(Exception):
     """A file that can't be read to its end. `str(error)` is the reason, with the line or row."""
+
+
+def bad_source_line(reason: str) -> str:
+    """What the user reads about a bad file."""
+    return f"{reason}; mend or remove the file, or leave it out with --skip-bad"
 
 
 @dataclass(frozen=True)
@@ -132,6 +138,33 @@ def _describe(folder: Path, file: Path, kind: Kind) -> Source:
     except OSError:  # a broken link: named as unreadable when its turn comes
         size_bytes, mtime_ns = 0, 0
     return Source(str(file), relative, top if below else ROOT_DOMAIN, kind, size_bytes, mtime_ns)
+
+
+def is_validation(utf8: bytes, fraction: float) -> bool:
+    """Whether a document belongs to validation: decided by its content alone.
+
+    Equal documents never lie on both sides, and adding files never moves one.
+    """
+    digest = hashlib.blake2b(utf8, digest_size=8).digest()
+    return int.from_bytes(digest, "big") < fraction * 2**64
+
+
+def to_utf8(text: str) -> tuple[str, bytes, bool]:
+    """(text, its UTF-8, whether it had to be repaired): JSON can hold half a surrogate pair, UTF-8 can't."""
+    try:
+        return text, text.encode(), False
+    except UnicodeEncodeError:
+        mended = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return mended, mended.encode(), True
+
+
+def file_sha256(path: str) -> str | None:
+    """The hash of a file; none if it can't be read."""
+    try:
+        with Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
 
 
 # Every reader yields (row in the file, text); an empty text is yielded too, so that it can be counted.
@@ -215,7 +248,7 @@ def _read_lines(source: Source, field: str) -> Iterator[tuple[int, str]]:
             document = json.loads(line.decode("utf-8-sig" if row == 0 else "utf-8"))
         except UnicodeDecodeError as error:
             raise BadSource(f"line {row + 1}: not UTF-8 (byte {error.start} of the line)") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadSource(f"line {row + 1}: not JSON ({_reason(error)})") from error
         yield row, _text_of(document, field, row)
 

@@ -14,7 +14,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ import tokenizers
 
 from x1_pretrain.errors import UserError
 
+EngineName = Literal["tiktoken", "tokenizers"]
 Ids = npt.NDArray[np.uint32]
 
 END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
@@ -129,22 +130,25 @@ class Tokenizer:
         return lengths
 
 
-def load_tokenizer(path: Path, name: str | None = None) -> Tokenizer:
-    """The tokenizer of a corpus folder, or of a `tokenizer.json`."""
+def load_tokenizer(path: Path, name: str | None = None, engine: EngineName | None = None) -> Tokenizer:
+    """The tokenizer of a corpus folder, or of a `tokenizer.json`; `engine` as in `parse_tokenizer`."""
     file = path / "tokenizer.json" if path.is_dir() else path
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise UserError(f"{file}: can't be read as a tokenizer.json ({reason})") from None
-    return parse_tokenizer(text, name or str(file), str(file))
+    return parse_tokenizer(text, name or str(file), str(file), engine)
 
 
-def parse_tokenizer(text: str, name: str, origin: str) -> Tokenizer:
-    """A tokenizer from the text of a `tokenizer.json`; `origin` is named in errors."""
+def parse_tokenizer(text: str, name: str, origin: str, engine: EngineName | None = None) -> Tokenizer:
+    """A tokenizer from the text of a `tokenizer.json`; `origin` is named in errors.
+
+    `engine` is for text that was checked before, and skips the checks; none finds the fitting one.
+    """
     try:
         tree = json.loads(text)
-        slow = tokenizers.Tokenizer.from_str(text)
+        slow = None if engine == "tiktoken" else tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # `tokenizers` raises a bare Exception for a file it can't read
         raise UserError(f"{origin}: not a tokenizer.json that `tokenizers` can read ({error})") from None
     specials = {t["content"]: t["id"] for t in tree.get("added_tokens", []) if t["special"]}
@@ -154,15 +158,17 @@ def parse_tokenizer(text: str, name: str, origin: str) -> Tokenizer:
             f"{origin}: no end-of-document token among its special tokens {sorted(specials)}; "
             f"expected one of {', '.join(END_NAMES)}"
         )
-    ranks, note = _fast_ranks(tree, slow)
+    note = _why_not_tiktoken(tree, slow) if slow and engine is None else ""
     return Tokenizer(
         name=name,
         json_text=text,
-        vocab_size=max(slow.get_vocab(with_added_tokens=True).values()) + 1,
+        vocab_size=max(*_vocabulary(tree).values(), *(t["id"] for t in tree["added_tokens"])) + 1,
         eot_id=specials[ends[0]],
         eot_text=ends[0],
         special_ids=tuple(sorted(specials.values())),
-        engine=HuggingFaceEngine(slow) if note else TiktokenEngine(ranks, specials),
+        engine=HuggingFaceEngine(slow)
+        if slow and (note or engine)
+        else TiktokenEngine(_ranks(tree), specials),
         note=note,
     )
 
@@ -203,23 +209,31 @@ def _plain_length(token: str) -> int:
 # stuck at two tokens; by (2) they are not.
 
 
-def _fast_ranks(tree: Mapping[str, Any], slow: tokenizers.Tokenizer) -> tuple[dict[bytes, int], str]:
-    """tiktoken's ranks and "", or nothing and the reason why tiktoken can't be used."""
+def _why_not_tiktoken(tree: Mapping[str, Any], slow: tokenizers.Tokenizer) -> str:
+    """Why tiktoken can't stand in; empty when it can."""
     reason = _unlike_gpt2(tree)
     if reason:
-        return {}, reason
-    special_ids = {t["id"] for t in tree.get("added_tokens", [])}
-    tokens = {token: index for token, index in _vocabulary(tree).items() if index not in special_ids}
-    letters = byte_letters()
+        return reason
+    tokens, letters = _plain_tokens(tree), byte_letters()
     if not letters.keys() <= tokens.keys() or any(not letters.keys() >= set(t) for t in tokens):
-        return {}, "its vocabulary is not made of the 256 bytes"
+        return "its vocabulary is not made of the 256 bytes"
     products = [tokens.get(left + right, -1) for left, right in _merges(tree)]
     if any(later <= earlier for earlier, later in itertools.pairwise(products)):
-        return {}, "its ids do not rise with the order of its merges"
+        return "its ids do not rise with the order of its merges"
     for token, index in tokens.items():
         if [piece.id for piece in slow.model.tokenize(token)] != [index]:
-            return {}, f"its token {index} is not what its own letters merge into"
-    return {bytes(map(letters.__getitem__, token)): index for token, index in tokens.items()}, ""
+            return f"its token {index} is not what its own letters merge into"
+    return ""
+
+
+def _ranks(tree: Mapping[str, Any]) -> dict[bytes, int]:
+    letters = byte_letters()
+    return {bytes(map(letters.__getitem__, token)): index for token, index in _plain_tokens(tree).items()}
+
+
+def _plain_tokens(tree: Mapping[str, Any]) -> dict[str, int]:
+    special_ids = {t["id"] for t in tree["added_tokens"]}
+    return {token: index for token, index in _vocabulary(tree).items() if index not in special_ids}
 
 
 def _merges(tree: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -18,7 +18,15 @@ from typing import Any, BinaryIO, Literal, NamedTuple, Self
 import numpy as np
 
 from x1_pretrain.corpus.shards import DOCUMENT, SPLITS, Split
-from x1_pretrain.corpus.sources import BadSource, Source, read_documents, row_group_rows
+from x1_pretrain.corpus.sources import (
+    BadSource,
+    Source,
+    file_sha256,
+    is_validation,
+    read_documents,
+    row_group_rows,
+    to_utf8,
+)
 from x1_pretrain.corpus.tokenizer import Tokenizer
 
 PART_VERSION = 1
@@ -56,6 +64,7 @@ class Job:
     parts: Path
     tokenizer_file: Path
     tokenizer_sha256: str
+    engine: str  # the same bytes whichever it is; so it is no part of a part's name
     dtype: str
     text_field: str
     val_fraction: float
@@ -174,7 +183,7 @@ def _is_whole(unit: Unit, job: Job, split: Split, facts: list[PieceFacts]) -> bo
 def write_part(unit: Unit, job: Job, tokenizer: Tokenizer) -> Iterator[tuple[int, int]]:
     """Write the part of `unit`, yielding (text bytes, tokens) as they are done.
 
-    A file that can't be read raises `BadSource` with its name, or under `skip_bad` leaves nothing in the part.
+    A file that can't be read raises `BadSource` with its name, or under `skip_bad` leaves nothing behind.
     """
     key = part_key(unit, job)
     facts: list[PieceFacts] = []
@@ -189,7 +198,7 @@ def write_part(unit: Unit, job: Job, tokenizer: Tokenizer) -> Iterator[tuple[int
                     raise BadSource(f"{piece.source.relative}: {error}") from error
                 writer.roll_back(mark)
                 found = PieceFacts(piece.source.relative, skipped=str(error))
-            found.sha256 = _sha256(piece.source.path) if piece.opens_file else None
+            found.sha256 = file_sha256(piece.source.path) if piece.opens_file else None
             facts.append(found)
         writer.finish()
     write_whole(job.parts / f"{key}.json", json.dumps([asdict(f) for f in facts]).encode())
@@ -214,24 +223,6 @@ def _write_piece(
             rows, texts, held = [], [], 0
     if texts:
         yield writer.append(ordinal, rows, texts, facts)
-
-
-def is_validation(utf8: bytes, fraction: float) -> bool:
-    """Whether a document belongs to validation: decided by its content alone.
-
-    Equal documents never lie on both sides, and adding files never moves one.
-    """
-    digest = hashlib.blake2b(utf8, digest_size=8).digest()
-    return int.from_bytes(digest, "big") < fraction * 2**64
-
-
-def to_utf8(text: str) -> tuple[str, bytes, bool]:
-    """(text, its UTF-8, whether it had to be repaired): JSON can hold half a surrogate pair, UTF-8 can't."""
-    try:
-        return text, text.encode(), False
-    except UnicodeEncodeError:
-        mended = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return mended, mended.encode(), True
 
 
 class _Writer:
@@ -306,8 +297,8 @@ class _Writer:
 
 
 def partial_name(path: Path) -> Path:
-    """The name of a file that is not whole yet."""
-    return path.with_name(path.name + ".partial")
+    """The name of a file that is not whole yet; each process has its own."""
+    return path.with_name(f"{path.name}.{os.getpid()}.partial")
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -328,11 +319,3 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _sha256(path: str) -> str | None:
-    try:
-        with Path(path).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:  # recorded as skipped, without a hash
-        return None

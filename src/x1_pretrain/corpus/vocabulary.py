@@ -12,18 +12,28 @@ import re
 import tempfile
 import threading
 import urllib.request
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
+from x1_pretrain.corpus.sources import (
+    BadSource,
+    Source,
+    bad_source_line,
+    is_validation,
+    read_documents,
+    to_utf8,
+)
 from x1_pretrain.corpus.tokenizer import Tokenizer, byte_letters, load_tokenizer, parse_tokenizer
 from x1_pretrain.errors import UserError
 
 END = "<|endoftext|>"
 DOWNLOAD_LIMIT_S = 60.0
+SAMPLE_BYTES = 32 << 20  # of text to learn a vocabulary from
+SAMPLE_FILES = 512
 
 
 class Published(NamedTuple):
@@ -79,7 +89,7 @@ def gpt2_tokenizer(cache: Path | None = None) -> Tokenizer:
     merges = _cached(GPT2_MERGES, folder).decode().split("\n")[1:]
     vocab = json.loads(_cached(GPT2_VOCAB, folder))
     text = byte_level_json(vocab, [m for m in merges if m], vocab[END])
-    return parse_tokenizer(text, "gpt2", "gpt2")
+    return parse_tokenizer(text, "gpt2", "gpt2", engine="tiktoken")  # published files, their hash checked
 
 
 def train_tokenizer(texts: Iterable[str], size: int) -> Tokenizer:
@@ -95,6 +105,34 @@ def train_tokenizer(texts: Iterable[str], size: int) -> Tokenizer:
     vocab = model["vocab"] | {END: len(model["vocab"])}
     text = byte_level_json(vocab, merges, vocab[END])
     return parse_tokenizer(text, f"train:{size}", f"train:{size}")
+
+
+def sample_texts(
+    sources: Sequence[Source], text_field: str, val_fraction: float, skip_bad: bool, size: int
+) -> Iterator[str]:
+    """Documents from all over: the first of each file, or of evenly spaced files if they are many.
+
+    About `size` bytes, and a function of the files alone. Validation documents are left out.
+    """
+    chosen = sources[:: -(-len(sources) // SAMPLE_FILES)] if sources else []
+    total = sum(s.size_bytes for s in chosen) or 1
+    for source in chosen:
+        wanted = max(size // SAMPLE_FILES, size * source.size_bytes // total)
+        try:
+            yield from _first_texts(source, text_field, val_fraction, wanted)
+        except BadSource as error:
+            if not skip_bad:
+                raise UserError(bad_source_line(f"{source.relative}: {error}")) from error
+
+
+def _first_texts(source: Source, text_field: str, val_fraction: float, wanted: int) -> Iterator[str]:
+    for _, raw in read_documents(source, text_field):
+        text, utf8, _ = to_utf8(raw)
+        if not is_validation(utf8, val_fraction):
+            yield text[:wanted]
+            wanted -= len(utf8)
+        if wanted <= 0:
+            return
 
 
 def byte_level_json(vocab: dict[str, int], merges: Sequence[str], end_id: int) -> str:

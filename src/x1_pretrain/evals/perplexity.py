@@ -16,10 +16,8 @@ import torch
 
 from x1_pretrain.corpus.shards import Corpus
 from x1_pretrain.model.decoder import Decoder
-from x1_pretrain.model.loss import IGNORED, token_losses
+from x1_pretrain.model.loss import CHUNK_TOKENS, IGNORED, token_losses
 from x1_pretrain.runtime.world import World
-
-CHUNK_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -29,6 +27,7 @@ class Windows:
     domain: str
     corpus: Corpus
     spans: tuple[tuple[int, int], ...]
+    bytes_of: npt.NDArray[np.int32]  # of text, per token id
 
     @property
     def tokens(self) -> int:
@@ -44,7 +43,7 @@ def windows(corpora: Mapping[str, Corpus], context: int, limit_tokens: int) -> l
             label = domain if names.count(domain) == 1 else f"{name}-{domain}"
             cut = _cut(spans, context, limit_tokens)
             if cut:
-                found.append(Windows(label, corpus, cut))
+                found.append(Windows(label, corpus, cut, corpus.token_bytes()))
     return found
 
 
@@ -84,7 +83,6 @@ def _domain_sums(
 ) -> torch.Tensor | None:
     """Nats, tokens and bytes over all windows of a domain, summed over ranks."""
     mine = one.spans[world.rank :: world.size]
-    bytes_of = one.corpus.token_bytes()
     sums = torch.zeros(3, dtype=torch.float64)
     for first in range(0, len(mine), micro_batch):
         if world.size == 1 and interrupted():
@@ -99,7 +97,7 @@ def _domain_sums(
         )
         counted = targets[targets != IGNORED]
         sums += torch.tensor(
-            [losses.double().sum().item(), len(counted), int(bytes_of[counted.numpy()].sum())],
+            [losses.double().sum().item(), len(counted), int(one.bytes_of[counted.numpy()].sum())],
             dtype=torch.float64,
         )
     return world.sum_(sums.to(world.device)).cpu()

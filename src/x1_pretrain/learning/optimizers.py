@@ -53,8 +53,9 @@ def state_tensors(optimizer: AdamW, decoder: Decoder) -> dict[str, Tensor]:
     tensors = {"step": torch.tensor(float(_updates(optimizer)))}
     for name, parameter in decoder.named_parameters():
         rows = decoder.disk_rows(name, parameter)
+        state = optimizer.state.get(parameter, {})  # indexing would insert an empty one
         for moment in MOMENTS:
-            value = optimizer.state[parameter].get(moment, torch.zeros_like(parameter))
+            value = state.get(moment, torch.zeros_like(parameter))
             tensors[f"{moment}.{name}"] = value.detach()[:rows].cpu().clone()
     return tensors
 

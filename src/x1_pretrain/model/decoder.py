@@ -187,9 +187,8 @@ class Decoder(nn.Module):
             if weight.ndim != 2 or weight.is_meta:
                 continue
             rows = self.disk_rows(name, weight)
-            std = self.config.init_std * (
-                narrow if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
-            )
+            to_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            std = self.config.init_std * (narrow if to_residual else 1.0)
             weight.zero_()
             weight[:rows].copy_(torch.randn(rows, weight.shape[1], generator=generator, device="cpu") * std)
 

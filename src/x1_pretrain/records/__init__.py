@@ -1,7 +1,7 @@
 """Records: what a run left behind, and what can be read from it.
 
 A run is a folder of plain files, written (`metrics`) by the training loop as it goes. This room reads that
-folder (`run_folder`), draws it (`plots`), copies its metrics to MLflow (`mlflow_sink`, `mlflow_store`) and
-checks it as a careful reviewer would (`verify`, `weights`). Nothing here needs torch: a run can be read on any
-machine.
+folder (`run_folder`), draws it (`plots`), copies its metrics to MLflow (`mlflow_sink`, `mlflow_store`), makes
+the folder to show others (`export_folder`) and checks a run as a reviewer would (`verify`, `weights`).
+Nothing here needs torch: a run can be read on any machine.
 """

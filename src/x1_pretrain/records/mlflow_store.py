@@ -68,7 +68,7 @@ def without_password(uri: str) -> str:
 def connect(uri: str) -> Any:
     """A client of the store. Slow the first time (MLflow is imported, a new database is laid out)."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "CRITICAL")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # who calls here tries again by itself
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
@@ -77,7 +77,7 @@ def connect(uri: str) -> Any:
         Path(store.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     client = importlib.import_module("mlflow.tracking").MlflowClient(store)
     for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # errors are raised; a traceback too is too much
     return client
 
 

@@ -218,7 +218,7 @@ def _limit_losses(ax: Axes, rows: Sequence[Row], first: int) -> None:
     if not len(shown):
         return
     whole = shown[len(train) :].tolist() + train[: first == 0].tolist()  # validation, and where the run began
-    high = max([*whole, *np.quantile(train, [0.995] if len(train) else [])])
+    high = max([*whole, *(np.quantile(train, [0.995]) if len(train) else ())])
     low = float(shown.min())
     pad = 0.05 * (high - low) or 0.1
     ax.set_ylim(low - pad, high + pad)

@@ -55,7 +55,9 @@ class Run:
         return inside if inside.exists() else self.config.checkpoint_folder
 
     def rows(self) -> list[Row]:
-        return [with_numbers(row) for row in read_jsonl(self.folder / "metrics.jsonl").rows]
+        """The rows of metrics that carry a step, as all should; `verify` counts those that don't."""
+        rows = read_jsonl(self.folder / "metrics.jsonl").rows
+        return [with_numbers(row) for row in rows if is_number(row.get("step"))]
 
     def events(self) -> list[Row]:
         return read_jsonl(self.folder / "events.jsonl").rows
@@ -216,11 +218,22 @@ def last_value(rows: Sequence[Row], name: str) -> float | None:
     return values[-1] if values else None
 
 
+def openings(events: Iterable[Row]) -> list[Row]:
+    """The first event of each session, from the last start on: a run killed before it saved starts anew."""
+    found: list[Row] = []
+    for event in events:
+        if not is_number(event.get("step")):
+            continue
+        if event.get("event") == "start":
+            found = [event]
+        elif event.get("event") == "resume":
+            found.append(event)
+    return found
+
+
 def resume_steps(rows: Sequence[Row], events: Iterable[Row]) -> list[int]:
     """The steps the run was resumed from; without events, where the session number of the rows grows."""
-    told = [
-        event["step"] for event in events if event.get("event") == "resume" and is_number(event.get("step"))
-    ]
+    told = [one["step"] for one in openings(events) if one["event"] == "resume"]
     if told:
         return told
     return [one["step"] for one, other in pairwise(rows) if other.get("session", 1) > one.get("session", 1)]

@@ -18,7 +18,7 @@ from x1_pretrain.errors import RefusedError, UserError
 from x1_pretrain.learning import optimizers
 from x1_pretrain.model import attention, flops
 from x1_pretrain.model.decoder import Decoder
-from x1_pretrain.model.loss import ChunkTerms, chunk_terms, compiled_chunk_terms, summed_loss
+from x1_pretrain.model.loss import CHUNK_TOKENS, ChunkTerms, chunk_terms, compiled_chunk_terms, summed_loss
 from x1_pretrain.records import run_manifest
 from x1_pretrain.runtime import fit
 from x1_pretrain.runtime.world import World
@@ -125,7 +125,7 @@ def dry_run(decoder: Decoder, sequences: int) -> None:
     device = decoder.output_weight.device
     ids = torch.zeros(sequences, decoder.config.context, dtype=torch.int64, device=device)  # (B, T)
     hidden = decoder.hidden(ids).flatten(0, 1)  # (B T, d)
-    loss = summed_loss(hidden, decoder.output_weight, ids.flatten(), decoder.config.vocab, fit.CHUNK_TOKENS)
+    loss = summed_loss(hidden, decoder.output_weight, ids.flatten(), decoder.config.vocab, CHUNK_TOKENS)
     torch.autograd.backward(loss)
 
 

@@ -17,8 +17,8 @@ import torch
 from x1_pretrain.config import parse_config
 from x1_pretrain.model import attention
 from x1_pretrain.model.decoder import Decoder
-from x1_pretrain.model.loss import compiled_chunk_terms, summed_loss
-from x1_pretrain.runtime.fit import CHUNK_TOKENS, DTYPES
+from x1_pretrain.model.loss import CHUNK_TOKENS, compiled_chunk_terms, summed_loss
+from x1_pretrain.runtime.fit import DTYPES
 
 
 def end_with_parent() -> None:

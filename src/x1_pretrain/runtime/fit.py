@@ -24,8 +24,6 @@ from x1_pretrain.config import ModelConfig, RunConfig
 Precision = Literal["bf16", "fp32"]
 DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
-CHUNK_TOKENS = 4096  # whose logits are in memory at once: 0.8 GiB in fp32 with GPT-2's vocabulary
-
 CPU_MICRO_BATCH_TOKENS = 8192  # more only costs memory: the caches of a CPU are full long before
 CPU_MEMORY_SHARE = 0.3
 GPU_MEMORY_SHARE = 0.92  # the rest is left to fragmentation and evaluation

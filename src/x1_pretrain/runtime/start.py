@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from x1_pretrain import config as cfg
-from x1_pretrain.config import RunConfig
+from x1_pretrain.config import MlflowConfig, RunConfig
 from x1_pretrain.corpus.reader import Reader, TokenFile
 from x1_pretrain.corpus.shards import Corpus
 from x1_pretrain.errors import UserError
@@ -155,11 +155,12 @@ def open_folder(run: Run) -> None:
     run.screen.say(introduction(run))
     for path, reason in session.skipped:
         run.event("skipped_checkpoint", f"skipped {path}: {reason}", path=str(path))
+    every = config.log.every
     if session.checkpoint is None:
-        run.event("start", f"run {session.run_id} starts in {config.folder}")
+        run.event("start", f"run {session.run_id} starts in {config.folder}", log_every=every)
         return
     redone = f"; {session.superseded_rows} rows of later steps set aside" if session.superseded_rows else ""
-    run.event("resume", f"run {session.run_id} goes on from {session.checkpoint}{redone}")
+    run.event("resume", f"run {session.run_id} goes on from {session.checkpoint}{redone}", log_every=every)
 
 
 def introduction(run: Run) -> str:
@@ -202,6 +203,10 @@ def get_ready(run: Run) -> None:
         return
     write_atomically(run.config.folder / "manifest.json", json.dumps(manifest(run), indent=1) + "\n")
     settings = run.config.mlflow
+    if settings.uri is None and settings.experiment != MlflowConfig().experiment:
+        run.event(
+            "mlflow", f"  MLflow is off: experiment {settings.experiment} was named, but no --mlflow-uri"
+        )
     if settings.uri:
         run.sink = MlflowSink(run.config.folder, settings.uri, settings.experiment)
     run.signals.before_leaving = lambda name: run.note("signal", f"left at once on {name}", signal=name)
@@ -246,7 +251,7 @@ def manifest(run: Run) -> dict[str, Any]:
         "tokens_per_step": config.training.batch_tokens,
         "total_steps": config.training.total_steps,
         "precision": run.machine.precision,
-        "attention": run.machine.attention,
+        "attention": run.machine.attention.removeprefix("attention: "),
         "compile": run.machine.compile_mode,
         "micro_batch": run.machine.micro_batch,
         "peak_flops": run.machine.peak_flops_per_sec,

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from x1_pretrain.errors import UserError
 
 T = TypeVar("T")
+OLDEST_TORCH = (2, 11)
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,20 @@ def _sum_bucket(gradients: list[torch.Tensor]) -> None:
         offset += gradient.numel()
 
 
+def require_torch() -> None:
+    """Older containers bring an older torch: said at once, not by a missing function an hour later."""
+    found = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if found < OLDEST_TORCH:
+        needed = ".".join(map(str, OLDEST_TORCH))
+        raise UserError(
+            f"torch {torch.__version__} is too old, {needed} or newer is needed: `make setup` installs the "
+            f"pinned one into .venv, or `pip install 'torch>={needed}'`"
+        )
+
+
 def join(device: str | None = None) -> World:
     """This process's place: from torchrun's environment if there is one, else alone."""
+    require_torch()
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     chosen = _device(device, int(os.environ.get("LOCAL_RANK", 0)))
     if chosen.type == "cuda":

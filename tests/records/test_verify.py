@@ -1,0 +1,321 @@
+"""Every check of `x1 verify`: seen to pass on a sound run, seen to fail for its own defect and no other."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.records import builder
+
+from x1_pretrain.command import run as run_app
+from x1_pretrain.records.export_folder import export as write_export
+from x1_pretrain.records.run_folder import open_run
+from x1_pretrain.records.verify import (
+    FAILED,
+    NOT_APPLICABLE,
+    PASSED,
+    Check,
+    app,
+    blocks_in_order,
+    recorded_order,
+    verify,
+)
+
+MANIFEST, CONFIG, READABLE = "manifest complete", "config is the recorded one", "records readable"
+STEPS, SESSIONS, LOSS = "no gap or overlap in steps", "sessions agree with events", "final loss in the band"
+BLOCKS = "blocks read in order"
+CHECKPOINTS, WEIGHTS, EXPORT = (
+    "checkpoints verify",
+    "final weights sound",
+    "export equals the final checkpoint",
+)
+
+
+def results(folder: Path, export: Path | None = None) -> dict[str, tuple[str, str]]:
+    return {check.name: (check.result, check.evidence) for check in verify(open_run(folder), export)}
+
+
+def failed(folder: Path, export: Path | None = None) -> dict[str, str]:
+    return {
+        name: evidence for name, (result, evidence) in results(folder, export).items() if result == "failed"
+    }
+
+
+def edit_json(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    tree = json.loads(file.read_text())
+    change(tree)
+    file.write_text(json.dumps(tree))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return builder.build_run(tmp_path / "tiny", verify__loss_band=[2.0, 2.5])
+
+
+def test_a_sound_finished_run_passes_all(folder: Path) -> None:
+    found = results(folder)
+    assert {name for name, (result, _) in found.items() if result != "passed"} == {EXPORT, BLOCKS}
+    assert "val/loss 2.1214 at step 42" in found[LOSS][1]
+    assert "resumed from step 20" in found[SESSIONS][1]
+
+
+def test_an_unfinished_run_is_not_a_failed_one(tmp_path: Path) -> None:
+    folder = builder.build_run(tmp_path / "tiny", steps=30, verify__loss_band=[0.1, 0.2])
+    assert failed(folder) == {}
+    assert results(folder)[LOSS] == ("not applicable", "not finished: step 30 of 42")
+
+
+def test_without_a_band_the_final_loss_is_not_judged(tmp_path: Path) -> None:
+    assert results(builder.build_run(tmp_path / "tiny"))[LOSS][0] == "not applicable"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda m: m.pop("hardware"), "hardware is missing"),
+        (lambda m: m["versions"].pop("flash_attn"), "versions.flash_attn is missing"),
+        (lambda m: m["hardware"].pop("ram_gib"), "hardware.ram_gib is missing"),
+        (lambda m: m["hardware"].update(device="NVIDIA A100"), "hardware.gpu_memory_gib is missing"),
+        (lambda m: m["data"][0].pop("train_tokens"), "data[0].train_tokens is missing"),
+        (lambda m: m.update(precision=None), "precision is null"),
+    ],
+)
+def test_a_key_missing_from_the_manifest_is_named(
+    folder: Path, change: Callable[[dict[str, Any]], Any], said: str
+) -> None:
+    edit_json(folder / "manifest.json", change)
+    found = failed(folder)
+    assert set(found) == {MANIFEST}
+    assert said in found[MANIFEST]
+
+
+def test_a_config_edited_after_the_run_does_not_match_its_hash(folder: Path) -> None:
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace("lr: 0.0003", "lr: 0.0004"))
+    assert set(failed(folder)) == {CONFIG}
+
+
+def test_other_data_than_recorded_does_not_match_the_hash(folder: Path) -> None:
+    edit_json(folder / "manifest.json", lambda m: m["data"][0].update(fingerprint="0" * 64))
+    assert set(failed(folder)) == {CONFIG}
+
+
+def test_a_harmless_field_may_change(folder: Path) -> None:
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace("keep_last: 2", "keep_last: 5"))
+    assert failed(folder) == {}
+
+
+def test_another_seed_in_the_manifest_is_said(folder: Path) -> None:
+    edit_json(folder / "manifest.json", lambda m: m.update(seed=7))
+    assert "seed: manifest.json says 7, config.yaml 42" in failed(folder)[CONFIG]
+
+
+def test_a_damaged_line_is_named_and_a_torn_last_one_is_not_damage(folder: Path) -> None:
+    with (folder / "metrics.jsonl").open("ab") as stream:
+        stream.write(b'{"step": 4')
+    assert failed(folder) == {}
+    assert "torn last line" in results(folder)[READABLE][1]
+    with (folder / "metrics.jsonl").open("ab") as stream:
+        stream.write(b'\n{"no": "step"}\n')
+    assert "line 13 is not a JSON object" in failed(folder)[READABLE]
+    assert "1 row(s) without a step" in failed(folder)[READABLE]
+
+
+def change_rows(folder: Path, change: Callable[[list[dict[str, Any]]], Any]) -> None:
+    rows = builder.read_lines(folder / "metrics.jsonl")
+    change(rows)
+    builder.write_lines(folder / "metrics.jsonl", rows)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda rows: rows.pop(1), "no training row for step 10"),
+        (lambda rows: rows.insert(2, rows[1]), "2 training rows for step 10"),
+        (lambda rows: rows.insert(5, rows[4]), "2 evaluation rows for step 20"),
+        (lambda rows: rows[0].update(tokens=321), "step 5 says 321 tokens, x 64 it is 320"),
+        (lambda rows: rows[-2].pop("train/loss"), "no training row for step 42"),
+    ],
+)
+def test_a_gap_an_overlap_and_a_wrong_count_are_seen(
+    folder: Path, change: Callable[[list[dict[str, Any]]], Any], said: str
+) -> None:
+    change_rows(folder, change)
+    found = failed(folder)
+    assert set(found) == {STEPS}
+    assert said in found[STEPS]
+
+
+def test_rows_out_of_order_are_seen(folder: Path) -> None:
+    change_rows(folder, lambda rows: rows.reverse())
+    assert "step 40 comes after step 42" in failed(folder)[STEPS]
+
+
+def test_another_log_interval_in_an_earlier_session_is_no_gap(folder: Path) -> None:
+    change_rows(folder, lambda rows: [rows.remove(r) for r in list(rows) if r["step"] in (5, 15)])
+    assert set(failed(folder)) == {STEPS}
+    events = builder.read_lines(folder / "events.jsonl")
+    events[0]["log_every"] = 10
+    builder.write_lines(folder / "events.jsonl", events)
+    assert failed(folder) == {}
+
+
+def change_events(folder: Path, change: Callable[[list[dict[str, Any]]], Any]) -> None:
+    events = builder.read_lines(folder / "events.jsonl")
+    change(events)
+    builder.write_lines(folder / "events.jsonl", events)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda events: events.pop(0), "no start event"),
+        (lambda events: events.pop(2), "of session 2, which events.jsonl never opened"),
+        (
+            lambda events: events[2].update(step=30),
+            "step 25 is of session 2, which covers the steps 30 to the end",
+        ),
+        (lambda events: events[2].update(step=10), "step 15 is of session 1, which covers the steps 0 to 10"),
+        (lambda events: events[2].update(session=1), "session 1 is opened after session 1"),
+        (lambda events: events.pop(), "no finish event"),
+    ],
+)
+def test_sessions_that_contradict_the_events_are_seen(
+    folder: Path, change: Callable[[list[dict[str, Any]]], Any], said: str
+) -> None:
+    change_events(folder, change)
+    found = failed(folder)
+    assert set(found) == {SESSIONS}
+    assert said in found[SESSIONS]
+
+
+def test_training_time_never_runs_backward(folder: Path) -> None:
+    change_rows(folder, lambda rows: rows[6].update(elapsed_s=0.0))
+    assert "time runs backward" in failed(folder)[SESSIONS]
+
+
+@pytest.mark.parametrize(("band", "passes"), [([2.0, 2.2], True), ([2.2, 2.5], False), ([1.0, 2.1], False)])
+def test_the_final_validation_loss_is_held_against_the_band(
+    tmp_path: Path, band: list[float], passes: bool
+) -> None:
+    folder = builder.build_run(tmp_path / "tiny", verify__loss_band=band)  # ends at 2 + 3/42 + 0.05 = 2.1214
+    assert set(failed(folder)) == (set() if passes else {LOSS})
+
+
+def test_a_nan_loss_is_outside_any_band(folder: Path) -> None:
+    change_rows(folder, lambda rows: rows[-1].update({"val/loss": "nan"}))
+    assert set(failed(folder)) == {LOSS}
+
+
+def test_an_old_evaluation_does_not_stand_for_the_final_one(folder: Path) -> None:
+    change_rows(folder, lambda rows: rows.pop())
+    assert "last evaluation is of step 40, the run ended at 42" in failed(folder)[LOSS]
+
+
+def test_one_flipped_byte_in_any_checkpoint_is_found(folder: Path) -> None:
+    file = folder / "checkpoints" / "step-000000020" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    found = failed(folder)
+    assert set(found) == {CHECKPOINTS}
+    assert "step-000000020: model.safetensors does not match its hash" in found[CHECKPOINTS]
+
+
+def test_a_finished_run_must_have_its_last_checkpoint(folder: Path) -> None:
+    shutil.rmtree(folder / "checkpoints" / "step-000000042")
+    assert "no checkpoint of step 42" in failed(folder)[CHECKPOINTS]
+
+
+def test_a_checkpoint_of_another_run_is_a_stranger(folder: Path) -> None:
+    shutil.rmtree(folder / "checkpoints" / "step-000000020")
+    builder.build_checkpoint(folder, 20, run_id="other")
+    assert "its run_id is other" in failed(folder)[CHECKPOINTS]
+
+
+def test_sealed_but_bad_weights_are_found(folder: Path) -> None:
+    weights = builder.build_weights(42)
+    weights["model.norm.weight"][0] = np.nan
+    shutil.rmtree(folder / "checkpoints" / "step-000000042")
+    builder.build_checkpoint(folder, 42, weights=weights)
+    found = failed(folder)
+    assert set(found) == {WEIGHTS}
+    assert "step-000000042: model.norm.weight holds values that are not finite" in found[WEIGHTS]
+
+
+def exported(folder: Path, output: Path) -> Path:
+    from x1_pretrain.export_run import from_folder
+
+    write_export(from_folder(open_run(folder)), output)
+    return output
+
+
+def test_an_export_passes_until_a_byte_of_it_changes(folder: Path, tmp_path: Path) -> None:
+    output = exported(folder, tmp_path / "out")
+    assert results(folder, output)[EXPORT][0] == "passed"
+    with (output / "final.safetensors").open("ab") as stream:
+        stream.write(b"\0")
+    assert "final.safetensors differs from step-000000042/model.safetensors" in failed(folder, output)[EXPORT]
+
+
+def test_an_export_of_an_older_checkpoint_is_not_equal(folder: Path, tmp_path: Path) -> None:
+    output = exported(folder, tmp_path / "out")
+    shutil.copy(folder / "checkpoints" / "step-000000020" / "model.safetensors", output / "final.safetensors")
+    assert "final.safetensors differs" in failed(folder, output)[EXPORT]
+
+
+def test_an_exported_file_edited_later_does_not_match_its_hash(folder: Path, tmp_path: Path) -> None:
+    output = exported(folder, tmp_path / "out")
+    text = (output / "metrics.csv").read_text()
+    (output / "metrics.csv").write_text(text.replace("2.1", "1.9"))
+    assert failed(folder, output) == {EXPORT: "metrics.csv does not match its hash"}
+
+
+def test_a_missing_exported_file_and_a_folder_that_is_no_export_are_said(
+    folder: Path, tmp_path: Path
+) -> None:
+    output = exported(folder, tmp_path / "out")
+    (output / "metrics.csv").unlink()
+    assert "metrics.csv is in its manifest but not there" in failed(folder, output)[EXPORT]
+    assert "is not an export" in failed(folder, tmp_path)[EXPORT]
+
+
+def test_the_command_exits_0_or_1_and_prints_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_app(app, [str(folder)]) == 0
+    assert "8 passed, 0 failed, 2 not applicable" in capsys.readouterr().out
+    change_rows(folder, lambda rows: rows.pop(1))
+    assert run_app(app, [str(folder), "--json"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert told["good"] is False
+    assert [check["name"] for check in told["checks"] if check["result"] == "failed"] == [STEPS]
+
+
+def test_the_command_says_in_one_line_that_there_is_no_such_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_app(app, ["no-such-run"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_blocks_that_are_not_those_of_the_order_are_found(tmp_path: Path) -> None:
+    folder = builder.build_run(tmp_path / "run")
+    run = open_run(folder)
+    order = recorded_order(run)
+    rows = [{"step": s, "ranks": 1, "blocks": [list(d) for d in order.step_blocks(s - 1)]} for s in (1, 2, 3)]
+    file = folder / "blocks.jsonl"
+
+    def result() -> Check:
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return blocks_in_order(run)
+
+    assert blocks_in_order(run).result == NOT_APPLICABLE
+    assert result().result == PASSED
+    rows[1]["blocks"][0][2] += 1
+    assert "step 2 read other blocks" in result().evidence
+    rows[1]["blocks"][0][2] -= 1
+    rows.append(rows[-1])
+    assert result().result == FAILED

@@ -1,0 +1,115 @@
+"""A config is strict, says what is wrong, and knows which of its fields decide what a step computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.conftest import REPOSITORY
+from tests.corpora import tiny_config
+from x1_pretrain import config as cfg
+from x1_pretrain.errors import UserError
+
+PUBLISHED = REPOSITORY / "configs" / "x1-50m-a100.yaml"
+
+
+def test_the_published_config_is_what_was_published() -> None:
+    config = cfg.load_config(PUBLISHED)
+    model, optimizer = config.model, config.optimizer
+    assert (model.layers, model.d_model, model.heads, model.kv_heads, model.d_ff) == (8, 768, 12, 4, 2048)
+    assert (model.context, model.vocab_size, model.rope_theta, model.init_std) == (1024, 50257, 10000, 0.02)
+    assert model.tied_embeddings
+    assert model.padded_vocab == 50304
+    assert (optimizer.lr, optimizer.min_lr, optimizer.warmup_steps, optimizer.clip) == (3e-4, 3e-5, 1000, 1.0)
+    assert (optimizer.beta1, optimizer.beta2, optimizer.weight_decay) == (0.9, 0.95, 0.1)
+    assert (config.training.total_steps, config.training.batch_tokens, config.seed) == (84000, 524288, 42)
+    assert config.batch_blocks == 512
+    assert config.verify.loss_band == [3.20, 3.50]
+    assert config.checkpoint.every == config.evaluation.every == 1800
+    assert config.log.every == 10
+
+
+def test_a_resolved_config_reads_back_as_itself(tmp_path: Path) -> None:
+    config = cfg.load_config(
+        PUBLISHED, {"model.qk_norm": True, "data.corpora": {"web": {"dir": "a", "weight": 2.0}}}
+    )
+    (tmp_path / "config.yaml").write_text(cfg.to_yaml(config))
+    assert cfg.load_config(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize("text", ["3e-4", "3E-4", "0.0003", "3.0e-4", "+3e-4"])
+def test_a_number_in_exponent_notation_is_a_number(text: str) -> None:
+    path, value = cfg.parse_assignment(f"optimizer.lr={text}")
+    assert cfg.load_config(PUBLISHED, {path: value}).optimizer.lr == 3e-4
+
+
+def test_overrides_reach_any_depth() -> None:
+    config = cfg.load_config(PUBLISHED, {"data.corpora.web.dir": "x", "data.corpora.web.weight": 3})
+    assert config.data.mixture() == {"web": cfg.CorpusConfig(dir="x", weight=3.0)}
+
+
+@pytest.mark.parametrize("value", [True, 1.5, "8", [8], None])
+def test_nothing_is_converted_silently(value: Any) -> None:
+    with pytest.raises(UserError, match=r"model\.layers: expected a valid integer"):
+        cfg.parse_config(tiny_config(model={"layers": value}), "test")
+
+
+def test_every_problem_is_named_at_once() -> None:
+    tree = tiny_config(model={"layers": 0}, optimizer={"lr": -1.0}, log={"evry": 3})
+    with pytest.raises(UserError) as error:
+        cfg.parse_config(tree, "c.yaml")
+    text = str(error.value)
+    assert text.startswith("c.yaml: ")
+    for part in ("model.layers", "optimizer.lr", "log.evry: unknown key, did you mean 'every'?"):
+        assert part in text
+    assert "\n" not in text
+
+
+LEAVES = sorted(cfg.flatten(cfg.parse_config(tiny_config(), "test").model_dump()))
+
+
+def test_every_field_is_either_harmless_or_part_of_the_hash() -> None:
+    """A new field counts as changing a step until someone decides otherwise."""
+    config = cfg.parse_config(tiny_config(), "test")
+    harmless = {leaf for leaf in LEAVES if leaf not in cfg.step_fields(config)}
+    assert {leaf.split(".")[0] for leaf in harmless} <= {
+        *("name", "run_dir", "data", "training", "checkpoint", "evaluation", "log", "mlflow", "verify")
+    }
+    assert {leaf for leaf in harmless if leaf.startswith(("training", "data"))} == {
+        "data.dir",
+        "training.micro_batch",
+        "training.compile",
+        "training.compile_timeout_s",
+        "training.attention",
+        "training.deterministic",
+    }
+
+
+CHANGES: dict[str, Any] = {"model.layers": 3, "optimizer.lr": 1e-3, "seed": 8, "training.total_steps": 31}
+
+
+@given(path=st.sampled_from(sorted(CHANGES)))
+def test_a_change_that_matters_changes_the_hash_and_is_named(path: str) -> None:
+    section, _, field = path.partition(".")
+    before = cfg.parse_config(tiny_config(), "test")
+    after = cfg.parse_config(
+        tiny_config(**{section: {field: CHANGES[path]} if field else CHANGES[path]}), "test"
+    )
+    assert cfg.config_hash(before, ["a"]) != cfg.config_hash(after, ["a"])
+    assert cfg.config_hash(before, ["a"]) != cfg.config_hash(before, ["b"])
+    (named,) = cfg.changed_fields(cfg.step_fields(before), cfg.step_fields(after))
+    assert named.startswith(f"{path}: ")
+
+
+def test_where_the_data_lie_does_not_matter_but_the_mixture_does() -> None:
+    def mixture(folder: str, weight: float) -> cfg.RunConfig:
+        return cfg.parse_config(
+            tiny_config(data={"corpora": {"web": {"dir": folder, "weight": weight}}}), "test"
+        )
+
+    assert cfg.config_hash(mixture("a", 1.0), []) == cfg.config_hash(mixture("b", 1.0), [])
+    assert cfg.config_hash(mixture("a", 1.0), []) != cfg.config_hash(mixture("a", 2.0), [])
