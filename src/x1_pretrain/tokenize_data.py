@@ -122,6 +122,7 @@ def make_corpus(request: Request) -> Manifest:
     _say_found(request, found)
     done = _already_made(request, found)
     if done:
+        shutil.rmtree(request.parts, ignore_errors=True)  # a kill after the manifest may have left some
         print(
             f"already complete: {request.output_dir} holds this corpus ({done.train.tokens:,} train tokens)"
         )

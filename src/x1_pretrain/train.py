@@ -49,7 +49,7 @@ def train(run: Run) -> int:
             "could: make room or choose another --ckpt-dir"
         )
     get_ready(run)
-    run.signals.nothing_to_save = True  # until the first step of this session, which may compile for long
+    run.signals.nothing_to_save = True  # until the first step of this session, which may take long
     code = train_loop(run)
     finish(run, code)
     return code

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from tests.corpora import tiny_config
 
 from x1_pretrain.config import ModelConfig, RunConfig, parse_config
-from x1_pretrain.runtime import fit
+from x1_pretrain.runtime import assemble, fit
+from x1_pretrain.runtime.signals import Signals
+from x1_pretrain.runtime.world import World
 
 CPU = torch.device("cpu")
 
@@ -124,3 +126,21 @@ def test_a_compiler_that_hangs_is_ended_in_time(tmp_path: Path, monkeypatch: pyt
     assert found.mode == "off"
     assert "max-autotune failed: still compiling after 8 s" in found.message  # and then the next mode
     assert "default failed: still compiling after 8 s" in found.message
+
+
+def test_a_compiler_that_fails_only_in_the_run_itself_is_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the trial's cache can't be used and the compiler has gone in between."""
+    monkeypatch.setattr(fit, "try_compile", lambda *_: None)
+    monkeypatch.setenv("CXX", "/bin/false")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    whole = config("default")
+    here = World(0, 1, CPU)
+    decoder, _, machine = assemble.build_model(whole, here, None)
+    with Signals() as signals:
+        assemble.fit_machine(whole, here, decoder, machine, signals)
+    assert machine.compile_mode == "off"
+    assert "compile: off after all (" in machine.said[-1]
+    assemble.dry_run(decoder, 2, machine.terms)  # and it works
+    assert all(p.grad is not None for p in decoder.parameters())

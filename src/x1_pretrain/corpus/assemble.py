@@ -1,8 +1,13 @@
-"""Finished parts, joined in order into a corpus folder. The manifest comes last and makes it a corpus."""
+"""Finished parts, joined in order into a corpus folder. The manifest comes last and makes it a corpus.
+
+All is written among the parts and moved into the folder at the end, so a run that is killed leaves nothing there
+that is only half written.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import shutil
 from collections.abc import Iterator, Sequence
@@ -36,8 +41,8 @@ from x1_pretrain.corpus.units import (
     SplitCount,
     Unit,
     part_file,
-    partial_name,
     read_facts,
+    sync_folder,
     write_whole,
 )
 from x1_pretrain.errors import UserError
@@ -98,10 +103,11 @@ def assemble(
     _check_domains(domains, found, job)
     digests = {split: _join(_segments(split, parts, files), split, job, domains) for split in SPLITS}
     manifest = _manifest(job, found, list(files.values()), domains, digests, tokenizer, options)
-    for name in (f"{split}{ending}" for split in SPLITS for ending in (".bin", ".idx.npy")):
-        partial_name(job.parts / name).replace(folder / name)
-    write_whole(folder / "tokenizer.json", tokenizer.json_text.encode())
-    write_whole(folder / "manifest.json", (manifest.model_dump_json(indent=2) + "\n").encode())
+    write_whole(job.parts / "manifest.json", (manifest.model_dump_json(indent=2) + "\n").encode())
+    files_in_order = [f"{split}{ending}" for split in SPLITS for ending in (".bin", ".idx.npy")]
+    for name in [*files_in_order, "tokenizer.json", "manifest.json"]:
+        (job.parts / name).replace(folder / name)
+    sync_folder(folder)
     shutil.rmtree(job.parts)
     return manifest
 
@@ -157,8 +163,8 @@ def _join(segments: Sequence[_Segment], split: Split, job: Job, domains: Sequenc
     """Write a split's token file and index; returns the hash of the token file."""
     digest = hashlib.sha256()
     with (
-        partial_name(job.parts / f"{split}.bin").open("wb") as tokens_out,
-        partial_name(job.parts / f"{split}.idx.npy").open("wb") as index_out,
+        (job.parts / f"{split}.bin").open("wb") as tokens_out,
+        (job.parts / f"{split}.idx.npy").open("wb") as index_out,
     ):
         _write_header(index_out, sum(s.size.documents for s in segments))
         first_token = 0
@@ -169,6 +175,9 @@ def _join(segments: Sequence[_Segment], split: Split, job: Job, domains: Sequenc
             if segment.size.documents:
                 index_out.write(_index(segment, split, job, domains, first_token).tobytes())
             first_token += segment.size.tokens
+        for out in (tokens_out, index_out):
+            out.flush()
+            os.fsync(out.fileno())
     return digest.hexdigest()
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -40,8 +41,8 @@ class FastokensEngine:
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         flat, offsets = self._fast.encode_batch_flat(list(texts), split_special_tokens=True)
         ids = np.frombuffer(flat, np.uint32)  # (tokens of all texts,)
-        ends = np.frombuffer(offsets, np.uint64).astype(np.int64)  # (texts + 1,)
-        return np.split(ids, ends[1:-1])
+        ends = np.frombuffer(offsets, np.uint64).tolist()  # (texts + 1,)
+        return [ids[start:end] for start, end in itertools.pairwise(ends)]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._reference.decode(ids)

@@ -220,6 +220,11 @@ class Decoder(nn.Module):
         for layer in self.model.layers:
             layer.compile(mode=inductor_mode, dynamic=False)
 
+    def uncompile_blocks(self) -> None:
+        """Back to plain execution."""
+        for layer in self.model.layers:
+            layer._compiled_call_impl = None
+
     @torch.no_grad()
     def generate(
         self,

@@ -5,7 +5,6 @@ computed.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,7 @@ from x1_pretrain.model.decoder import Decoder
 from x1_pretrain.model.loss import CHUNK_TOKENS, ChunkTerms, chunk_terms, compiled_chunk_terms, summed_loss
 from x1_pretrain.records import run_manifest
 from x1_pretrain.runtime import fit
+from x1_pretrain.runtime.signals import Signals
 from x1_pretrain.runtime.world import World
 
 
@@ -72,7 +72,7 @@ def build_model(config: RunConfig, world: World, remembered: str | None) -> tupl
 
 
 def fit_machine(
-    config: RunConfig, world: World, decoder: Decoder, machine: Machine, interrupted: Callable[[], bool]
+    config: RunConfig, world: World, decoder: Decoder, machine: Machine, signals: Signals
 ) -> None:
     """Micro-batch and compilation, found by trying."""
     blocks = local_blocks(config, world)
@@ -82,17 +82,33 @@ def fit_machine(
     found = fit.Compilation("off", "")
     if world.first:
         found = fit.choose_compilation(
-            config, world.device, machine.precision, machine.micro_batch, interrupted
+            config, world.device, machine.precision, machine.micro_batch, signals.interrupted
         )
     found = world.from_first(found)
-    if found.mode != "off":
-        decoder.compile_blocks(found.mode)
-        machine.terms = compiled_chunk_terms()
-    machine.compile_mode = found.mode
     machine.said += [how, found.message]
+    if found.mode != "off" and not signals.interrupted():
+        signals.nothing_to_save = True  # compiling can't be polled
+        use_compiled(decoder, machine, found.mode)
     if is_cuda(world) and machine.precision == "bf16":
         peak = flops.peak_bf16_flops_per_sec(torch.cuda.get_device_name(world.device))
         machine.peak_flops_per_sec = peak * world.size if peak else None
+
+
+def use_compiled(decoder: Decoder, machine: Machine, mode: str) -> None:
+    """Compile here what the trial compiled, at the shapes of training and of evaluation, and go on without if
+    it fails all the same."""
+    decoder.compile_blocks(mode)
+    machine.compile_mode, machine.terms = mode, compiled_chunk_terms()
+    try:
+        dry_run(decoder, machine.micro_batch, machine.terms)
+        with torch.no_grad():
+            dry_run(decoder, machine.micro_batch)
+    except Exception as error:  # a compiler can raise anything; training does not depend on it
+        decoder.uncompile_blocks()
+        machine.compile_mode, machine.terms = "off", chunk_terms
+        first = (str(error).splitlines() or [""])[0][:200]
+        machine.said.append(f"compile: off after all ({type(error).__name__}: {first})")
+    decoder.zero_grad(set_to_none=True)
 
 
 def _micro_batch(
@@ -120,13 +136,15 @@ def _micro_batch(
     return found, how
 
 
-def dry_run(decoder: Decoder, sequences: int) -> None:
-    """A forward and backward of `sequences` full sequences; no update."""
+def dry_run(decoder: Decoder, sequences: int, terms: ChunkTerms = chunk_terms) -> None:
+    """A forward of `sequences` full sequences, and a backward where gradients are on; no update."""
     device = decoder.output_weight.device
     ids = torch.zeros(sequences, decoder.config.context, dtype=torch.int64, device=device)  # (B, T)
     hidden = decoder.hidden(ids).flatten(0, 1)  # (B T, d)
-    loss = summed_loss(hidden, decoder.output_weight, ids.flatten(), decoder.config.vocab, CHUNK_TOKENS)
-    torch.autograd.backward(loss)
+    weight, vocab = decoder.output_weight, decoder.config.vocab
+    loss = summed_loss(hidden, weight, ids.flatten(), vocab, CHUNK_TOKENS, terms)
+    if loss.requires_grad:
+        torch.autograd.backward(loss)
 
 
 def is_cuda(world: World) -> bool:

@@ -100,7 +100,7 @@ class Run:
         """Keep it."""
         if self.records:
             row = {"time_utc": utc_now(), "event": name, "step": self.step, "session": self.session.number}
-            self.records.events.append({**row, **more, "message": message})
+            self.records.events.append({**row, **more, "message": message.strip()})
 
     def row(self, **values: Any) -> dict[str, Any]:
         where = {"step": self.step, "tokens": self.tokens, "time_utc": utc_now()}

@@ -139,6 +139,16 @@ def open_session(config: RunConfig, corpora: Mapping[str, Corpus], fresh: bool) 
         raise UserError(
             f"{error.filename or folder}: can't be written ({error.strerror}); see --run-dir"
         ) from None
+    try:
+        return _found(config, corpora, fresh, lock)
+    except BaseException:
+        lock.close()
+        raise
+
+
+def _found(config: RunConfig, corpora: Mapping[str, Corpus], fresh: bool, lock: IO[str]) -> Session:
+    """The session that the locked folder and its checkpoints amount to, or a refusal."""
+    folder = config.folder
     good, skipped = checkpoint_files.newest_good(config.checkpoint_folder)
     if good is None:
         _refuse_silent_restart(config, skipped)
@@ -153,15 +163,12 @@ def open_session(config: RunConfig, corpora: Mapping[str, Corpus], fresh: bool) 
     superseded = sum(rewind(folder / name, step) for name in STEP_FILES)
     rows = list(read_rows(folder / "metrics.jsonl"))
     last_evaluated = max((r["step"] for r in rows if "val/loss" in r), default=-1)
-    if (
-        last_evaluated < step
-    ):  # killed between the samples of this step and its evaluation: both are done again
+    if last_evaluated < step:  # killed between the samples of this step and its evaluation: both are redone
         rewind(folder / "samples.jsonl", step - 1)
     return Session(
         folder=folder,
         run_id=state.run_id if state else new_run_id(config.name),
-        number=1
-        + max((r["session"] for r in read_rows(folder / "events.jsonl") if "session" in r), default=0),
+        number=1 + max((r.get("session", 0) for r in read_rows(folder / "events.jsonl")), default=0),
         resumed=state,
         checkpoint=good,
         skipped=skipped,

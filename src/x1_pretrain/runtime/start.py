@@ -187,7 +187,7 @@ def introduction(run: Run) -> str:
 def get_ready(run: Run) -> None:
     """Find how this machine computes the run best, say it, and write the manifest."""
     machine = run.machine
-    assemble.fit_machine(run.config, run.world, run.decoder, machine, run.signals.interrupted)
+    assemble.fit_machine(run.config, run.world, run.decoder, machine, run.signals)
     blocks = assemble.local_blocks(run.config, run.world)
     micro, context = machine.micro_batch, run.config.model.context
     for line in machine.said:
