@@ -20,8 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from x1_pretrain.errors import UserError
 
 Count = Annotated[int, Field(gt=0)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -150,7 +150,7 @@ class EvaluationConfig(Section):
 
 class LogConfig(Section):
     every: Count = 10
-    blocks: bool = False  # also write blocks.jsonl: which blocks each step really read
+    blocks: bool = False  # also write blocks.jsonl: which blocks each step (of the first rank) really read
 
 
 class MlflowConfig(Section):
@@ -161,7 +161,13 @@ class MlflowConfig(Section):
 class VerifyConfig(Section):
     """What `x1 verify` holds the finished run against."""
 
-    loss_band: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
+    loss_band: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None  # [low, high]
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.loss_band and not self.loss_band[0] <= self.loss_band[1]:
+            raise ValueError(f"loss_band {self.loss_band}: the first number is the lower end")
+        return self
 
 
 class RunConfig(Section):
@@ -216,6 +222,7 @@ class RunConfig(Section):
 HARMLESS = (
     "name",
     "run_dir",
+    "model.vocab_multiple",
     "data.dir",
     "data.corpora.*.dir",
     "training.micro_batch",
@@ -253,8 +260,8 @@ def step_fields(config: RunConfig) -> dict[str, Any]:
 
 
 def config_hash(config: RunConfig, fingerprints: Iterable[str]) -> str:
-    """One hash over all that decides a step: those fields, and the content of the corpora."""
-    canonical = json.dumps([step_fields(config), sorted(fingerprints)], sort_keys=True)
+    """One hash over all that decides a step: those fields, and the content of the corpora in their order."""
+    canonical = json.dumps([step_fields(config), list(fingerprints)], sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 

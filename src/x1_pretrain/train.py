@@ -7,6 +7,7 @@ torchrun --standalone --nproc_per_node 4 -m x1_pretrain.train --config ...
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,7 +30,7 @@ from x1_pretrain.records import console
 from x1_pretrain.records.metrics import utc_now
 from x1_pretrain.runtime import assemble, checkpoint, checkpoint_files, fit
 from x1_pretrain.runtime.checkpoint import RunState
-from x1_pretrain.runtime.checkpoint_files import CheckpointFailedError
+from x1_pretrain.runtime.checkpoint_files import CheckpointFailedError, DiskFullError
 from x1_pretrain.runtime.run import Run
 from x1_pretrain.runtime.signals import Signals
 from x1_pretrain.runtime.start import get_ready, started
@@ -50,9 +51,7 @@ def train(run: Run) -> int:
         )
     get_ready(run)
     run.signals.nothing_to_save = True  # until the first step of this session, which may take long
-    code = train_loop(run)
-    finish(run, code)
-    return code
+    return finish(run, train_loop(run))
 
 
 def train_loop(run: Run) -> int:
@@ -116,7 +115,7 @@ def accumulate(run: Run, tokens: Tensor) -> Tensor | None:
     counted = run.world.sum_((tokens[:, 1:] != IGNORED).sum().to(run.world.device, torch.float32))
     while True:
         total = torch.zeros((), device=run.world.device)
-        try:
+        with suppress(torch.OutOfMemoryError):
             for rows in torch.split(tokens, run.machine.micro_batch):
                 if run.world.size == 1 and run.signals.interrupted():
                     return None
@@ -124,8 +123,7 @@ def accumulate(run: Run, tokens: Tensor) -> Tensor | None:
                 torch.autograd.backward(loss)
                 total += loss.detach()
             return total
-        except torch.OutOfMemoryError:
-            halve_micro_batch(run, len(tokens))
+        halve_micro_batch(run, len(tokens))  # out here the failed pass no longer holds its activations
 
 
 def forward(run: Run, tokens: Tensor) -> Tensor:
@@ -164,6 +162,7 @@ def not_finite(run: Run, verdict: stability.Verdict, loss: float, grad_norm: flo
     where = f"step {run.step + 1}: loss {loss}, gradient norm {grad_norm}"
     run.event("not_finite", f"{where}: not finite, this update was not made", loss=loss, grad_norm=grad_norm)
     if verdict == "stop":
+        save(run)  # the weights are still those before the first of them
         last = checkpoint_files.folder_name(max(run.saved_step, 0))
         raise NotFiniteError(
             f"{where}: {run.bad_streak} steps in a row were not finite. The weights are those before them; "
@@ -226,7 +225,7 @@ def param_norm(decoder: Decoder) -> float:
 
 def evaluate_and_sample(run: Run) -> bool:
     """Validation loss per domain, and what the model says; False if it was interrupted."""
-    found = evaluate(run.decoder, run.windows, run.machine.micro_batch, run.world, run.signals.interrupted)
+    found = evaluated(run)
     if found is None or not sample(run):
         return False
     run.evaluated_step = run.step
@@ -236,6 +235,15 @@ def evaluate_and_sample(run: Run) -> bool:
             run.records.metrics.append(row)
         run.screen.say(console.evaluation_line(row))
     return True
+
+
+def evaluated(run: Run) -> dict[str, float] | None:
+    """The validation row, None if interrupted; with a smaller micro-batch if it runs out of memory."""
+    while True:
+        with suppress(torch.OutOfMemoryError):
+            size, stop = run.machine.micro_batch, run.signals.interrupted
+            return evaluate(run.decoder, run.windows, size, run.world, stop)
+        halve_micro_batch(run, assemble.local_blocks(run.config, run.world))
 
 
 def sample(run: Run) -> bool:
@@ -263,48 +271,52 @@ def sample(run: Run) -> bool:
 
 
 def save(run: Run) -> bool:
-    """Publish a checkpoint, then remove old ones. On failure: say so, make room, try once more, go on."""
-    if run.world.first:
-        saved = _save(run) or (_make_room(run) and _save(run))
-    else:
-        saved = False
-    if run.world.from_first(saved):
-        run.saved_step = run.step
-        return True
-    return False
-
-
-def _save(run: Run) -> bool:
-    assert run.records is not None
-    settings, begun = run.config.checkpoint, time.perf_counter()
-    folder, corpus = run.config.checkpoint_folder, next(iter(run.corpora.values()))
-    run.records.sync()
-    try:
-        path = checkpoint.save(
-            folder, state_of(run), run.decoder, run.optimizer, corpus.path / "tokenizer.json", corpus.eot_id
-        )
-    except CheckpointFailedError as error:
-        last = (
-            f"the last good one is {checkpoint_files.folder_name(run.saved_step)}"
-            if run.saved_step >= 0
-            else "none"
-        )
-        run.event("checkpoint_failed", f"checkpoint at step {run.step} not saved: {error}; {last}")
+    """Publish a checkpoint, then remove old ones. On failure: say so, make room if that is it, go on."""
+    saved = run.world.first and save_here(run)
+    if not run.world.from_first(saved):
         return False
-    took = time.perf_counter() - begun
-    run.event("checkpoint", f"checkpoint {path} ({took:.1f} s)", path=str(path), seconds=round(took, 3))
-    if len(
-        checkpoint_files.list_checkpoints(folder)
-    ) > settings.keep_last and not checkpoint_files.verify_folder(path):
-        checkpoint_files.prune(folder, settings.keep_last, settings.keep_every)
+    run.saved_step = run.step
     return True
 
 
-def _make_room(run: Run) -> bool:
-    """Whether removing all but the newest good checkpoint freed anything."""
+def save_here(run: Run) -> bool:
+    """The first rank's part."""
+    try:
+        try:
+            write_checkpoint(run)
+        except DiskFullError as error:
+            run.event("checkpoint_failed", f"checkpoint at step {run.step} not saved: {error}")
+            if not make_room(run):
+                raise
+            write_checkpoint(run)
+    except (CheckpointFailedError, OSError) as error:
+        good = checkpoint_files.folder_name(run.saved_step)
+        last = f"the last good one is {good}" if run.saved_step >= 0 else "there is none"
+        run.event("checkpoint_failed", f"checkpoint at step {run.step} not saved: {error}; {last}")
+        return False
+    return True
+
+
+def write_checkpoint(run: Run) -> None:
+    assert run.records is not None
+    folder, settings = run.config.checkpoint_folder, run.config.checkpoint
+    corpus, begun = next(iter(run.corpora.values())), time.perf_counter()
+    run.records.sync()
+    path = checkpoint.save(
+        folder, state_of(run), run.decoder, run.optimizer, corpus.path / "tokenizer.json", corpus.eot_id
+    )
+    took = time.perf_counter() - begun
+    run.event("checkpoint", f"checkpoint {path} ({took:.1f} s)", path=str(path), seconds=round(took, 3))
+    older = checkpoint_files.list_checkpoints(folder)
+    if len(older) > settings.keep_last and checkpoint_files.verify_folder(path) is None:
+        checkpoint_files.prune(folder, path, settings.keep_last, settings.keep_every)
+
+
+def make_room(run: Run) -> bool:
+    """Whether removing all older checkpoints but the newest good one freed anything."""
     folder = run.config.checkpoint_folder
-    good, skipped = checkpoint_files.newest_good(folder)
-    if good is None or skipped or not checkpoint_files.prune(folder, 1, None):
+    good, _ = checkpoint_files.newest_good(folder)
+    if good is None or not checkpoint_files.prune(folder, good, 1, None):
         return False
     run.event("made_room", f"removed older checkpoints to make room; {good.name} stays")
     return True
@@ -336,8 +348,8 @@ def leave(run: Run) -> int:
     return errors.INTERRUPTED
 
 
-def finish(run: Run, code: int) -> None:
-    """Last words; the terminal status goes to MLflow."""
+def finish(run: Run, code: int) -> int:
+    """Last words; the terminal status goes to MLflow. Rows that never reached the disk make it a fault."""
     if code == errors.FINISHED:
         run.event(
             "finish", f"finished: {run.total_steps:,} steps, {run.tokens:,} tokens in {run.config.folder}"
@@ -346,9 +358,19 @@ def finish(run: Run, code: int) -> None:
         run.sink.close("FINISHED" if code == errors.FINISHED else "KILLED")
         for line in run.sink.news():
             run.event("mlflow", line)
-    if run.records:
-        run.records.sync()
+    lost = run.records.sync() if run.records else 0
     run.world.close()
+    if lost:
+        raise UnwrittenError(
+            f"{run.config.folder}: {lost} rows of the records could not be written (see above); the "
+            "checkpoints are "
+            "good. Free some space before the next run"
+        )
+    return code
+
+
+class UnwrittenError(errors.UserError):
+    exit_code = errors.FAULT
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -406,6 +428,12 @@ def main(
         "training.deterministic": deterministic or None,
     }
     loaded = cfg.load_config(config, overrides_from(set_, flags))
+    if data_dir and loaded.data.corpora:
+        raise errors.UserError(
+            f"--data-dir {data_dir}: the config names several corpora (data.corpora: "
+            f"{', '.join(loaded.data.corpora)}); "
+            "set their folders with --set data.corpora.NAME.dir=DIR"
+        )
     with Signals() as signals, started(loaded, signals, not resume_from_latest, device) as run:
         return train(run) if run else errors.FINISHED  # none: it was finished before
 

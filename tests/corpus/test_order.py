@@ -142,12 +142,28 @@ def test_also_when_the_weights_move_with_training(
             assert abs(int(quotas[step + 1, i]) - wanted[i]) < 1 + Fraction(step + 2, 2**29)
 
 
-def test_many_small_corpora_do_not_starve() -> None:
-    # the largest remainder alone lets totals drift by more than one block here
-    weights = [0.9] + [0.1 / 20] * 20
+@pytest.mark.parametrize(
+    "weights",
+    [[1, 10, 1, 3, 10], [8, 8, 1, 8, 1], [0.9] + [0.005] * 20],
+    ids=["5 corpora", "3 equal", "21 corpora"],
+)
+def test_where_the_largest_remainder_would_fail(weights: list[float]) -> None:
+    """With the first two, giving the spare block to the largest remainder comes to owe two blocks at once."""
     quotas = cumulative_quotas([weights] * 400, 1)
     drift = np.abs(quotas - np.arange(401)[:, None] * np.array(weights) / sum(weights))
     assert drift.max() < 1.000001
+    assert (np.diff(quotas, axis=0) >= 0).all()
+
+
+@given(weights=WEIGHTS, batch=st.integers(1, 9), steps=st.integers(1, 60), more=st.integers(1, 60))
+def test_a_longer_run_begins_like_a_shorter_one(
+    weights: list[float], batch: int, steps: int, more: int
+) -> None:
+    short, long = (
+        cumulative_quotas([weights] * steps, batch),
+        cumulative_quotas([weights] * (steps + more), batch),
+    )
+    assert (long[: steps + 1] == short).all()
 
 
 # ------------------------------------------------------------------------------------------------------------

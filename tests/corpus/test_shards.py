@@ -144,9 +144,9 @@ def test_no_train_tokens_is_refused_and_no_validation_tokens_is_not(copied: Path
 def test_an_id_outside_the_vocabulary_is_named_with_its_place(copied: Path) -> None:
     open_corpus(copied).check_ids(300)
     ids = np.fromfile(copied / "val.bin", "<u2")
-    ids[[77, 90]] = 301, 60_000
+    ids[[77, 90]] = 301, 301
     ids.tofile(copied / "val.bin")
-    open_corpus(copied).check_ids(60_001)
+    open_corpus(copied).check_ids(302)
     with pytest.raises(UserError, match=r"val.bin: id 301 at token 77 .* vocabulary of 301 \(ids 0 to 300\)"):
         open_corpus(copied).check_ids(301)
 

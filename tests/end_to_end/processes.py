@@ -25,7 +25,7 @@ class Training:
         self.process = subprocess.Popen(
             [sys.executable, "-u", *what, *map(str, args)],
             cwd=REPOSITORY,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), **(env or {})},
+            env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

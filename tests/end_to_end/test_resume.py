@@ -279,6 +279,117 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def no_safety_margin(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the write itself meet the end of the disk, as when another program fills it meanwhile."""
     monkeypatch.setattr("x1_pretrain.runtime.checkpoint_files._require_space", lambda folder, needed: None)
+    monkeypatch.setattr("x1_pretrain.runtime.checkpoint_files.SAFETY_BYTES", 0)
+
+
+def test_a_signal_at_the_very_end_loses_neither_evaluation_nor_finish(
+    run: Path, finished: Path, config: Path, corpus: Path, capfd: Capture
+) -> None:
+    """As when the run is stopped after its last update and before its last evaluation."""
+    metrics, events = run / "metrics.jsonl", run / "events.jsonl"
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:-1]))
+    events.write_text(
+        "".join(line for line in events.read_text().splitlines(keepends=True) if "finish" not in line)
+    )
+    assert curve(run) == curve(finished)[:-1]
+    outcome = train_here(capfd, "--config", config, "--data-dir", corpus, "--run-dir", run)
+    assert outcome.code == 0, outcome.err
+    assert curve(run) == curve(finished)
+    assert [r["event"] for r in rows(events)][-1] == "finish"
+
+
+def test_a_damaged_line_in_the_records_does_not_stop_a_resume(
+    run: Path, config: Path, corpus: Path, capfd: Capture
+) -> None:
+    lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    lines[5] = b"\0" * 40 + b"\n"
+    (run / "metrics.jsonl").write_bytes(b"".join(lines))
+    shutil.rmtree(run / "checkpoints" / "step-000000030")
+    outcome = train_here(capfd, "--config", config, "--data-dir", corpus, "--run-dir", run)
+    assert outcome.code == 0, outcome.err
+
+
+def test_a_refused_start_touches_nothing_of_the_other_run(
+    tmp_path: Path, run: Path, config: Path, corpus: Path, capfd: Capture
+) -> None:
+    in_flight = run / "checkpoints" / ".writing-step-000000040"
+    in_flight.mkdir()
+    command = ("--config", config, "--data-dir", corpus, "--ckpt-dir", run / "checkpoints")
+    outcome = train_here(capfd, *command, "--run-dir", tmp_path / "B", "--set", "seed=9")
+    assert outcome.code == 78
+    assert in_flight.is_dir()
+
+
+def test_two_runs_cannot_train_into_one_checkpoint_folder_at_a_time(
+    tmp_path: Path, config: Path, corpus: Path, capfd: Capture
+) -> None:
+    command = (
+        "--config",
+        config,
+        "--data-dir",
+        corpus,
+        "--ckpt-dir",
+        tmp_path / "shared",
+        "--total-steps",
+        "20000",
+    )
+    first = Training(*command, "--run-dir", tmp_path / "A")
+    try:
+        first.wait_for_line("step     5/")
+        outcome = train_here(capfd, *command, "--run-dir", tmp_path / "B")
+    finally:
+        first.kill()
+    assert outcome.code == 78
+    assert f"process {first.process.pid} on " in outcome.one_line
+
+
+def mixture(a: Path, b: Path, weight: float = 0.7) -> list[str]:
+    tree = {"a": {"dir": str(a), "weight": weight}, "b": {"dir": str(b), "weight": 0.3}}
+    return ["--set", f"data.corpora={json.dumps(tree)}"]
+
+
+def test_a_mixture_resumes_only_as_itself(tmp_path: Path, config: Path, corpus: Path, capfd: Capture) -> None:
+    other, run = write_corpus(tmp_path / "other", seed=5), tmp_path / "run"
+    command = ("--config", config, "--run-dir", run)
+    assert train_here(capfd, *command, *mixture(corpus, other)).code == 0
+    first = rows(run / "metrics.jsonl")[1]
+    assert first["mixture/a"] + first["mixture/b"] == 1
+    shutil.rmtree(run / "checkpoints" / "step-000000030")
+    swapped = train_here(capfd, *command, *mixture(other, corpus))  # the folders swapped: so are the weights
+    assert (swapped.code, "content of the corpora" in swapped.one_line) == (78, True)
+    reweighted = train_here(capfd, *command, *mixture(corpus, other, 0.5))
+    assert "data.corpora.a.weight: 0.7 -> 0.5" in reweighted.one_line
+    assert train_here(capfd, *command, *mixture(corpus, other)).code == 0
+    drawn = [tuple(d) for r in rows(run / "blocks.jsonl") for d in r["blocks"]]
+    assert len(drawn) == len(set(drawn)) == 30 * 8
+    assert abs(sum(d[0] == 0 for d in drawn) - 0.7 * 240) < 1
+
+
+def test_one_corpus_under_two_names_is_refused(
+    tmp_path: Path, config: Path, corpus: Path, capfd: Capture
+) -> None:
+    command = ("--config", config, "--run-dir", tmp_path / "run")
+    twin = train_here(capfd, *command, *mixture(corpus, corpus))
+    assert (twin.code, "hold the same data" in twin.one_line) == (2, True)
+    both = train_here(capfd, *command, *mixture(corpus, corpus), "--data-dir", corpus)
+    assert (both.code, "several corpora" in both.one_line) == (2, True)
+
+
+def test_a_stop_after_a_streak_keeps_what_was_learned(
+    tmp_path: Path, config: Path, corpus: Path, capfd: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from x1_pretrain import train
+
+    forward = train.forward
+    monkeypatch.setattr(
+        train, "forward", lambda r, t: forward(r, t) * (float("nan") if r.step >= 15 else 1.0)
+    )
+    run = tmp_path / "run"
+    outcome = train_here(capfd, "--config", config, "--data-dir", corpus, "--run-dir", run)
+    assert outcome.code == 1
+    good, _ = newest_good(run / "checkpoints")
+    assert good is not None
+    assert good.name == "step-000000017"  # 15 updates, and two steps whose update was not made
 
 
 @pytest.mark.usefixtures("no_safety_margin")
@@ -299,6 +410,9 @@ def test_a_full_disk_costs_no_checkpoint_that_was_there(
     assert good is not None
     assert (good.name, skipped) == ("step-000000000", [])
     assert not list(where.glob(".writing*"))
+    outcome = train_here(capfd, *command)  # still full: refused before anything is computed again
+    assert outcome.code == 78
+    assert "no room for a checkpoint" in outcome.one_line
     filler.unlink()
     outcome = train_here(capfd, *command)  # room again: the same command goes on
     assert outcome.code == 0, outcome.err
@@ -346,8 +460,9 @@ def test_a_full_disk_under_the_records_loses_no_row(
         capfd,
         *("--config", config, "--data-dir", corpus, "--run-dir", run, "--ckpt-dir", tmp_path / "checkpoints"),
     )
-    assert outcome.code == 0, outcome.err
+    assert outcome.code == 1
     assert "rows wait in memory" in outcome.out
+    assert "rows of the records could not be written" in outcome.err
     whole = curve(finished)
     kept = curve(run)
     assert 0 < len(kept) < len(whole)

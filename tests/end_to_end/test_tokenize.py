@@ -587,3 +587,16 @@ def test_another_option_reuses_no_part(
     clean = run(much, tmp_path / "clean", "--val-fraction", "0.5")
     assert clean.returncode == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "clean")
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_on_two_gigabytes() -> None:
+    """One .jsonl, one .parquet, many .parquet; 1.5 GB for all processes together is the limit."""
+    benchmark = Path(__file__).resolve().parents[2] / "benchmarks/tokenize.py"
+    done = subprocess.run(
+        [sys.executable, str(benchmark), "--rss"], capture_output=True, text=True, timeout=900, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line.split("|") for line in done.stdout.splitlines() if line.startswith(("| one", "| many"))]
+    assert len(rows) == 3
+    assert all(float(row[4]) < 1500 for row in rows)

@@ -74,10 +74,11 @@ def test_a_newer_format_is_named_not_guessed(tmp_path: Path) -> None:
 def test_pruning_keeps_the_newest_and_the_milestones(tmp_path: Path) -> None:
     for step in range(0, 60, 10):
         files.publish(tmp_path, step, "run", content())
-    removed = files.prune(tmp_path, keep_last=2, keep_every=20)
+    newest = tmp_path / "step-000000050"
+    removed = files.prune(tmp_path, newest, keep_last=2, keep_every=20)
     assert [files.step_of(p) for p in removed] == [30, 10]
     assert [files.step_of(p) for p in files.list_checkpoints(tmp_path)] == [50, 40, 20, 0]
-    files.prune(tmp_path, keep_last=0, keep_every=None)
+    files.prune(tmp_path, newest, keep_last=0, keep_every=None)
     assert [files.step_of(p) for p in files.list_checkpoints(tmp_path)] == [50]  # never the last one
 
 
@@ -112,3 +113,14 @@ def test_order_on_disk_is_files_then_manifest_then_name(
         "rename to step-000000003",
         "sync parent",
     ]
+
+
+def test_pruning_never_removes_the_one_just_saved(tmp_path: Path) -> None:
+    """Also when newer folders lie there, damaged, from before a resume."""
+    for step in (0, 20, 30, 5):
+        files.publish(tmp_path, step, "run", content())
+    for step in (20, 30):
+        (tmp_path / files.folder_name(step) / "state.json").write_text("damaged")
+    files.prune(tmp_path, tmp_path / "step-000000005", keep_last=2, keep_every=30)
+    assert files.newest_good(tmp_path)[0] == tmp_path / "step-000000005"
+    assert (tmp_path / "step-000000000").exists()

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tests.corpora import tiny_config
 
 from x1_pretrain.config import ModelConfig, RunConfig, parse_config
+from x1_pretrain.model.decoder import Decoder
 from x1_pretrain.runtime import assemble, fit
 from x1_pretrain.runtime.signals import Signals
 from x1_pretrain.runtime.world import World
@@ -116,7 +117,7 @@ def test_a_compiler_that_fails_is_said_and_done_without(
 
 def test_a_compiler_that_hangs_is_ended_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = tmp_path / "g++"
-    compiler.write_text("#!/bin/sh\nexec sleep 600\n")
+    compiler.write_text("#!/bin/sh\nsleep 600\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
@@ -129,12 +130,19 @@ def test_a_compiler_that_hangs_is_ended_in_time(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_compiler_that_fails_only_in_the_run_itself_is_done_without(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As when the trial's cache can't be used and the compiler has gone in between."""
+    """As when the compiler has gone between the trial and the run."""
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("no compiler any more")
+
+    def compile_blocks(decoder: Decoder, mode: str) -> None:
+        for layer in decoder.model.layers:
+            layer.compile(backend=broken)
+
     monkeypatch.setattr(fit, "try_compile", lambda *_: None)
-    monkeypatch.setenv("CXX", "/bin/false")
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(Decoder, "compile_blocks", compile_blocks)
     whole = config("default")
     here = World(0, 1, CPU)
     decoder, _, machine = assemble.build_model(whole, here, None)
@@ -142,5 +150,6 @@ def test_a_compiler_that_fails_only_in_the_run_itself_is_done_without(
         assemble.fit_machine(whole, here, decoder, machine, signals)
     assert machine.compile_mode == "off"
     assert "compile: off after all (" in machine.said[-1]
+    assert "no compiler any more" in machine.said[-1]
     assemble.dry_run(decoder, 2, machine.terms)  # and it works
     assert all(p.grad is not None for p in decoder.parameters())

@@ -1,7 +1,7 @@
 """Finished parts, joined in order into a corpus folder. The manifest comes last and makes it a corpus.
 
-All is written among the parts and moved into the folder at the end, so a run that is killed leaves nothing there
-that is only half written.
+All is written among the parts and moved into the folder at the end, so a run that is killed leaves nothing
+there that is only half written.
 """
 
 from __future__ import annotations

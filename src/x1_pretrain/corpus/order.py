@@ -122,7 +122,7 @@ def cumulative_quotas(weights: Sequence[Sequence[float]], batch_blocks: int) -> 
     for step in range(len(weights)):
         due = [max(taken[i], wanted[i][step] // QUOTA_UNIT) for i in range(corpora)]
         early = [i for i in range(corpora) if wanted[i][step] > due[i] * QUOTA_UNIT]
-        early.sort(key=lambda i: (bisect_left(wanted[i], (due[i] + 1) * QUOTA_UNIT), i))
+        early.sort(key=lambda i: (_deadline(wanted[i], int(shares[-1, i]), due[i] + 1), i))
         for i in early[: batch_blocks - (sum(due) - sum(taken))]:
             due[i] += 1
         taken = due
@@ -130,6 +130,16 @@ def cumulative_quotas(weights: Sequence[Sequence[float]], batch_blocks: int) -> 
     quotas = np.array(rows, dtype=np.int64)
     assert (quotas.sum(axis=1) == np.arange(len(weights) + 1) * batch_blocks).all()
     return quotas
+
+
+def _deadline(wanted: Sequence[int], last_share: int, block: int) -> int:
+    """The step in which the wanted total reaches `block`; past the end of the run as if it went on unchanged,
+    so that a longer run begins like a shorter one.
+    """
+    target = block * QUOTA_UNIT
+    if target <= wanted[-1]:
+        return bisect_left(wanted, target)
+    return len(wanted) - 1 + -(-(target - wanted[-1]) // max(1, last_share))
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -161,7 +161,7 @@ def byte_level_json(vocab: dict[str, int], merges: Sequence[str], end_id: int) -
         "decoder": level,
         "model": model,
     }
-    return json.dumps(tree, ensure_ascii=False, indent=1)
+    return json.dumps(tree, ensure_ascii=False)
 
 
 # GPT-2's published files

@@ -66,7 +66,15 @@ class JsonLines:
     def sync(self) -> None:
         """Through to the disk itself."""
         self.flush()
-        os.fsync(self._file)
+        try:
+            os.fsync(self._file)
+        except OSError as error:
+            self._trouble(error)
+
+    @property
+    def waiting(self) -> int:
+        """Rows that are not in the file yet."""
+        return len(self._waiting)
 
     def close(self) -> None:
         self.flush()
@@ -93,8 +101,18 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
         for line in stream:
             if not line.endswith(b"\n"):
                 return
-            row = json.loads(line)
-            yield {k: float(v) if v in ("nan", "inf", "-inf") else v for k, v in row.items()}
+            row = _parsed(line)
+            if row is not None:
+                yield {k: float(v) if v in ("nan", "inf", "-inf") else v for k, v in row.items()}
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """The row, or None for what a power cut or a bad disk left; `x1 verify` names such lines."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
 
 
 def rewind(path: Path, step: int) -> int:
@@ -109,7 +127,8 @@ def rewind(path: Path, step: int) -> int:
     kept, moved = 0, 0
     with path.open("rb+") as stream:
         for line in stream:
-            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+            row = _parsed(line)
+            if not line.endswith(b"\n") or (row is not None and row.get("step", 0) > step):
                 break
             kept += len(line)
         stream.seek(kept)

@@ -79,6 +79,8 @@ def fit_machine(
     machine.micro_batch, how = world.from_first(
         _micro_batch(config, world, decoder, machine.precision, blocks)
     )
+    if is_cuda(world):
+        torch.cuda.empty_cache()  # the compile trial is another process on the same GPU
     found = fit.Compilation("off", "")
     if world.first:
         found = fit.choose_compilation(
@@ -106,8 +108,8 @@ def use_compiled(decoder: Decoder, machine: Machine, mode: str) -> None:
     except Exception as error:  # a compiler can raise anything; training does not depend on it
         decoder.uncompile_blocks()
         machine.compile_mode, machine.terms = "off", chunk_terms
-        first = (str(error).splitlines() or [""])[0][:200]
-        machine.said.append(f"compile: off after all ({type(error).__name__}: {first})")
+        reason = " ".join(str(error).split())[:200]
+        machine.said.append(f"compile: off after all ({type(error).__name__}: {reason})")
     decoder.zero_grad(set_to_none=True)
 
 
@@ -170,8 +172,10 @@ def memory(world: World) -> dict[str, float]:
     if not is_cuda(world):
         return {"memory/rss_gib": psutil.Process().memory_info().rss / 2**30}
     free, total = torch.cuda.mem_get_info(world.device)
+    peak = torch.cuda.max_memory_allocated(world.device)  # since the last row
+    torch.cuda.reset_peak_memory_stats(world.device)
     return {
-        "memory/allocated_gib": torch.cuda.max_memory_allocated(world.device) / 2**30,
+        "memory/allocated_gib": peak / 2**30,
         "memory/reserved_gib": torch.cuda.memory_reserved(world.device) / 2**30,
         "memory/headroom_gib": free / 2**30,
         "memory/total_gib": total / 2**30,

@@ -23,7 +23,7 @@ from x1_pretrain.learning import optimizers
 from x1_pretrain.model import huggingface
 from x1_pretrain.model.decoder import Decoder
 from x1_pretrain.runtime import checkpoint_files
-from x1_pretrain.runtime.checkpoint_files import CheckpointFailedError
+from x1_pretrain.runtime.checkpoint_files import CheckpointFailedError, DiskFullError
 
 
 @dataclass(frozen=True)
@@ -67,20 +67,21 @@ def save(
         _write_json(target / "state.json", {"schema_version": 1, **asdict(state)})
 
     try:
-        return checkpoint_files.publish(folder, state.step, state.run_id, write, saved_bytes(decoder))
+        needed = saved_bytes(decoder, tokenizer_json)
+        return checkpoint_files.publish(folder, state.step, state.run_id, write, needed)
     except CheckpointFailedError:
         raise
     except Exception as error:  # safetensors reports a full disk with an exception of its own
         if "No space left" in str(error) or "os error 28" in str(error):
-            raise CheckpointFailedError("No space left on device") from error
+            raise DiskFullError("No space left on device") from error
         raise
 
 
-def saved_bytes(decoder: Decoder) -> int:
-    """Bytes of a checkpoint on disk: weights and two moments in fp32, and the small files."""
+def saved_bytes(decoder: Decoder, tokenizer_json: Path) -> int:
+    """Bytes of a checkpoint on disk: weights and two moments in fp32, the tokenizer, and the small files."""
     rows = {name: decoder.disk_rows(name, p) for name, p in decoder.named_parameters()}
     numbers = sum(rows[name] * p[0].numel() for name, p in decoder.named_parameters())
-    return 12 * numbers + (8 << 20)
+    return 12 * numbers + tokenizer_json.stat().st_size + (64 << 10)
 
 
 def read_state(checkpoint: Path) -> RunState:

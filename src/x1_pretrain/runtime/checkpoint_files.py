@@ -8,6 +8,7 @@ its hashes show. `latest` is a hint for people; nothing here reads it.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -25,6 +26,10 @@ SAFETY_BYTES = 1 << 20  # left free beside a checkpoint, for logs and directory 
 
 class CheckpointFailedError(Exception):
     """A checkpoint could not be written; the folders that were there are untouched."""
+
+
+class DiskFullError(CheckpointFailedError):
+    """For want of space: removing older checkpoints may help."""
 
 
 def folder_name(step: int) -> str:
@@ -135,7 +140,8 @@ def _cleaned_up(temporary: Path) -> Iterator[None]:
         yield
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointFailedError(error.strerror or str(error)) from error
+        kind = DiskFullError if error.errno in (errno.ENOSPC, errno.EDQUOT) else CheckpointFailedError
+        raise kind(error.strerror or str(error)) from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -144,7 +150,7 @@ def _cleaned_up(temporary: Path) -> Iterator[None]:
 def _require_space(folder: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed_bytes + SAFETY_BYTES:
-        raise CheckpointFailedError(
+        raise DiskFullError(
             f"the disk of {folder} has {free / 2**30:.2f} GiB free, a checkpoint needs "
             f"{needed_bytes / 2**30:.2f} GiB"
         )
@@ -203,19 +209,24 @@ def remove_temporaries(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def prune(folder: Path, keep_last: int, keep_every: int | None) -> list[Path]:
-    """Remove checkpoints beyond the newest `keep_last`, except steps that are multiples of `keep_every`.
-
-    Call it only after the newest was published and verified. Returns what was removed.
-    """
+def prune(folder: Path, newest: Path, keep_last: int, keep_every: int | None) -> list[Path]:
+    """Remove checkpoints older than `newest`, which was just verified, beyond `keep_last` in all; steps that
+    are multiples of `keep_every` stay, and so does whatever is newer. Returns what was removed."""
     removed = []
-    for path in list_checkpoints(folder)[max(1, keep_last) :]:
+    older = [path for path in list_checkpoints(folder) if step_of(path) < step_of(newest)]
+    for path in older[max(0, keep_last - 1) :]:
         if keep_every and step_of(path) % keep_every == 0:
             continue
         doomed = folder / f"{TEMPORARY}removing-{path.name}"
-        path.rename(
-            doomed
-        )  # first out of sight, so that a kill in between leaves no half folder under a good name
+        path.rename(doomed)  # first out of sight: a kill in between leaves no half folder under a good name
         shutil.rmtree(doomed, ignore_errors=True)
         removed.append(path)
     return removed
+
+
+def room_for(folder: Path, needed_bytes: int, kept: Path | None) -> bool:
+    """Whether a checkpoint would fit, counting what could be removed beside `kept`."""
+    removable = sum(
+        file.stat().st_size for path in list_checkpoints(folder) if path != kept for file in path.iterdir()
+    )
+    return shutil.disk_usage(folder).free + removable >= needed_bytes + SAFETY_BYTES

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -210,7 +211,7 @@ def end_group(child: subprocess.Popen[bytes]) -> None:
 
 
 def _last_words(stderr: bytes, code: int) -> str:
+    """The line that names the exception: the last that looks like one, else the last of all."""
     lines = [line.strip() for line in stderr.decode(errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if "Error" in line or "error:" in line]
-    chosen = (errors or lines or [f"exit code {code}"])[0 if errors else -1]
-    return chosen[:200]
+    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Failed)\w*:", line)]
+    return (named or lines or [f"exit code {code}"])[-1][:200]

@@ -45,6 +45,7 @@ def open_corpora(config: RunConfig) -> dict[str, Corpus]:
             "tokenizer: "
             "tokenize them again with the same tokenizer.json"
         )
+    _refuse_twins(corpora)
     for name, corpus in corpora.items():
         if block_count(len(corpus.train), config.model.context) < 1:
             raise UserError(
@@ -53,6 +54,17 @@ def open_corpora(config: RunConfig) -> dict[str, Corpus]:
                 f"{config.model.context} + 1; add text or set a smaller model.context"
             )
     return corpora
+
+
+def _refuse_twins(corpora: Mapping[str, Corpus]) -> None:
+    """The same data under two names would be read twice, in the same order."""
+    seen: dict[str, str] = {}
+    for name, corpus in corpora.items():
+        if twin := seen.get(corpus.fingerprint):
+            raise UserError(
+                f"data.corpora: '{twin}' and '{name}' hold the same data; name it once, with both weights"
+            )
+        seen[corpus.fingerprint] = name
 
 
 def resolve(config: RunConfig, corpora: Mapping[str, Corpus]) -> RunConfig:
@@ -95,7 +107,8 @@ class Session:
     skipped: list[tuple[Path, str]]  # newer checkpoints that did not verify
     superseded_rows: int
     last_evaluated: int  # step of the newest evaluation on record, -1 for none
-    lock: IO[str] | None  # the first rank's
+    finished: bool  # an earlier session said so
+    locks: list[IO[str]]  # the first rank's
 
     @property
     def step(self) -> int:
@@ -105,8 +118,8 @@ class Session:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.lock:
-            self.lock.close()
+        for lock in self.locks:
+            lock.close()
 
 
 def lock_folder(folder: Path) -> IO[str]:
@@ -131,22 +144,24 @@ def lock_folder(folder: Path) -> IO[str]:
 def open_session(config: RunConfig, corpora: Mapping[str, Corpus], fresh: bool) -> Session:
     """Lock the folder, find where to go on from, and put the records back to that step."""
     folder = config.folder
+    locks: list[IO[str]] = []
     try:
-        lock = lock_folder(folder)
-        config.checkpoint_folder.mkdir(parents=True, exist_ok=True)
-        checkpoint_files.remove_temporaries(config.checkpoint_folder)
+        for place in dict.fromkeys(
+            (folder, config.checkpoint_folder)
+        ):  # checkpoints may lie elsewhere, and be shared by mistake
+            locks.append(lock_folder(place))
+        return _found(config, corpora, fresh, locks)
     except OSError as error:
         raise UserError(
             f"{error.filename or folder}: can't be written ({error.strerror}); see --run-dir"
         ) from None
-    try:
-        return _found(config, corpora, fresh, lock)
     except BaseException:
-        lock.close()
+        for lock in locks:
+            lock.close()
         raise
 
 
-def _found(config: RunConfig, corpora: Mapping[str, Corpus], fresh: bool, lock: IO[str]) -> Session:
+def _found(config: RunConfig, corpora: Mapping[str, Corpus], fresh: bool, locks: list[IO[str]]) -> Session:
     """The session that the locked folder and its checkpoints amount to, or a refusal."""
     folder = config.folder
     good, skipped = checkpoint_files.newest_good(config.checkpoint_folder)
@@ -159,8 +174,9 @@ def _found(config: RunConfig, corpora: Mapping[str, Corpus], fresh: bool, lock: 
     state = checkpoint.read_state(good) if good else None
     if state is not None and good is not None:
         _refuse_another_run(config, corpora, state, good)
+    checkpoint_files.remove_temporaries(config.checkpoint_folder)
     step = state.step if state else -1
-    superseded = sum(rewind(folder / name, step) for name in STEP_FILES)
+    superseded = {name: rewind(folder / name, step) for name in STEP_FILES}
     rows = list(read_rows(folder / "metrics.jsonl"))
     last_evaluated = max((r["step"] for r in rows if "val/loss" in r), default=-1)
     if last_evaluated < step:  # killed between the samples of this step and its evaluation: both are redone
@@ -172,9 +188,10 @@ def _found(config: RunConfig, corpora: Mapping[str, Corpus], fresh: bool, lock: 
         resumed=state,
         checkpoint=good,
         skipped=skipped,
-        superseded_rows=superseded,
+        superseded_rows=superseded["metrics.jsonl"],
         last_evaluated=last_evaluated,
-        lock=lock,
+        finished=any(r.get("event") == "finish" for r in read_rows(folder / "events.jsonl")),
+        locks=locks,
     )
 
 
@@ -209,7 +226,7 @@ def _refuse_another_run(
         return
     changed = cfg.changed_fields(state.step_fields, cfg.step_fields(config))
     before, now = state.fingerprints, fingerprints
-    if sorted(before) != sorted(now):
+    if before != now:
         changed.append(f"content of the corpora: {_short(before)} -> {_short(now)}")
     raise RefusedError(
         f"{found}: made with another config, which would change what a step is ({'; '.join(changed)}); "
@@ -234,11 +251,12 @@ class Records:
     samples: JsonLines
     blocks: JsonLines | None
 
-    def sync(self) -> None:
-        """Through to the disk: called before a checkpoint is trusted to supersede them."""
-        for file in (self.metrics, self.events, self.samples, self.blocks):
-            if file is not None:
-                file.sync()
+    def sync(self) -> int:
+        """Through to the disk; how many rows are still waiting for room there."""
+        files = [f for f in (self.metrics, self.events, self.samples, self.blocks) if f is not None]
+        for file in files:
+            file.sync()
+        return sum(file.waiting for file in files)
 
 
 def open_records(folder: Path, with_blocks: bool, on_trouble: Any) -> Records:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,13 +18,13 @@ from x1_pretrain import config as cfg
 from x1_pretrain.config import MlflowConfig, RunConfig
 from x1_pretrain.corpus.reader import Reader, TokenFile
 from x1_pretrain.corpus.shards import Corpus
-from x1_pretrain.errors import UserError
+from x1_pretrain.errors import RefusedError, UserError
 from x1_pretrain.evals.perplexity import windows
 from x1_pretrain.model.flops import flops_per_token, parameter_counts
 from x1_pretrain.records import console, run_manifest
 from x1_pretrain.records.metrics import utc_now
 from x1_pretrain.records.mlflow_sink import MlflowSink
-from x1_pretrain.runtime import assemble, checkpoint, world
+from x1_pretrain.runtime import assemble, checkpoint, checkpoint_files, world
 from x1_pretrain.runtime.run import Clock, Run
 from x1_pretrain.runtime.session import (
     Session,
@@ -42,7 +43,7 @@ from x1_pretrain.runtime.world import World
 @contextmanager
 def started(config: RunConfig, signals: Signals, fresh: bool, device: str) -> Iterator[Run | None]:
     """The run, opened and loaded; None if it was finished before."""
-    here = world.join(device)
+    here = world.join(device, patience_s=2 * config.training.compile_timeout_s + 600)
     if config.training.deterministic:
         assemble.be_deterministic(here.device)
     corpora = open_corpora(config)
@@ -50,7 +51,7 @@ def started(config: RunConfig, signals: Signals, fresh: bool, device: str) -> It
     assemble.local_blocks(config, here)
     session = agreed_session(config, corpora, fresh, here)
     with session, console.Screen(config.training.total_steps, quiet=not here.first) as screen:
-        if session.step >= config.training.total_steps:
+        if session.finished and session.step >= config.training.total_steps:
             screen.say(f"{config.name}: finished before, at step {session.step} ({config.folder})")
             yield None
             return
@@ -75,7 +76,7 @@ def agreed_session(config: RunConfig, corpora: Mapping[str, Corpus], fresh: bool
         except UserError as error:
             found = error
     if here.size > 1:
-        shared = replace(found, lock=None) if isinstance(found, Session) else found
+        shared = replace(found, locks=[]) if isinstance(found, Session) else found
         shared = here.from_first(shared)
         found = found if here.first else shared
     if isinstance(found, UserError):
@@ -95,6 +96,9 @@ def build(
     """Model, optimizer and reader, at the step the session goes on from."""
     state = session.resumed
     decoder, optimizer, machine = assemble.build_model(config, here, state.precision if state else None)
+    if here.first and session.checkpoint:
+        tokenizer_json = next(iter(corpora.values())).path / "tokenizer.json"
+        refuse_without_room(config, session.checkpoint, checkpoint.saved_bytes(decoder, tokenizer_json))
     if session.checkpoint:
         checkpoint.load(session.checkpoint, decoder, optimizer)
     order = make_order(config, corpora)
@@ -135,6 +139,16 @@ def build(
     if here.first:
         open_folder(run)
     return run
+
+
+def refuse_without_room(config: RunConfig, good: Path, needed: int) -> None:
+    """A resumed run that could not save would be relaunched, and paid, again and again."""
+    if not checkpoint_files.room_for(config.checkpoint_folder, needed, good):
+        raise RefusedError(
+            f"{config.checkpoint_folder}: no room for a checkpoint of {needed / 2**30:.2f} GiB beside "
+            f"{good.name}; "
+            "free some space and relaunch the same command"
+        )
 
 
 def _tensor(rows: npt.NDArray[np.int64], pin: bool) -> Tensor:

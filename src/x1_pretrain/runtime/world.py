@@ -93,8 +93,10 @@ def require_torch() -> None:
         )
 
 
-def join(device: str | None = None) -> World:
-    """This process's place: from torchrun's environment if there is one, else alone."""
+def join(device: str | None = None, patience_s: float = 1800.0) -> World:
+    """This process's place: from torchrun's environment if there is one, else alone. A rank that waits longer
+    than `patience_s` for the others gives up; it must cover what the first rank does alone, such as
+    compiling."""
     require_torch()
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     chosen = _device(device, int(os.environ.get("LOCAL_RANK", 0)))
@@ -102,7 +104,7 @@ def join(device: str | None = None) -> World:
         torch.cuda.set_device(chosen)
     if size > 1:
         backend = "nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=15))
+        dist.init_process_group(backend, timeout=timedelta(seconds=patience_s))
     return World(rank, size, chosen)
 
 
