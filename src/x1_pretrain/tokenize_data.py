@@ -44,6 +44,7 @@ from x1_pretrain.corpus.vocabulary import (
 from x1_pretrain.corpus.workers import Crew, remove_partials, usable_workers
 from x1_pretrain.errors import INTERRUPTED, RefusedError, UserError
 
+MOST_ROWS = 40  # of the table at the end
 SPARSEST_BYTES_PER_TOKEN = 6  # no usual text needs fewer tokens: an estimate of space below any real need
 
 
@@ -333,12 +334,14 @@ def _say_made(request: Request, manifest: Manifest, seconds: float, tokens: int)
     table = Table()
     for name in ("domain", "documents", "train tokens", "val tokens", "bytes/token"):
         table.add_column(name, justify="left" if name == "domain" else "right")
-    for domain, count in manifest.domain_counts.items():
+    for domain, count in list(manifest.domain_counts.items())[:MOST_ROWS]:
         made = count.train_tokens + count.val_tokens
         cells = (f"{count.documents:,}", f"{count.train_tokens:,}", f"{count.val_tokens:,}")
         table.add_row(domain, *cells, f"{count.bytes / made:.2f}")
     train, val = manifest.train, manifest.val
     ratio = (train.bytes + val.bytes) / (train.tokens + val.tokens)
+    if len(manifest.domains) > MOST_ROWS:
+        table.add_row(f"and {len(manifest.domains) - MOST_ROWS} more")
     table.add_section()
     documents = f"{train.documents + val.documents:,}"
     table.add_row("all", documents, f"{train.tokens:,}", f"{val.tokens:,}", f"{ratio:.2f}")

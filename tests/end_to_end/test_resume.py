@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.corpora import write_config, write_corpus
@@ -373,6 +374,29 @@ def test_one_corpus_under_two_names_is_refused(
     assert (twin.code, "hold the same data" in twin.one_line) == (2, True)
     both = train_here(capfd, *command, *mixture(corpus, corpus), "--data-dir", corpus)
     assert (both.code, "several corpora" in both.one_line) == (2, True)
+
+
+def test_a_save_that_fails_for_another_reason_removes_nothing(
+    tmp_path: Path, config: Path, corpus: Path, capfd: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only want of space makes older checkpoints go; weights that went bad make them precious."""
+    from x1_pretrain.runtime import checkpoint
+    from x1_pretrain.runtime.checkpoint_files import CheckpointFailedError
+
+    good = checkpoint.save
+
+    def not_finite(folder: Path, state: checkpoint.RunState, *rest: Any) -> Path:
+        if state.step == 30:
+            raise CheckpointFailedError("a weight holds values that are not finite")
+        return good(folder, state, *rest)
+
+    monkeypatch.setattr(checkpoint, "save", not_finite)
+    run = tmp_path / "run"
+    command = ("--config", config, "--data-dir", corpus, "--run-dir", run, "--set", "checkpoint.keep_last=4")
+    outcome = train_here(capfd, *command)
+    assert outcome.code == 75
+    assert "the last good one is step-000000020" in outcome.out
+    assert [p.name[-2:] for p in list_checkpoints(run / "checkpoints")] == ["20", "10", "00"]
 
 
 def test_a_stop_after_a_streak_keeps_what_was_learned(

@@ -218,6 +218,20 @@ def test_the_engine_does_not_change_the_bytes(
     assert contents(tmp_path / "out") == contents(made.path)
 
 
+def test_the_work_of_joining_grows_with_the_files_and_not_their_square(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "in").mkdir()
+    for i in range(500):
+        (tmp_path / "in" / f"{i}.txt").write_text(f"document {i}")
+    asked = []
+    key = units.part_key
+    monkeypatch.setattr(units, "part_key", lambda unit, job: asked.append(len(unit.pieces)) or key(unit, job))
+    make_corpus(Request(tmp_path / "in", tmp_path / "out", "train:300", 0.5, 1))
+    assert len(open_corpus(tmp_path / "out").manifest.sources) == 500
+    assert sum(asked) <= 5 * 500
+
+
 def test_large_vocabularies_take_four_bytes(tmp_path: Path, source: Path) -> None:
     end = {"id": 70_000, "content": "</s>", "special": True, "normalized": False}
     vocab = {"[?]": 0} | {str(i): i for i in range(1, 70_000)}

@@ -41,6 +41,7 @@ from x1_pretrain.corpus.units import (
     SplitCount,
     Unit,
     part_file,
+    part_stem,
     read_facts,
     sync_folder,
     write_whole,
@@ -79,7 +80,7 @@ class _File:
 class _Segment(NamedTuple):
     """A run of one part that goes into the corpus."""
 
-    unit: Unit
+    stem: Path  # of the part's files
     file: _File
     first_token: int  # in the part
     first_document: int  # in the part
@@ -101,7 +102,7 @@ def assemble(
     files = _by_file(found.sources, parts)
     domains = sorted({file.source.domain for file in files.values() if file.documents})
     _check_domains(domains, found, job)
-    digests = {split: _join(_segments(split, parts, files), split, job, domains) for split in SPLITS}
+    digests = {split: _join(_segments(split, parts, files, job), split, job, domains) for split in SPLITS}
     manifest = _manifest(job, found, list(files.values()), domains, digests, tokenizer, options)
     write_whole(job.parts / "manifest.json", (manifest.model_dump_json(indent=2) + "\n").encode())
     files_in_order = [f"{split}{ending}" for split in SPLITS for ending in (".bin", ".idx.npy")]
@@ -144,16 +145,16 @@ def _by_file(
 
 
 def _segments(
-    split: Split, parts: Sequence[tuple[Unit, Sequence[PieceFacts]]], files: dict[str, _File]
+    split: Split, parts: Sequence[tuple[Unit, Sequence[PieceFacts]]], files: dict[str, _File], job: Job
 ) -> list[_Segment]:
     """What goes into one split, in the order of the corpus."""
     segments: list[_Segment] = []
     for unit, facts in parts:
-        token, document = 0, 0
+        stem, token, document = part_stem(unit, job), 0, 0
         for fact in facts:
             count = fact.count(split)
-            if not files[fact.file].skipped:
-                segments.append(_Segment(unit, files[fact.file], token, document, count))
+            if count.documents and not files[fact.file].skipped:
+                segments.append(_Segment(stem, files[fact.file], token, document, count))
             token += count.tokens
             document += count.documents
     return segments
@@ -167,13 +168,12 @@ def _join(segments: Sequence[_Segment], split: Split, job: Job, domains: Sequenc
         (job.parts / f"{split}.idx.npy").open("wb") as index_out,
     ):
         _write_header(index_out, sum(s.size.documents for s in segments))
-        first_token = 0
+        first_token, numbers = 0, {domain: number for number, domain in enumerate(domains)}
         for segment in segments:
             for block in _token_blocks(segment, split, job):
                 tokens_out.write(block)
                 digest.update(block)
-            if segment.size.documents:
-                index_out.write(_index(segment, split, job, domains, first_token).tobytes())
+            index_out.write(_index(segment, split, numbers, first_token).tobytes())
             first_token += segment.size.tokens
         for out in (tokens_out, index_out):
             out.flush()
@@ -189,7 +189,7 @@ def _write_header(out: BinaryIO, documents: int) -> None:
 
 def _token_blocks(segment: _Segment, split: Split, job: Job) -> Iterator[bytes]:
     token_bytes = np.dtype(job.dtype).itemsize
-    with part_file(segment.unit, job, split, "bin").open("rb") as file:
+    with part_file(segment.stem, split, "bin").open("rb") as file:
         file.seek(segment.first_token * token_bytes)
         left = segment.size.tokens * token_bytes
         while left:
@@ -200,17 +200,17 @@ def _token_blocks(segment: _Segment, split: Split, job: Job) -> Iterator[bytes]:
             yield block
 
 
-def _index(segment: _Segment, split: Split, job: Job, domains: Sequence[str], first_token: int) -> np.ndarray:
+def _index(segment: _Segment, split: Split, numbers: dict[str, int], first_token: int) -> np.ndarray:
     """The segment's rows of the index, as they stand in the corpus, (documents,)."""
     rows = np.fromfile(
-        part_file(segment.unit, job, split, "idx"),
+        part_file(segment.stem, split, "idx"),
         dtype=DOCUMENT,
         count=segment.size.documents,
         offset=segment.first_document * DOCUMENT.itemsize,
     )
     rows["start"] = rows["start"] - np.uint64(segment.first_token) + np.uint64(first_token)
     rows["file"] = segment.file.number
-    rows["domain"] = domains.index(segment.file.source.domain)
+    rows["domain"] = numbers[segment.file.source.domain]
     return rows
 
 

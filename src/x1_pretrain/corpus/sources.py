@@ -125,7 +125,7 @@ def _walk(folder: Path, leave_out: Path | None) -> Iterator[Path]:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__pycache__")))
         yield from (Path(here, name) for name in sorted(files) if not name.startswith("."))
 
 

@@ -30,6 +30,8 @@ from x1_pretrain.corpus.sources import (
 from x1_pretrain.corpus.tokenizer import Tokenizer
 
 PART_VERSION = 1
+Ending = Literal["bin", "idx"]
+ENDINGS: tuple[Ending, Ending] = ("bin", "idx")
 BATCH_BYTES = 1 << 20  # of text, tokenized and written at a time
 SMALLEST_UNIT_BYTES = 4 << 20
 LARGEST_UNIT_BYTES = 64 << 20
@@ -149,9 +151,9 @@ def part_key(unit: Unit, job: Job) -> str:
 
 def read_facts(unit: Unit, job: Job) -> list[PieceFacts] | None:
     """The facts of a finished part; none when it isn't there, or isn't good enough for this job."""
-    file = job.parts / f"{part_key(unit, job)}.json"
+    stem = part_stem(unit, job)
     try:
-        rows: list[dict[str, Any]] = json.loads(file.read_bytes())
+        rows: list[dict[str, Any]] = json.loads(stem.with_name(f"{stem.name}.json").read_bytes())
     except FileNotFoundError:
         return None
     facts = [
@@ -160,18 +162,23 @@ def read_facts(unit: Unit, job: Job) -> list[PieceFacts] | None:
     ]
     if any(f.skipped for f in facts) and not job.skip_bad:
         return None
-    return facts if all(_is_whole(unit, job, split, facts) for split in SPLITS) else None
+    return facts if all(_is_whole(stem, job, split, facts) for split in SPLITS) else None
 
 
-def part_file(unit: Unit, job: Job, split: Split, ending: Literal["bin", "idx"]) -> Path:
-    return job.parts / f"{part_key(unit, job)}.{split}.{ending}"
+def part_stem(unit: Unit, job: Job) -> Path:
+    """What the names of a part's files begin with. It costs a hash over all pieces: ask once."""
+    return job.parts / part_key(unit, job)
 
 
-def _is_whole(unit: Unit, job: Job, split: Split, facts: list[PieceFacts]) -> bool:
+def part_file(stem: Path, split: Split, ending: Ending) -> Path:
+    return stem.with_name(f"{stem.name}.{split}.{ending}")
+
+
+def _is_whole(stem: Path, job: Job, split: Split, facts: list[PieceFacts]) -> bool:
     """Whether both files of a split are as long as the facts say."""
     token_bytes = np.dtype(job.dtype).itemsize * sum(f.count(split).tokens for f in facts)
     index_bytes = DOCUMENT.itemsize * sum(f.count(split).documents for f in facts)
-    tokens, index = part_file(unit, job, split, "bin"), part_file(unit, job, split, "idx")
+    tokens, index = part_file(stem, split, "bin"), part_file(stem, split, "idx")
     return (
         tokens.is_file()
         and index.is_file()
@@ -185,9 +192,9 @@ def write_part(unit: Unit, job: Job, tokenizer: Tokenizer) -> Iterator[tuple[int
 
     A file that can't be read raises `BadSource` with its name, or under `skip_bad` leaves nothing behind.
     """
-    key = part_key(unit, job)
+    stem = part_stem(unit, job)
     facts: list[PieceFacts] = []
-    with _Writer(job.parts / key, job, tokenizer) as writer:
+    with _Writer(stem, job, tokenizer) as writer:
         for ordinal, piece in enumerate(unit.pieces):
             mark = writer.mark()
             found = PieceFacts(piece.source.relative)
@@ -201,7 +208,7 @@ def write_part(unit: Unit, job: Job, tokenizer: Tokenizer) -> Iterator[tuple[int
             found.sha256 = file_sha256(piece.source.path) if piece.opens_file else None
             facts.append(found)
         writer.finish()
-    write_whole(job.parts / f"{key}.json", json.dumps([asdict(f) for f in facts]).encode())
+    write_whole(stem.with_name(f"{stem.name}.json"), json.dumps([asdict(f) for f in facts]).encode())
 
 
 def _write_piece(
@@ -230,8 +237,8 @@ class _Writer:
 
     def __init__(self, stem: Path, job: Job, tokenizer: Tokenizer) -> None:
         self._job, self._tokenizer = job, tokenizer
-        self._paths = {(s, e): stem.with_name(f"{stem.name}.{s}.{e}") for s in SPLITS for e in ("bin", "idx")}
-        self._files: dict[tuple[Split, str], BinaryIO] = {
+        self._paths = {(s, e): part_file(stem, s, e) for s in SPLITS for e in ENDINGS}
+        self._files: dict[tuple[Split, Ending], BinaryIO] = {
             which: partial_name(path).open("wb") for which, path in self._paths.items()
         }
         self._tokens = dict.fromkeys(SPLITS, 0)
@@ -275,11 +282,11 @@ class _Writer:
         self._tokens[split] += len(closed)
         return len(closed)
 
-    def mark(self) -> dict[tuple[Split, str], int]:
+    def mark(self) -> dict[tuple[Split, Ending], int]:
         """Where the files stand."""
         return {which: file.tell() for which, file in self._files.items()}
 
-    def roll_back(self, mark: dict[tuple[Split, str], int]) -> None:
+    def roll_back(self, mark: dict[tuple[Split, Ending], int]) -> None:
         """Forget all that was written after `mark`."""
         for (split, ending), file in self._files.items():
             file.seek(mark[split, ending])

@@ -146,9 +146,8 @@ def open_session(config: RunConfig, corpora: Mapping[str, Corpus], fresh: bool) 
     folder = config.folder
     locks: list[IO[str]] = []
     try:
-        for place in dict.fromkeys(
-            (folder, config.checkpoint_folder)
-        ):  # checkpoints may lie elsewhere, and be shared by mistake
+        # checkpoints may lie elsewhere, and be shared with another run by mistake
+        for place in dict.fromkeys((folder, config.checkpoint_folder)):
             locks.append(lock_folder(place))
         return _found(config, corpora, fresh, locks)
     except OSError as error:
