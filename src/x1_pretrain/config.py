@@ -384,10 +384,8 @@ def _joined(problems: list[str]) -> str:
 def _problem(detail: Any) -> tuple[str, str]:
     """The field's path and what is wrong with it."""
     parts = [str(part) for part in detail["loc"]]
-    if parts and re.search(
-        r"\[|^constrained|^(int|str)$", parts[-1]
-    ):  # pydantic's name for one kind of several
-        parts.pop()
+    if parts and re.search(r"\[|^constrained|^(int|str)$", parts[-1]):
+        parts.pop()  # pydantic's name for one kind of several
     return ".".join(parts), _reason(detail)
 
 

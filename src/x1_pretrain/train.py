@@ -41,13 +41,10 @@ from x1_pretrain.runtime.start import get_ready, started
 
 def train(run: Run) -> int:
     """Get ready, train to the last step or to a signal, close. Returns the exit code."""
-    if run.session.resumed is None and not save(
-        run
-    ):  # also the first proof that a checkpoint fits on the disk
+    if run.session.resumed is None and not save(run):  # the first proof that a checkpoint fits
         raise errors.RefusedError(
             f"{run.config.checkpoint_folder}: the checkpoint of step 0 can't be saved (see above), so no "
-            "later one "
-            "could: make room or choose another --ckpt-dir"
+            "later one could: make room or choose another --ckpt-dir"
         )
     get_ready(run)
     run.signals.nothing_to_save = True  # until the first step of this session, which may take long
@@ -97,9 +94,8 @@ def train_step(run: Run, batch: Batch[Tensor]) -> tuple[float, float] | None:
     verdict = stability.judge(loss, grad_norm, run.bad_streak)
     if verdict == "go":
         optimizers.clip_(weights, run.config.optimizer.clip, norm)
-        optimizers.set_learning_rate(
-            run.optimizer, learning_rate(run.step, run.config.optimizer, run.total_steps)
-        )
+        lr = learning_rate(run.step, run.config.optimizer, run.total_steps)
+        optimizers.set_learning_rate(run.optimizer, lr)
         run.optimizer.step()
         run.bad_streak = 0
     run.optimizer.zero_grad(set_to_none=True)
@@ -151,8 +147,7 @@ def halve_micro_batch(run: Run, blocks: int) -> None:
     run.event(
         "micro_batch",
         f"out of memory with a micro-batch of {before}: going on with {after} x {blocks // after} "
-        "accumulated; "
-        "the global batch is the same",
+        "accumulated; the global batch is the same",
     )
 
 
@@ -166,8 +161,8 @@ def not_finite(run: Run, verdict: stability.Verdict, loss: float, grad_norm: flo
         last = checkpoint_files.folder_name(max(run.saved_step, 0))
         raise NotFiniteError(
             f"{where}: {run.bad_streak} steps in a row were not finite. The weights are those before them; "
-            "the last "
-            f"checkpoint is {last}. Try a lower optimizer.lr, or --set training.precision=fp32, in a new "
+            f"the last checkpoint is {last}. Try a lower optimizer.lr, or --set training.precision=fp32, in "
+            "a new "
             "--run-dir"
         )
 
@@ -363,8 +358,7 @@ def finish(run: Run, code: int) -> int:
     if lost:
         raise UnwrittenError(
             f"{run.config.folder}: {lost} rows of the records could not be written (see above); the "
-            "checkpoints are "
-            "good. Free some space before the next run"
+            "checkpoints are good. Free some space before the next run"
         )
     return code
 

@@ -148,9 +148,7 @@ def _deadline(wanted: Sequence[int], last_share: int, block: int) -> int:
 
 @dataclass(frozen=True)
 class Source:
-    """One corpus as the order sees it. `key` names its content, so that the same data have the same order
-    anywhere.
-    """
+    """One corpus as the order sees it. `key` names its content: the same data, the same order, anywhere."""
 
     key: str
     blocks: int

@@ -38,8 +38,8 @@ class TokenFile:
         if len(raw) != (end - start) * width:
             raise UserError(
                 f"{self.path}: tokens {start} to {end} can't be read, the file ends early: it was changed "
-                "or cut "
-                "while the run was reading it; tokenize again, then relaunch the same command to resume"
+                "or cut while the run was reading it; tokenize again, then relaunch the same command to "
+                "resume"
             )
         return np.frombuffer(raw, self.dtype).astype(np.int64)
 

@@ -1,3 +1,1 @@
-"""What a model is worth: validation loss per domain. No evaluation changes the model or the order of its
-data.
-"""
+"""What a model is worth: validation loss per domain. No evaluation changes the model or its order of data."""

@@ -116,8 +116,7 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 
 
 def rewind(path: Path, step: int) -> int:
-    """Move the rows after `step`, and a torn last line, to `<name>.superseded.jsonl`; how many rows were
-    moved.
+    """Move the rows after `step`, and a torn last line, to `<name>.superseded.jsonl`; how many were moved.
 
     Rows are in step order, so they are the end of the file: it is copied, then cut. A kill in between leaves
     the copy made twice and the file whole.

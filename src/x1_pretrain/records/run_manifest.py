@@ -1,6 +1,4 @@
-"""`manifest.json` of a run: what it was made with, so that someone else can judge the numbers and repeat
-them.
-"""
+"""`manifest.json` of a run: what it was made with, so that others can judge the numbers."""
 
 from __future__ import annotations
 

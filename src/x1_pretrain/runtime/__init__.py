@@ -1,3 +1,1 @@
-"""Where a run meets its machine: ranks and devices, checkpoints on disk, signals, what fits and what
-compiles.
-"""
+"""Where a run meets its machine: ranks and devices, checkpoints, signals, what fits and what compiles."""

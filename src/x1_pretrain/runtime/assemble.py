@@ -1,6 +1,4 @@
-"""From a config to everything the loop uses: the model on its device, the optimizer, and how they are
-computed.
-"""
+"""From a config to what the loop computes with: model, optimizer, and what this machine can do."""
 
 from __future__ import annotations
 

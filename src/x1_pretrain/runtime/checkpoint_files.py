@@ -1,5 +1,4 @@
-"""Checkpoint folders: published whole or not at all, verified before they are trusted, removed last. No
-torch.
+"""Checkpoint folders: published whole or not at all, verified before they are trusted. No torch.
 
 A checkpoint is written under a temporary name, every file flushed to the disk and hashed into
 `manifest.json`, and then renamed. So a folder named `step-000001800` is complete, or was damaged later, which

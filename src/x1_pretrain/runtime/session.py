@@ -42,16 +42,14 @@ def open_corpora(config: RunConfig) -> dict[str, Corpus]:
     if len(tokenizers) > 1:
         raise UserError(
             f"data: the corpora {', '.join(corpora)} were tokenized differently; one model has one "
-            "tokenizer: "
-            "tokenize them again with the same tokenizer.json"
+            "tokenizer: tokenize them again with the same tokenizer.json"
         )
     _refuse_twins(corpora)
     for name, corpus in corpora.items():
         if block_count(len(corpus.train), config.model.context) < 1:
             raise UserError(
                 f"{corpus.path}: corpus '{name}' has {len(corpus.train)} training tokens, less than one "
-                "block of "
-                f"{config.model.context} + 1; add text or set a smaller model.context"
+                f"block of {config.model.context} + 1; add text or set a smaller model.context"
             )
     return corpora
 
@@ -211,8 +209,7 @@ def _refuse_silent_restart(config: RunConfig, skipped: list[tuple[Path, str]]) -
     if saved and max(saved) > 0:
         raise RefusedError(
             f"{where}: this run saved a checkpoint at step {max(saved)}, but there is none here now; put "
-            "the folder "
-            "back (or name it with --ckpt-dir), or start anew with another --run-dir"
+            "the folder back (or name it with --ckpt-dir), or start anew with another --run-dir"
         )
 
 

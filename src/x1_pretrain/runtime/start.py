@@ -146,8 +146,7 @@ def refuse_without_room(config: RunConfig, good: Path, needed: int) -> None:
     if not checkpoint_files.room_for(config.checkpoint_folder, needed, good):
         raise RefusedError(
             f"{config.checkpoint_folder}: no room for a checkpoint of {needed / 2**30:.2f} GiB beside "
-            f"{good.name}; "
-            "free some space and relaunch the same command"
+            f"{good.name}; free some space and relaunch the same command"
         )
 
 
