@@ -195,7 +195,7 @@ def log(run: Run, batch: Batch[Tensor], loss: float, grad_norm: float) -> None:
         run.records.metrics.append(row)
     eta_s = run.clock.eta_s(run.total_steps - run.step)
     run.screen.say(console.train_line(row, run.total_steps, eta_s))
-    run.screen.at(run.step)
+    run.screen.at(run.step, f"loss {loss:.4f}" + (f"  ETA {console.duration(eta_s)}" if eta_s else ""))
     for line in run.sink.news() if run.sink else ():
         run.event("mlflow", line)
     run.clock.reset()

@@ -66,6 +66,7 @@ class Screen:
         self._lost = quiet
         self._progress: Progress | None = None
         self._task: TaskID | None = None
+        self._note = ""
         if sys.stdout.isatty() and not quiet:
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>5.1f}%"))
             self._progress = Progress(*columns, TextColumn("{task.fields[note]}"), console=self._console)
@@ -91,10 +92,11 @@ class Screen:
             self._lost = True
             _send_to_nowhere(self._console.file.fileno())
 
-    def at(self, step: int, note: str = "") -> None:
-        """Move the bar."""
+    def at(self, step: int, note: str | None = None) -> None:
+        """Move the bar; a note stays beside it until the next one."""
         if self._progress is not None and self._task is not None and not self._lost:
-            self._progress.update(self._task, completed=step, note=note)
+            self._note = self._note if note is None else note
+            self._progress.update(self._task, completed=step, note=self._note)
 
 
 def _send_to_nowhere(descriptor: int) -> None:
