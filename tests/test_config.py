@@ -47,6 +47,14 @@ def test_a_number_in_exponent_notation_is_a_number(text: str) -> None:
     assert cfg.load_config(PUBLISHED, {path: value}).optimizer.lr == 3e-4
 
 
+def test_off_is_a_word_and_true_is_not(tmp_path: Path) -> None:
+    path, value = cfg.parse_assignment("training.compile=off")
+    assert cfg.load_config(PUBLISHED, {path: value}).training.compile == "off"
+    (tmp_path / "c.yaml").write_text(PUBLISHED.read_text().replace("compile: max-autotune", "compile: off"))
+    assert cfg.load_config(tmp_path / "c.yaml").training.compile == "off"
+    assert cfg.parse_assignment("log.blocks=true") == ("log.blocks", True)
+
+
 def test_overrides_reach_any_depth() -> None:
     config = cfg.load_config(PUBLISHED, {"data.corpora.web.dir": "x", "data.corpora.web.weight": 3})
     assert config.data.mixture() == {"web": cfg.CorpusConfig(dir="x", weight=3.0)}
@@ -77,10 +85,22 @@ def test_every_field_is_either_harmless_or_part_of_the_hash() -> None:
     config = cfg.parse_config(tiny_config(), "test")
     harmless = {leaf for leaf in LEAVES if leaf not in cfg.step_fields(config)}
     assert {leaf.split(".")[0] for leaf in harmless} <= {
-        *("name", "run_dir", "data", "training", "checkpoint", "evaluation", "log", "mlflow", "verify")
+        *(
+            "name",
+            "run_dir",
+            "data",
+            "training",
+            "checkpoint",
+            "evaluation",
+            "log",
+            "mlflow",
+            "verify",
+            "model",
+        )
     }
-    assert {leaf for leaf in harmless if leaf.startswith(("training", "data"))} == {
+    assert {leaf for leaf in harmless if leaf.startswith(("training", "data", "model"))} == {
         "data.dir",
+        "model.vocab_multiple",
         "training.micro_batch",
         "training.compile",
         "training.compile_timeout_s",

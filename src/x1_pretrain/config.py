@@ -281,8 +281,17 @@ def changed_fields(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people write it: `3e-4` is a number, a key given twice is an error."""
+    """YAML as people write it: `3e-4` is a number, `off` is a word, a key given twice is an error."""
 
+    yaml_implicit_resolvers = {  # noqa: RUF012 - a copy of the parent's, without yes, no, on, off as booleans
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",

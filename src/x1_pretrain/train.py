@@ -25,7 +25,7 @@ from x1_pretrain.learning import optimizers, stability
 from x1_pretrain.learning.schedule import learning_rate
 from x1_pretrain.model.decoder import Decoder
 from x1_pretrain.model.flops import mfu
-from x1_pretrain.model.loss import CHUNK_TOKENS, IGNORED, summed_loss
+from x1_pretrain.model.loss import IGNORED, chunk_tokens, summed_loss
 from x1_pretrain.records import console
 from x1_pretrain.records.metrics import utc_now
 from x1_pretrain.runtime import assemble, checkpoint, checkpoint_files, fit
@@ -127,7 +127,9 @@ def forward(run: Run, tokens: Tensor) -> Tensor:
     hidden = run.decoder.hidden(tokens[:, :-1])  # (B, T, d)
     targets = tokens[:, 1:].reshape(-1)  # (B T,)
     weight, vocab = run.decoder.output_weight, run.decoder.config.vocab
-    return summed_loss(hidden.flatten(0, 1), weight, targets, vocab, CHUNK_TOKENS, run.machine.terms)
+    return summed_loss(
+        hidden.flatten(0, 1), weight, targets, vocab, chunk_tokens(tokens.device), run.machine.terms
+    )
 
 
 def halve_micro_batch(run: Run, blocks: int) -> None:
@@ -161,9 +163,8 @@ def not_finite(run: Run, verdict: stability.Verdict, loss: float, grad_norm: flo
         last = checkpoint_files.folder_name(max(run.saved_step, 0))
         raise NotFiniteError(
             f"{where}: {run.bad_streak} steps in a row were not finite. The weights are those before them; "
-            f"the last checkpoint is {last}. Try a lower optimizer.lr, or --set training.precision=fp32, in "
-            "a new "
-            "--run-dir"
+            f"the last checkpoint is {last}. In a new --run-dir, try a lower optimizer.lr or "
+            "--set training.precision=fp32"
         )
 
 
@@ -249,12 +250,10 @@ def sample(run: Run) -> bool:
     for number, prompt in enumerate(settings.prompts):
         if run.world.size == 1 and run.signals.interrupted():
             return False
-        generator = torch.Generator().manual_seed(
-            (run.config.seed * 1_000_003 + run.step * 101 + number) % 2**63
-        )
-        ids = torch.from_numpy(run.tokenizer.encode(prompt).astype("int64"))[None].to(
-            run.world.device
-        )  # (1, T)
+        seed = (run.config.seed * 1_000_003 + run.step * 101 + number) % 2**63
+        generator = torch.Generator().manual_seed(seed)
+        encoded = run.tokenizer.encode(prompt).astype("int64")
+        ids = torch.from_numpy(encoded)[None].to(run.world.device)  # (1, T)
         out = run.decoder.generate(
             ids, settings.sample_tokens, settings.temperature, generator, run.tokenizer.eot_id
         )
@@ -346,9 +345,9 @@ def leave(run: Run) -> int:
 def finish(run: Run, code: int) -> int:
     """Last words; the terminal status goes to MLflow. Rows that never reached the disk make it a fault."""
     if code == errors.FINISHED:
-        run.event(
-            "finish", f"finished: {run.total_steps:,} steps, {run.tokens:,} tokens in {run.config.folder}"
-        )
+        folder = run.config.folder
+        run.event("finish", f"finished: {run.total_steps:,} steps, {run.tokens:,} tokens in {folder}")
+        run.screen.say(f"next: x1 export {folder} --output DIR, x1 verify {folder}")
     if run.sink:
         run.sink.close("FINISHED" if code == errors.FINISHED else "KILLED")
         for line in run.sink.news():

@@ -16,7 +16,7 @@ import torch
 
 from x1_pretrain.corpus.shards import Corpus
 from x1_pretrain.model.decoder import Decoder
-from x1_pretrain.model.loss import CHUNK_TOKENS, IGNORED, token_losses
+from x1_pretrain.model.loss import IGNORED, chunk_tokens, token_losses
 from x1_pretrain.runtime.world import World
 
 
@@ -93,7 +93,11 @@ def _domain_sums(
         inputs, targets = tokens[:, :-1].clamp(min=0), tokens[:, 1:].reshape(-1)
         hidden = decoder.hidden(inputs.to(world.device)).flatten(0, 1)  # (B T, d)
         losses = token_losses(
-            hidden, decoder.output_weight, targets.to(world.device), decoder.config.vocab, CHUNK_TOKENS
+            hidden,
+            decoder.output_weight,
+            targets.to(world.device),
+            decoder.config.vocab,
+            chunk_tokens(world.device),
         )
         counted = targets[targets != IGNORED]
         sums += torch.tensor(

@@ -15,7 +15,7 @@ from x1_pretrain.errors import RefusedError, UserError
 from x1_pretrain.learning import optimizers
 from x1_pretrain.model import attention, flops
 from x1_pretrain.model.decoder import Decoder
-from x1_pretrain.model.loss import CHUNK_TOKENS, ChunkTerms, chunk_terms, compiled_chunk_terms, summed_loss
+from x1_pretrain.model.loss import ChunkTerms, chunk_terms, chunk_tokens, compiled_chunk_terms, summed_loss
 from x1_pretrain.records import run_manifest
 from x1_pretrain.runtime import fit
 from x1_pretrain.runtime.signals import Signals
@@ -142,7 +142,7 @@ def dry_run(decoder: Decoder, sequences: int, terms: ChunkTerms = chunk_terms) -
     ids = torch.zeros(sequences, decoder.config.context, dtype=torch.int64, device=device)  # (B, T)
     hidden = decoder.hidden(ids).flatten(0, 1)  # (B T, d)
     weight, vocab = decoder.output_weight, decoder.config.vocab
-    loss = summed_loss(hidden, weight, ids.flatten(), vocab, CHUNK_TOKENS, terms)
+    loss = summed_loss(hidden, weight, ids.flatten(), vocab, chunk_tokens(device), terms)
     if loss.requires_grad:
         torch.autograd.backward(loss)
 

@@ -17,7 +17,7 @@ import torch
 from x1_pretrain.config import parse_config
 from x1_pretrain.model import attention
 from x1_pretrain.model.decoder import Decoder
-from x1_pretrain.model.loss import CHUNK_TOKENS, compiled_chunk_terms, summed_loss
+from x1_pretrain.model.loss import chunk_tokens, compiled_chunk_terms, summed_loss
 from x1_pretrain.runtime.fit import DTYPES
 
 
@@ -38,7 +38,9 @@ def main() -> None:
     ids = torch.zeros(task["micro_batch"], config.model.context, dtype=torch.int64, device=device)  # (B, T)
     hidden = decoder.hidden(ids).flatten(0, 1)  # (B T, d)
     terms = compiled_chunk_terms()
-    loss = summed_loss(hidden, decoder.output_weight, ids.flatten(), config.model.vocab, CHUNK_TOKENS, terms)
+    loss = summed_loss(
+        hidden, decoder.output_weight, ids.flatten(), config.model.vocab, chunk_tokens(device), terms
+    )
     torch.autograd.backward(loss)
     with torch.no_grad():
         decoder.hidden(ids)  # evaluation is another program
