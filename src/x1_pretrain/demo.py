@@ -34,16 +34,8 @@ from x1_pretrain.errors import INTERRUPTED, UserError
 from x1_pretrain.records.console import compact, duration
 from x1_pretrain.records.metrics import read_rows
 
-LEFT_OUT = {
-    "test",
-    "tests",
-    "idle_test",
-    "site-packages",
-    "dist-packages",
-    "__pycache__",
-    "lib2to3",
-    "ensurepip",
-}
+# Installed packages, tests, and modules that are tables: of characters, or of text that `prose` has anyway.
+LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data"}
 CONTEXT, BATCH_BLOCKS = 256, 16
 PROMPTS = ["def read(self, ", "import os\n", "Return the "]
 say = Console(highlight=False, soft_wrap=True).print
@@ -145,7 +137,7 @@ def config_tree(total_steps: int) -> dict[str, Any]:
             "sample_tokens": 40,
             "temperature": 0.6,
         },
-        "log": {"every": max(1, tenth // 2)},
+        "log": {"every": max(1, tenth // 5)},
     }
 
 
@@ -174,7 +166,8 @@ def plan(minutes: float) -> RunConfig:
 
     draft = parse_config(config_tree(100), "demo")
     each_s, precision = seconds_per_step(draft)
-    steps = max(20, int(minutes * 60 / (each_s * 1.15)))  # the optimizer and the evaluations take their part
+    steps = int(minutes * 60 / (each_s * 1.15))  # the optimizer and the evaluations take their part
+    steps = max(20, steps // 10 * 10)
     config = parse_config(config_tree(steps), "demo")
     counts, flops = parameter_counts(config.model), flops_per_token(config.model)
     tokens = steps * config.training.batch_tokens
@@ -284,7 +277,7 @@ def check_resume(run: Path, steps: int) -> str:
 
 def main(
     output: Annotated[Path, typer.Option(help="folder for all the demo makes")] = Path("demo"),
-    minutes: Annotated[float, typer.Option(min=0.05, help="minutes of training")] = 4.0,
+    minutes: Annotated[float, typer.Option(min=0.05, help="minutes of training")] = 5.0,
 ) -> None:
     """The whole way in minutes, on this machine's own Python as text. Nothing is downloaded."""
     begun = time.perf_counter()

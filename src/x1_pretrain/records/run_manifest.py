@@ -65,5 +65,9 @@ def _cpu_name() -> str:
 
 
 def argv() -> list[str]:
-    """The command as typed, without the path of the interpreter's script."""
-    return [Path(sys.argv[0]).name, *sys.argv[1:]]
+    """The command as typed, without this machine's path to it."""
+    program = Path(sys.argv[0])
+    if program.suffix != ".py":
+        return [program.name, *sys.argv[1:]]
+    command = ["x1"] if program.stem == "cli" else ["python", "-m", f"x1_pretrain.{program.stem}"]
+    return [*command, *sys.argv[1:]]

@@ -225,6 +225,15 @@ def get_ready(run: Run) -> None:
     run.signals.before_leaving = lambda name: run.note("signal", f"left at once on {name}", signal=name)
 
 
+def first_written(run: Run) -> str | None:
+    """When this run's first session wrote its manifest."""
+    try:
+        earlier = json.loads((run.config.folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # the first session, or a file that someone damaged: it is written anew
+        return None
+    return earlier.get("created_utc") if earlier.get("run_id") == run.session.run_id else None
+
+
 def manifest(run: Run) -> dict[str, Any]:
     """`manifest.json` of the run folder."""
     config, counts, flops = run.config, parameter_counts(run.config.model), run.flops
@@ -235,7 +244,8 @@ def manifest(run: Run) -> dict[str, Any]:
         "kind": "run",
         "run_id": run.session.run_id,
         "name": config.name,
-        "created_utc": utc_now(),
+        "created_utc": first_written(run) or utc_now(),
+        "updated_utc": utc_now(),
         "session": run.session.number,
         "argv": run_manifest.argv(),
         **run_manifest.source_state(),
