@@ -36,7 +36,7 @@ from x1_pretrain.records.metrics import read_rows
 
 # Installed packages, tests, and modules that are tables: of characters, or of text that `prose` has anyway.
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data"}
-CONTEXT, BATCH_BLOCKS = 256, 16
+CONTEXT, BATCH_BLOCKS = 256, 8
 PROMPTS = ["def read(self, ", "import os\n", "Return the "]
 say = Console(highlight=False, soft_wrap=True).print
 
@@ -114,10 +114,10 @@ def config_tree(total_steps: int) -> dict[str, Any]:
         "seed": 42,
         "model": {
             "layers": 4,
-            "d_model": 256,
-            "heads": 4,
-            "kv_heads": 2,
-            "d_ff": 768,
+            "d_model": 192,
+            "heads": 3,
+            "kv_heads": 3,
+            "d_ff": 512,
             "context": CONTEXT,
             "vocab_size": 4096,
         },
