@@ -74,3 +74,14 @@ def test_without_it_tiktoken_runs_and_the_user_hears_of_it(monkeypatch: pytest.M
     assert tokenizer.engine.name == "tiktoken"
     assert "fastokens" in note
     assert "not installed" in note
+
+
+def test_an_engine_that_cannot_be_imported_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise ImportError("built for another Python")
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setattr(FastokensEngine, "__init__", broken)
+    chosen, why = with_fastest_engine(reference(), text(5, 6))
+    assert chosen.engine.name == "tiktoken"
+    assert why == "fastokens can't be used (ImportError: built for another Python)"

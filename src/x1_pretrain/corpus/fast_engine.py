@@ -54,9 +54,13 @@ def with_fastest_engine(tokenizer: Tokenizer, texts: Iterable[str]) -> tuple[Tok
         return tokenizer, tokenizer.note
     if importlib.util.find_spec("fastokens") is None:
         return tokenizer, "fastokens, about ten times as fast, is not installed"
-    faster = with_fastokens(tokenizer)
     checked = [*HARD, *texts]
-    for text, ids in zip(checked, faster.encode_batch(checked), strict=True):
+    try:
+        faster = with_fastokens(tokenizer)
+        encoded = faster.encode_batch(checked)
+    except Exception as error:  # built for another Python, or another version of it: tiktoken does the work
+        return tokenizer, f"fastokens can't be used ({type(error).__name__}: {error})"
+    for text, ids in zip(checked, encoded, strict=True):
         if not np.array_equal(ids, tokenizer.encode(text)):
             return tokenizer, f"fastokens differs on {text[:40]!r}"
     return faster, ""
