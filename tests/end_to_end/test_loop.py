@@ -214,3 +214,15 @@ def test_a_run_without_validation_tokens_says_so(
     assert outcome.code == 0, outcome.err
     assert "there will be no validation loss" in outcome.out
     assert not [r for r in curve(tmp_path / "run") if "val/loss" in r]
+
+
+@pytest.mark.slow
+def test_a_compiled_run_has_the_curve_of_an_eager_one(tmp_path: Path, config: Path, corpus: Path) -> None:
+    """The real compiler, the real trial process, training and evaluation."""
+    eager, compiled = tmp_path / "eager", tmp_path / "compiled"
+    command = ("--config", config, "--data-dir", corpus)
+    assert Training(*command, "--run-dir", eager).end()[0] == 0
+    code, output = Training(*command, "--run-dir", compiled, "--set", "training.compile=default").end(300)
+    assert code == 0, output
+    assert "compile: default (tried in" in output
+    assert losses(compiled) == pytest.approx(losses(eager), abs=2e-4)
