@@ -193,7 +193,7 @@ def main(
     target = uri or open_run(folder).config.mlflow.uri
     if target is None:
         raise UserError(
-            f"{folder}: its config names no MLflow store; pass --uri, for example --uri file:///tmp/mlruns"
+            f"{folder}: its config names no MLflow store; pass --uri, for example --uri file:///workspace/mlruns"
         )
     mlflow_store.require_mlflow("copying a run to MLflow")
     sent = rebuild(folder, target, experiment)
