@@ -25,7 +25,7 @@ from x1_pretrain.learning import optimizers, stability
 from x1_pretrain.learning.schedule import learning_rate
 from x1_pretrain.model.decoder import Decoder
 from x1_pretrain.model.flops import mfu
-from x1_pretrain.model.loss import IGNORED, chunk_tokens, summed_loss
+from x1_pretrain.model.loss import IGNORED, chunk_terms, chunk_tokens, summed_loss
 from x1_pretrain.records import console
 from x1_pretrain.records.metrics import utc_now
 from x1_pretrain.runtime import assemble, checkpoint, checkpoint_files, fit
@@ -72,6 +72,8 @@ def train_loop(run: Run) -> int:
             continue  # interrupted before the update: this step has not happened
         run.step += 1
         run.signals.nothing_to_save = False
+        if run.step % run.config.log.every == 0:
+            assemble.synchronize(run.world)  # so that the time of the update is in the row it belongs to
         run.clock.count(time.perf_counter() - begun + waited_s, waited_s)
         log(run, batch, *result)
 
@@ -137,11 +139,14 @@ def halve_micro_batch(run: Run, blocks: int) -> None:
     before = run.machine.micro_batch
     if before == 1 or run.world.size > 1:  # ranks would have to agree; the dry run is there to prevent it
         raise errors.RefusedError(
-            f"out of memory in step {run.step + 1} with a micro-batch of {before}; relaunch with "
+            f"out of memory at step {run.step} with a micro-batch of {before}; relaunch with "
             f"--set training.micro_batch={max(1, before // 2)}"
             + (" and a smaller model" if before == 1 else "")
         ) from None
     run.machine.micro_batch = fit.divisors_up_to(blocks, before // 2)[0]
+    # The blocks were compiled for the old shape, and compiling in mid-run could not be interrupted.
+    run.decoder.uncompile_blocks()
+    run.machine.terms = chunk_terms
     run.optimizer.zero_grad(set_to_none=True)
     if run.world.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -252,12 +257,14 @@ def sample(run: Run) -> bool:
             return False
         seed = (run.config.seed * 1_000_003 + run.step * 101 + number) % 2**63
         generator = torch.Generator().manual_seed(seed)
-        encoded = run.tokenizer.encode(prompt).astype("int64")
-        ids = torch.from_numpy(encoded)[None].to(run.world.device)  # (1, T)
+        encoded = run.tokenizer.encode(prompt).tolist() or [run.tokenizer.eot_id]
+        ids = torch.tensor([encoded], device=run.world.device)  # (1, T)
         out = run.decoder.generate(
             ids, settings.sample_tokens, settings.temperature, generator, run.tokenizer.eot_id
         )
-        text = run.tokenizer.decode(out[0, ids.shape[1] :].tolist())
+        # the model may have more ids than the tokenizer
+        new = [i for i in out[0, ids.shape[1] :].tolist() if i < run.tokenizer.vocab_size]
+        text = run.tokenizer.decode(new)
         said = {"prompt": prompt, "text": text, "temperature": settings.temperature}
         run.records.samples.append({"step": run.step, "tokens": run.tokens, "time_utc": utc_now(), **said})
         run.screen.say(f"  {prompt!r} ... {text!r}")
@@ -294,11 +301,9 @@ def save_here(run: Run) -> bool:
 def write_checkpoint(run: Run) -> None:
     assert run.records is not None
     folder, settings = run.config.checkpoint_folder, run.config.checkpoint
-    corpus, begun = next(iter(run.corpora.values())), time.perf_counter()
+    begun = time.perf_counter()
     run.records.sync()
-    path = checkpoint.save(
-        folder, state_of(run), run.decoder, run.optimizer, corpus.path / "tokenizer.json", corpus.eot_id
-    )
+    path = checkpoint.save(folder, state_of(run), run.decoder, run.optimizer, run.tokenizer)
     took = time.perf_counter() - begun
     run.event("checkpoint", f"checkpoint {path} ({took:.1f} s)", path=str(path), seconds=round(took, 3))
     older = checkpoint_files.list_checkpoints(folder)

@@ -216,6 +216,63 @@ def test_a_run_without_validation_tokens_says_so(
     assert not [r for r in curve(tmp_path / "run") if "val/loss" in r]
 
 
+def test_odd_prompts_and_spare_ids_are_no_trouble(
+    tmp_path: Path, config: Path, corpus: Path, capfd: Capture
+) -> None:
+    prompts = f'evaluation.prompts=["", "{"the cat " * 200}"]'
+    command = ("--config", config, "--data-dir", corpus, "--run-dir", tmp_path / "run")
+    more = ("--set", prompts, "--set", "model.vocab_size=1000", "--set", "evaluation.temperature=0.0")
+    outcome = train_here(capfd, *command, *more)
+    assert outcome.code == 0, outcome.err
+    assert len(rows(tmp_path / "run" / "samples.jsonl")) == 2 * 4
+
+
+def test_data_that_go_while_training_cost_no_checkpoint(tmp_path: Path, config: Path, capfd: Capture) -> None:
+    """The corpus folder is renamed after the start; the tokenizer is saved from memory, tokens by open files."""
+    import shutil
+
+    from tests.corpora import write_corpus
+
+    data, run = write_corpus(tmp_path / "data"), tmp_path / "run"
+    command = ("--config", config, "--data-dir", data, "--run-dir", run)
+    training = Training(*command, "--total-steps", "2000")
+    training.wait_for_line("step    5/")
+    shutil.move(data, tmp_path / "moved")
+    output = training.wait_for_line("step   60/")
+    training.kill()
+    assert "not saved" not in output
+    newest = max((run / "checkpoints").glob("step-*"))
+    assert (newest / "tokenizer.json").read_text() == (tmp_path / "moved" / "tokenizer.json").read_text()
+
+
+def test_validation_data_cut_while_training_is_one_line(
+    tmp_path: Path, config: Path, capfd: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.corpora import write_corpus
+
+    data = write_corpus(tmp_path / "data")
+    forward = train.forward
+
+    def cut_at_step_five(run: Any, tokens: torch.Tensor) -> torch.Tensor:
+        if run.step == 5:
+            (data / "val.bin").write_bytes(b"")
+        return forward(run, tokens)
+
+    monkeypatch.setattr(train, "forward", cut_at_step_five)
+    outcome = train_here(capfd, "--config", config, "--data-dir", data, "--run-dir", tmp_path / "run")
+    assert outcome.code == 2
+    assert "val.bin" in outcome.one_line
+
+
+def test_a_run_never_writes_into_a_corpus(tmp_path: Path, config: Path, corpus: Path, capfd: Capture) -> None:
+    before = (corpus / "manifest.json").read_bytes()
+    for flag in ("--run-dir", "--ckpt-dir"):
+        outcome = train_here(capfd, "--config", config, "--data-dir", corpus, flag, corpus)
+        assert outcome.code == 78
+        assert "is a corpus folder" in outcome.one_line
+    assert (corpus / "manifest.json").read_bytes() == before
+
+
 @pytest.mark.slow
 def test_a_compiled_run_has_the_curve_of_an_eager_one(tmp_path: Path, config: Path, corpus: Path) -> None:
     """The real compiler, the real trial process, training and evaluation."""

@@ -14,7 +14,8 @@ from x1_pretrain.runtime import checkpoint_files as files
 def content(data: bytes = b"weights") -> Callable[[Path], None]:
     def write(folder: Path) -> None:
         (folder / "model.safetensors").write_bytes(data)
-        (folder / "state.json").write_text("{}")
+        step = int(folder.name.rpartition("-")[2])
+        (folder / "state.json").write_text(json.dumps({"step": step, "run_id": "run"}))
 
     return write
 
@@ -124,3 +125,23 @@ def test_pruning_never_removes_the_one_just_saved(tmp_path: Path) -> None:
     files.prune(tmp_path, tmp_path / "step-000000005", keep_last=2, keep_every=30)
     assert files.newest_good(tmp_path)[0] == tmp_path / "step-000000005"
     assert (tmp_path / "step-000000000").exists()
+
+
+@pytest.mark.parametrize("listed", [{}, ["a"], {"model.safetensors": 1}, {"state.json": {}}, None, "x"])
+def test_an_odd_manifest_is_a_bad_checkpoint_not_a_crash(tmp_path: Path, listed: object) -> None:
+    good, odd = files.publish(tmp_path, 1, "run", content()), files.publish(tmp_path, 2, "run", content())
+    manifest = json.loads((odd / "manifest.json").read_text())
+    (odd / "manifest.json").write_text(json.dumps({**manifest, "files": listed}))
+    found, skipped = files.newest_good(tmp_path)
+    assert found == good
+    assert [path for path, _ in skipped] == [odd]
+
+
+@pytest.mark.parametrize("state", ['{"step": 1, "run_id": "run"}', '{"step": 2}', "[]", "nonsense"])
+def test_a_state_of_another_step_is_a_bad_checkpoint(tmp_path: Path, state: str) -> None:
+    path = files.publish(tmp_path, 2, "run", content())
+    (path / "state.json").write_text(state)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"]["state.json"] = {"bytes": len(state), "sha256": files.sha256(path / "state.json")}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    assert files.verify_folder(path) is not None

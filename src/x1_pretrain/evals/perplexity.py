@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from x1_pretrain.corpus.reader import TokenFile
 from x1_pretrain.corpus.shards import Corpus
 from x1_pretrain.model.decoder import Decoder
 from x1_pretrain.model.loss import IGNORED, chunk_tokens, token_losses
@@ -25,8 +26,8 @@ class Windows:
     """The validation windows of one domain: token spans, each one target longer than its inputs."""
 
     domain: str
-    corpus: Corpus
     spans: tuple[tuple[int, int], ...]
+    file: TokenFile
     bytes_of: npt.NDArray[np.int32]  # of text, per token id
 
     @property
@@ -43,7 +44,8 @@ def windows(corpora: Mapping[str, Corpus], context: int, limit_tokens: int) -> l
             label = domain if names.count(domain) == 1 else f"{name}-{domain}"
             cut = _cut(spans, context, limit_tokens)
             if cut:
-                found.append(Windows(label, corpus, cut, corpus.token_bytes()))
+                file = TokenFile(corpus.path / "val.bin", corpus.val.dtype)
+                found.append(Windows(label, cut, file, corpus.token_bytes()))
     return found
 
 
@@ -87,9 +89,7 @@ def _domain_sums(
     for first in range(0, len(mine), micro_batch):
         if world.size == 1 and interrupted():
             return None
-        tokens = _padded(
-            one.corpus.val, mine[first : first + micro_batch], micro_batch, decoder.config.context
-        )
+        tokens = _padded(one.file, mine[first : first + micro_batch], micro_batch, decoder.config.context)
         inputs, targets = tokens[:, :-1].clamp(min=0), tokens[:, 1:].reshape(-1)
         hidden = decoder.hidden(inputs.to(world.device)).flatten(0, 1)  # (B T, d)
         losses = token_losses(
@@ -107,11 +107,9 @@ def _domain_sums(
     return world.sum_(sums.to(world.device)).cpu()
 
 
-def _padded(
-    val: npt.NDArray[np.unsignedinteger], spans: Sequence[tuple[int, int]], rows: int, context: int
-) -> torch.Tensor:
+def _padded(file: TokenFile, spans: Sequence[tuple[int, int]], rows: int, context: int) -> torch.Tensor:
     """The spans as rows of one fixed shape, (rows, context + 1); what is missing is `IGNORED`."""
     tokens = np.full((rows, context + 1), IGNORED, dtype=np.int64)
     for row, (start, end) in enumerate(spans):
-        tokens[row, : end - start] = val[start:end]
+        tokens[row, : end - start] = file.span(start, end)
     return torch.from_numpy(tokens)

@@ -24,6 +24,9 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """PyTorch's own kernel: right on every device."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or K, T, D)
     shared = q.shape[1] != k.shape[1]
+    if shared and q.is_cuda and q.dtype == torch.float32:  # no fast kernel there shares heads
+        repeats = q.shape[1] // k.shape[1]
+        k, v, shared = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1), False
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared)
     return out.transpose(1, 2)  # (B, T, H, D)
 

@@ -61,7 +61,7 @@ def generation_config(eot_id: int) -> dict[str, Any]:
     return {"bos_token_id": eot_id, "eos_token_id": eot_id, "pad_token_id": eot_id}
 
 
-def tokenizer_config(config: ModelConfig, eot_token: str = "<|endoftext|>") -> dict[str, Any]:
+def tokenizer_config(config: ModelConfig, eot_token: str) -> dict[str, Any]:
     """`tokenizer_config.json`, beside the `tokenizer.json` of the corpus. Nothing is added to a text."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",

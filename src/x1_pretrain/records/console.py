@@ -36,8 +36,9 @@ def train_line(row: dict[str, Any], total_steps: int, eta_s: float | None) -> st
         parts.append(f"{compact(row['tokens_per_sec'])} tok/s")
     if "mfu" in row:
         parts.append(f"MFU {row['mfu']:.1%}")
-    if "memory/reserved_gib" in row:
-        parts.append(f"mem {row['memory/reserved_gib']:.1f} GiB")
+    memory = row.get("memory/reserved_gib", row.get("memory/rss_gib"))
+    if memory is not None:
+        parts.append(f"mem {memory:.1f} GiB")
     if row.get("data/wait_share", 0.0) >= 0.01:
         parts.append(f"data wait {row['data/wait_share']:.0%}")
     if eta_s is not None:
@@ -63,11 +64,11 @@ class Screen:
 
     def __init__(self, total_steps: int, quiet: bool = False) -> None:
         self._console = _Console(highlight=False, soft_wrap=True, quiet=quiet)
-        self._lost = quiet
+        self._lost = quiet or sys.stdout is None  # a supervisor may give no output at all
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._note = ""
-        if sys.stdout.isatty() and not quiet:
+        if sys.stdout is not None and sys.stdout.isatty() and not quiet:
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>5.1f}%"))
             self._progress = Progress(*columns, TextColumn("{task.fields[note]}"), console=self._console)
             self._task = self._progress.add_task("training", total=total_steps, note="")

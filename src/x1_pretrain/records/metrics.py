@@ -112,7 +112,8 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
         row = json.loads(line)
     except ValueError:
         return None
-    return row if isinstance(row, dict) else None
+    whole = isinstance(row, dict) and all(isinstance(row.get(key, 0), int) for key in ("step", "session"))
+    return row if whole and "step" in row else None
 
 
 def rewind(path: Path, step: int) -> int:

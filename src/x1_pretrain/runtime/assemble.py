@@ -54,6 +54,11 @@ def local_blocks(config: RunConfig, world: World) -> int:
     return blocks
 
 
+def wanted_attention(config: RunConfig) -> attention.Requested:
+    """flash_attn's backward adds in any order, which torch's deterministic switch does not see."""
+    return "sdpa" if config.training.deterministic else config.training.attention
+
+
 def build_model(config: RunConfig, world: World, remembered: str | None) -> tuple[Decoder, AdamW, Machine]:
     """Weights from the seed, on the device, in the precision chosen (a resumed run keeps the one it has)."""
     keep = remembered if config.training.precision == "auto" else None
@@ -63,20 +68,20 @@ def build_model(config: RunConfig, world: World, remembered: str | None) -> tupl
     if keep:
         why = f"precision: {precision} (as the run was started)"
     dtype = fit.DTYPES[precision]
-    kernel, which = attention.choose(config.training.attention, world.device, dtype)
+    kernel, which = attention.choose(wanted_attention(config), world.device, dtype)
     decoder = Decoder(config.model, compute_dtype=dtype, attention=kernel, seed=config.seed).to(world.device)
     machine = Machine(precision=precision, attention=which, said=[why, which])
     return decoder, optimizers.build(decoder, config.optimizer, world.device), machine
 
 
 def fit_machine(
-    config: RunConfig, world: World, decoder: Decoder, machine: Machine, signals: Signals
+    config: RunConfig, world: World, decoder: Decoder, optimizer: AdamW, machine: Machine, signals: Signals
 ) -> None:
     """Micro-batch and compilation, found by trying."""
-    blocks = local_blocks(config, world)
-    machine.micro_batch, how = world.from_first(
-        _micro_batch(config, world, decoder, machine.precision, blocks)
-    )
+    found_here, how = _micro_batch(config, world, decoder, optimizer, machine.precision)
+    machine.micro_batch = world.minimum(found_here or 0)
+    if not machine.micro_batch:
+        raise RefusedError(f"{how}; a smaller model.context or model is needed")
     if is_cuda(world):
         torch.cuda.empty_cache()  # the compile trial is another process on the same GPU
     found = fit.Compilation("off", "")
@@ -112,9 +117,9 @@ def use_compiled(decoder: Decoder, machine: Machine, mode: str) -> None:
 
 
 def _micro_batch(
-    config: RunConfig, world: World, decoder: Decoder, precision: fit.Precision, blocks: int
-) -> tuple[int, str]:
-    wanted = config.training.micro_batch
+    config: RunConfig, world: World, decoder: Decoder, optimizer: AdamW, precision: fit.Precision
+) -> tuple[int | None, str]:
+    wanted, blocks = config.training.micro_batch, local_blocks(config, world)
     if wanted != "auto":
         if blocks % wanted:
             near = fit.divisors_up_to(blocks, wanted)[0]
@@ -125,15 +130,12 @@ def _micro_batch(
         return wanted, f"micro-batch: {wanted} sequences (asked for)"
     if not is_cuda(world):
         return fit.cpu_micro_batch(config.model, blocks, precision, psutil.virtual_memory().available)
-    limit = torch.cuda.get_device_properties(world.device).total_memory * fit.GPU_MEMORY_SHARE
+    total = torch.cuda.get_device_properties(world.device).total_memory
+    moments = 0 if optimizer.state else 8 * sum(p.numel() for p in decoder.parameters())  # not there yet
     probe = fit.cuda_peak(lambda n: dry_run(decoder, n), world.device)
-    found, how = fit.largest_fitting(
-        blocks, probe, limit - 8.0 * sum(p.numel() for p in decoder.parameters())
-    )
+    found = fit.largest_fitting(blocks, probe, total * fit.GPU_MEMORY_SHARE - moments)
     decoder.zero_grad(set_to_none=True)
-    if found is None:
-        raise RefusedError(f"{how} into the GPU's memory; a smaller model.context or model is needed")
-    return found, how
+    return found
 
 
 def dry_run(decoder: Decoder, sequences: int, terms: ChunkTerms = chunk_terms) -> None:
@@ -145,6 +147,12 @@ def dry_run(decoder: Decoder, sequences: int, terms: ChunkTerms = chunk_terms) -
     loss = summed_loss(hidden, weight, ids.flatten(), vocab, chunk_tokens(device), terms)
     if loss.requires_grad:
         torch.autograd.backward(loss)
+
+
+def synchronize(world: World) -> None:
+    """Wait for the GPU, so that a clock read now has the work in it."""
+    if is_cuda(world):
+        torch.cuda.synchronize(world.device)
 
 
 def is_cuda(world: World) -> bool:

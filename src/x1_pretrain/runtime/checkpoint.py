@@ -9,7 +9,6 @@ Full tensors by parameter name, so that the number of ranks is free to change.
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.optim import AdamW
 
+from x1_pretrain.corpus.tokenizer import Tokenizer
 from x1_pretrain.errors import RefusedError
 from x1_pretrain.learning import optimizers
 from x1_pretrain.model import huggingface
@@ -45,9 +45,7 @@ class RunState:
     bad_streak: int = 0  # steps just before this one whose loss or gradient was not finite
 
 
-def save(
-    folder: Path, state: RunState, decoder: Decoder, optimizer: AdamW, tokenizer_json: Path, eot_id: int
-) -> Path:
+def save(folder: Path, state: RunState, decoder: Decoder, optimizer: AdamW, tokenizer: Tokenizer) -> Path:
     """Publish the checkpoint of `state.step`. CheckpointFailedError if it can't be written or must not be."""
     weights = huggingface.disk_state(decoder)
     broken = [name for name, tensor in weights.items() if not bool(torch.isfinite(tensor).all())]
@@ -60,14 +58,15 @@ def save(
     def write(target: Path) -> None:
         save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
         save_file(moments, target / "optimizer.safetensors", metadata={"format": "pt"})
-        shutil.copyfile(tokenizer_json, target / "tokenizer.json")
-        _write_json(target / "config.json", huggingface.config_json(decoder.config, eot_id))
-        _write_json(target / "generation_config.json", huggingface.generation_config(eot_id))
-        _write_json(target / "tokenizer_config.json", huggingface.tokenizer_config(decoder.config))
+        (target / "tokenizer.json").write_text(tokenizer.json_text, encoding="utf-8")
+        _write_json(target / "config.json", huggingface.config_json(decoder.config, tokenizer.eot_id))
+        _write_json(target / "generation_config.json", huggingface.generation_config(tokenizer.eot_id))
+        names = huggingface.tokenizer_config(decoder.config, tokenizer.eot_text)
+        _write_json(target / "tokenizer_config.json", names)
         _write_json(target / "state.json", {"schema_version": 1, **asdict(state)})
 
     try:
-        needed = saved_bytes(decoder, tokenizer_json)
+        needed = saved_bytes(decoder, tokenizer)
         return checkpoint_files.publish(folder, state.step, state.run_id, write, needed)
     except CheckpointFailedError:
         raise
@@ -77,11 +76,11 @@ def save(
         raise
 
 
-def saved_bytes(decoder: Decoder, tokenizer_json: Path) -> int:
+def saved_bytes(decoder: Decoder, tokenizer: Tokenizer) -> int:
     """Bytes of a checkpoint on disk: weights and two moments in fp32, the tokenizer, and the small files."""
     rows = {name: decoder.disk_rows(name, p) for name, p in decoder.named_parameters()}
     numbers = sum(rows[name] * p[0].numel() for name, p in decoder.named_parameters())
-    return 12 * numbers + tokenizer_json.stat().st_size + (64 << 10)
+    return 12 * numbers + len(tokenizer.json_text.encode()) + (64 << 10)
 
 
 def read_state(checkpoint: Path) -> RunState:
@@ -90,7 +89,13 @@ def read_state(checkpoint: Path) -> RunState:
     version = content.pop("schema_version", None)
     if version != 1:
         raise RefusedError(f"{checkpoint}: state.json has schema version {version}, this version reads 1")
-    return RunState(**content)
+    try:
+        state = RunState(**content)
+    except TypeError as error:
+        raise RefusedError(f"{checkpoint}: state.json is not of this version ({error})") from None
+    if not isinstance(state.step_fields, dict) or state.precision not in ("bf16", "fp32"):
+        raise RefusedError(f"{checkpoint}: state.json holds values that this version never wrote")
+    return state
 
 
 def load(checkpoint: Path, decoder: Decoder, optimizer: AdamW) -> None:

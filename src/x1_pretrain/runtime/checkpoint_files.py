@@ -20,6 +20,7 @@ from typing import Any
 
 SCHEMA_VERSION = 1
 TEMPORARY = ".writing-"
+NEEDED = ("model.safetensors", "state.json")  # without these nothing can be resumed
 SAFETY_BYTES = 1 << 20  # left free beside a checkpoint, for logs and directory entries
 
 
@@ -61,15 +62,29 @@ def verify_folder(path: Path) -> str | None:
         version, step = int(manifest["schema_version"]), int(manifest["step"])
     except FileNotFoundError:
         return "manifest.json is missing"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         return f"manifest.json can't be read ({error})"
     if version > SCHEMA_VERSION:
         return f"written by a newer version (schema {version}, this one reads {SCHEMA_VERSION})"
     if step != step_of(path):
         return f"its manifest is of step {step}"
-    for name, want in listed.items():
-        if problem := _file_problem(path / name, want):
-            return f"{name} {problem}"
+    try:
+        for name in (*NEEDED, *listed):
+            if name not in listed:
+                return f"{name} is not in its manifest"
+            if problem := _file_problem(path / name, listed[name]):
+                return f"{name} {problem}"
+        return _state_problem(path, manifest)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        return f"manifest.json is not as it was written ({error})"
+
+
+def _state_problem(path: Path, manifest: dict[str, Any]) -> str | None:
+    """state.json must be of the same step and run."""
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    for key in ("step", "run_id"):
+        if state[key] != manifest[key]:
+            return f"state.json has {key} {state[key]}, the manifest {manifest[key]}"
     return None
 
 
@@ -225,7 +240,6 @@ def prune(folder: Path, newest: Path, keep_last: int, keep_every: int | None) ->
 
 def room_for(folder: Path, needed_bytes: int, kept: Path | None) -> bool:
     """Whether a checkpoint would fit, counting what could be removed beside `kept`."""
-    removable = sum(
-        file.stat().st_size for path in list_checkpoints(folder) if path != kept for file in path.iterdir()
-    )
+    older = [path for path in list_checkpoints(folder) if kept and step_of(path) < step_of(kept)]
+    removable = sum(file.stat().st_size for path in older for file in path.glob("*"))
     return shutil.disk_usage(folder).free + removable >= needed_bytes + SAFETY_BYTES

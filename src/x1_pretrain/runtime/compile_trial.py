@@ -17,7 +17,8 @@ import torch
 from x1_pretrain.config import parse_config
 from x1_pretrain.model import attention
 from x1_pretrain.model.decoder import Decoder
-from x1_pretrain.model.loss import chunk_tokens, compiled_chunk_terms, summed_loss
+from x1_pretrain.model.loss import compiled_chunk_terms
+from x1_pretrain.runtime.assemble import be_deterministic, dry_run, wanted_attention
 from x1_pretrain.runtime.fit import DTYPES
 
 
@@ -32,18 +33,14 @@ def main() -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
     config = parse_config(task["config"], "compile trial")
     device, dtype = torch.device(task["device"]), DTYPES[task["precision"]]
-    kernel, _ = attention.choose(config.training.attention, device, dtype)
+    if config.training.deterministic:
+        be_deterministic(device)
+    kernel, _ = attention.choose(wanted_attention(config), device, dtype)
     decoder = Decoder(config.model, compute_dtype=dtype, attention=kernel).to(device)
     decoder.compile_blocks(task["mode"])
-    ids = torch.zeros(task["micro_batch"], config.model.context, dtype=torch.int64, device=device)  # (B, T)
-    hidden = decoder.hidden(ids).flatten(0, 1)  # (B T, d)
-    terms = compiled_chunk_terms()
-    loss = summed_loss(
-        hidden, decoder.output_weight, ids.flatten(), config.model.vocab, chunk_tokens(device), terms
-    )
-    torch.autograd.backward(loss)
+    dry_run(decoder, task["micro_batch"], compiled_chunk_terms())
     with torch.no_grad():
-        decoder.hidden(ids)  # evaluation is another program
+        dry_run(decoder, task["micro_batch"])  # evaluation is another program
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     os._exit(0)  # the thread above still waits on standard input

@@ -92,27 +92,23 @@ def cpu_micro_batch(
 def largest_fitting(
     blocks: int, probe: Callable[[int], float | None], limit_bytes: float
 ) -> tuple[int | None, str]:
-    """The largest micro-batch whose dry run fits. `probe(n)` is the peak memory of n sequences in bytes, None
-    when they do not fit. Two small runs give a straight line, which says where to try first; from there
-    down."""
-    one = probe(1)
-    if one is None:
-        return None, "not even one sequence fits"
-    candidates = divisors_up_to(blocks, blocks)
-    second = next((n for n in reversed(candidates) if n > 1), None)
-    two = probe(second) if second else None
-    if second is None or two is None:
-        return 1, f"micro-batch: 1 sequence (peak {one / 2**30:.1f} GiB)"
-    each = max((two - one) / (second - 1), 1.0)
-    predicted = 1 + int((limit_bytes - one) / each)
-    halved = ""
-    for candidate in (n for n in candidates if n <= max(predicted, second)):
+    """The largest micro-batch whose dry run fits, tried upward until one does not; None if not even one
+    sequence.
+
+    `probe(n)` is the peak memory of n sequences in bytes, None when it runs out. No prediction: what a first
+    pass allocates once, and what grows in steps, would spoil it, and small passes cost little.
+    """
+    best, peak_bytes = None, 0.0
+    for candidate in reversed(divisors_up_to(blocks, blocks)):
         peak = probe(candidate)
-        if peak is not None and peak <= limit_bytes:
-            found = f"micro-batch: {candidate} sequences (dry run: peak {peak / 2**30:.1f} GiB of "
-            return candidate, f"{found}{limit_bytes / 2**30:.1f} GiB usable{halved})"
-        halved = f"; {candidate} did not fit"
-    return 1, f"micro-batch: 1 sequence (peak {one / 2**30:.1f} GiB)"
+        if peak is None or peak > limit_bytes:
+            break
+        best, peak_bytes = candidate, peak
+    if best is None:
+        return None, f"not even one sequence fits into {limit_bytes / 2**30:.1f} GiB"
+    beyond = "" if best == blocks else "; more did not fit"
+    usable = f"peak {peak_bytes / 2**30:.1f} GiB of {limit_bytes / 2**30:.1f} GiB usable"
+    return best, f"micro-batch: {best} sequences (dry run: {usable}{beyond})"
 
 
 def cuda_peak(dry_run: Callable[[int], None], device: torch.device) -> Callable[[int], float | None]:
@@ -144,8 +140,10 @@ class Compilation:
     message: str
 
 
-def compile_modes(requested: str, device: torch.device) -> list[str]:
-    """The modes to try, best first."""
+def compile_modes(requested: str, device: torch.device, deterministic: bool = False) -> list[str]:
+    """The modes to try, best first. Max-autotune chooses by timing: two starts may choose differently."""
+    if requested == "max-autotune" and deterministic:
+        return ["default"]
     if requested == "auto":
         return ["default"] if device.type == "cuda" else []
     return {"off": [], "default": ["default"], "max-autotune": ["max-autotune", "default"]}[requested]
@@ -159,7 +157,7 @@ def choose_compilation(
     interrupted: Callable[[], bool],
 ) -> Compilation:
     """Try the wanted mode at the final shape, bounded in time; fall back and say why."""
-    modes = compile_modes(config.training.compile, device)
+    modes = compile_modes(config.training.compile, device, config.training.deterministic)
     trouble: list[str] = []
     task = {
         "config": config.model_dump(mode="json"),

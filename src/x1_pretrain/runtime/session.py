@@ -142,6 +142,8 @@ def lock_folder(folder: Path) -> IO[str]:
 def open_session(config: RunConfig, corpora: Mapping[str, Corpus], fresh: bool) -> Session:
     """Lock the folder, find where to go on from, and put the records back to that step."""
     folder = config.folder
+    for place in (folder, config.checkpoint_folder):
+        _refuse_corpus(place)
     locks: list[IO[str]] = []
     try:
         # checkpoints may lie elsewhere, and be shared with another run by mistake
@@ -190,6 +192,12 @@ def _found(config: RunConfig, corpora: Mapping[str, Corpus], fresh: bool, locks:
         finished=any(r.get("event") == "finish" for r in read_rows(folder / "events.jsonl")),
         locks=locks,
     )
+
+
+def _refuse_corpus(place: Path) -> None:
+    """A run in a corpus folder would write its manifest over the corpus's."""
+    if (place / "train.bin").exists() or (place / "train.idx.npy").exists():
+        raise RefusedError(f"{place}: is a corpus folder; give --run-dir and --ckpt-dir folders of their own")
 
 
 def new_run_id(name: str) -> str:

@@ -95,10 +95,10 @@ def build(
 ) -> Run:
     """Model, optimizer and reader, at the step the session goes on from."""
     state = session.resumed
+    tokenizer = next(iter(corpora.values())).tokenizer()
     decoder, optimizer, machine = assemble.build_model(config, here, state.precision if state else None)
     if here.first and session.checkpoint:
-        tokenizer_json = next(iter(corpora.values())).path / "tokenizer.json"
-        refuse_without_room(config, session.checkpoint, checkpoint.saved_bytes(decoder, tokenizer_json))
+        refuse_without_room(config, session.checkpoint, checkpoint.saved_bytes(decoder, tokenizer))
     if session.checkpoint:
         checkpoint.load(session.checkpoint, decoder, optimizer)
     order = make_order(config, corpora)
@@ -117,7 +117,7 @@ def build(
         config=config,
         world=here,
         corpora=corpora,
-        tokenizer=next(iter(corpora.values())).tokenizer(),
+        tokenizer=tokenizer,
         order=order,
         session=session,
         records=None,
@@ -162,7 +162,10 @@ def _tensor(rows: npt.NDArray[np.int64], pin: bool) -> Tensor:
 def open_folder(run: Run) -> None:
     """The records, the resolved config, and the first event: where this session goes on from."""
     session, config = run.session, run.config
-    run.records = open_records(config.folder, config.log.blocks, run.screen.say)
+    try:
+        run.records = open_records(config.folder, config.log.blocks, run.screen.say)
+    except OSError as error:
+        raise UserError(f"{error.filename or config.folder}: can't be written ({error.strerror})") from None
     write_atomically(config.folder / "config.yaml", cfg.to_yaml(config))
     link_checkpoints(config)
     run.screen.say(introduction(run))
@@ -200,7 +203,7 @@ def introduction(run: Run) -> str:
 def get_ready(run: Run) -> None:
     """Find how this machine computes the run best, say it, and write the manifest."""
     machine = run.machine
-    assemble.fit_machine(run.config, run.world, run.decoder, machine, run.signals)
+    assemble.fit_machine(run.config, run.world, run.decoder, run.optimizer, machine, run.signals)
     blocks = assemble.local_blocks(run.config, run.world)
     micro, context = machine.micro_batch, run.config.model.context
     for line in machine.said:
@@ -229,9 +232,14 @@ def first_written(run: Run) -> str | None:
     """When this run's first session wrote its manifest."""
     try:
         earlier = json.loads((run.config.folder / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # the first session, or a file that someone damaged: it is written anew
+        return earlier["created_utc"] if earlier["run_id"] == run.session.run_id else None
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+    ):  # the first session, or someone damaged it: written anew
         return None
-    return earlier.get("created_utc") if earlier.get("run_id") == run.session.run_id else None
 
 
 def manifest(run: Run) -> dict[str, Any]:
