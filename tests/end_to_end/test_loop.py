@@ -228,7 +228,7 @@ def test_odd_prompts_and_spare_ids_are_no_trouble(
 
 
 def test_data_that_go_while_training_cost_no_checkpoint(tmp_path: Path, config: Path, capfd: Capture) -> None:
-    """The corpus folder is renamed after the start; the tokenizer is saved from memory, tokens by open files."""
+    """The tokenizer is saved from memory, and tokens are read through files that are open."""
     import shutil
 
     from tests.corpora import write_corpus

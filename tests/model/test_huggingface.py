@@ -157,7 +157,7 @@ def test_the_tokenizer_opens_and_adds_nothing(tmp_path: Path) -> None:
     bpe.train_from_iterator(["one two three, one two"], trainer)
     write(trained(True, 2, False), tmp_path)
     bpe.save(str(tmp_path / "tokenizer.json"))
-    settings = huggingface.tokenizer_config(trained(True, 2, False).config)
+    settings = huggingface.tokenizer_config(trained(True, 2, False).config, "<|endoftext|>")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     opened = transformers.AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
     text = " one ,two  <|endoftext|>three"
