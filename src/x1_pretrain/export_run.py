@@ -16,7 +16,7 @@ import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -40,6 +40,7 @@ from x1_pretrain.runtime.checkpoint_files import newest_good, step_of
 
 RUNS = Path("runs")
 MLFLOW_OFF = "MLflow was off for this run; metrics.csv holds every point"
+MLFLOW_LOST = "mlflow.json of this run names no MLflow run; metrics.csv holds every point"
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -73,7 +74,7 @@ def _in_store(uri: str, experiment: str | None, name: str | None) -> tuple[list[
     try:
         found = mlflow_store.find_runs(mlflow_store.connect(uri), uri, experiment, name)
     except Exception as error:  # a store may fail in any way; the run folder can still be exported
-        return [], f"{store} can't be read ({type(error).__name__}: {str(error).splitlines()[0][:150]})"
+        return [], f"{store} can't be read ({mlflow_store.reason_of(error)})"
     wanted = (f" named {name!r}" if name else "") + (f" of experiment {experiment!r}" if experiment else "")
     return found, f"no X1 run{wanted} in {store}"
 
@@ -115,10 +116,7 @@ def _is_that_run(folder: Path, run_id: str) -> bool:
 def from_folder(run: Run) -> Material:
     """All there is: the folder is the run."""
     rows = run.rows()
-    pointer, uri = run.mlflow(), run.config.mlflow.uri
-    line = MLFLOW_OFF
-    if pointer is not None:
-        line = mlflow_store.run_uri(pointer["uri"], pointer.get("experiment_id"), pointer["run_id"])
+    uri = run.config.mlflow.uri
     material = Material(
         name=run.name,
         manifest=run.manifest,
@@ -127,11 +125,21 @@ def from_folder(run: Run) -> Material:
         total_steps=run.total_steps,
         clip=run.config.optimizer.clip,
         config_text=(run.folder / "config.yaml").read_text(encoding="utf-8"),
-        mlflow_line=line,
+        mlflow_line=_mlflow_line(run.mlflow()),
         secret=(uri, mlflow_store.without_password(uri)) if uri else ("", ""),
     )
     _pick_checkpoint(material, run)
     return material
+
+
+def _mlflow_line(pointer: dict[str, Any] | None) -> str:
+    """The address of the copy in MLflow, or why there is none."""
+    if pointer is None:
+        return MLFLOW_OFF
+    uri, run_id = pointer.get("uri"), pointer.get("run_id")
+    if not isinstance(uri, str) or not isinstance(run_id, str):
+        return MLFLOW_LOST
+    return mlflow_store.run_uri(uri, pointer.get("experiment_id"), run_id)
 
 
 def _pick_checkpoint(material: Material, run: Run) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import builtins
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -123,6 +125,27 @@ def test_what_is_wrong_with_a_folder_is_one_line(copied: Path, case: str) -> Non
     with pytest.raises(UserError, match=words) as caught:
         open_corpus(copied)
     assert str(copied) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "train.bin", "val.bin", "train.idx.npy", "val.idx.npy", "tokenizer.json"]
+)
+def test_a_file_that_this_user_may_not_read_is_one_line(
+    copied: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = io.open
+
+    def refusing(file: Any, *args: Any, **more: Any) -> Any:  # root may read anything: it needs a stand-in
+        if str(file) == str(copied / name):
+            raise PermissionError(13, "Permission denied", str(file))
+        return opened(file, *args, **more)
+
+    monkeypatch.setattr(io, "open", refusing)
+    monkeypatch.setattr(builtins, "open", refusing)
+    with pytest.raises(UserError, match=r"can't be read \(Permission denied\)") as caught:
+        open_corpus(copied)
+    assert str(caught.value).startswith(f"{copied / name}: ")
     assert "\n" not in str(caught.value)
 
 

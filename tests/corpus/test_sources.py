@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,17 @@ def test_the_output_folder_is_not_read_and_links_in_a_circle_end(tmp_path: Path)
     assert [s.relative for s in found.sources] == ["a/x.txt"]
 
 
+def test_an_input_folder_that_cannot_be_listed_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scandir(path: Any = ".") -> Any:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match=rf"^--input-dir {tmp_path}: can't be listed \(Permission denied\)"):
+        find_sources(tmp_path)
+
+
 @pytest.mark.parametrize(("make", "words"), [(False, "no such folder"), (True, "is a file")])
 def test_no_folder_is_one_line(tmp_path: Path, make: bool, words: str) -> None:
     if make:
@@ -137,12 +149,13 @@ def damaged(data: bytes) -> bytes:
     return data[:middle] + bytes([data[middle] ^ 0xFF]) + data[middle + 1 :]
 
 
-MANY = lines([os.urandom(20).hex() for _ in range(20_000)])
+# The same in every run: what a reader says of a flipped byte depends on where it falls.
+MANY = lines([random.Random(i).randbytes(20).hex() for i in range(20_000)])
 BAD = {
-    "cut.jsonl.gz": (gzip.compress(MANY)[:-9000], "Truncated"),
+    "cut.jsonl.gz": (gzip.compress(MANY, mtime=0)[:-9000], "Truncated"),
     "cut.jsonl.zst": (zstandard.compress(MANY)[:-9000], "Truncated"),
-    "tail.jsonl.gz": (gzip.compress(MANY)[:-4], "Truncated"),
-    "flipped.jsonl.gz": (damaged(gzip.compress(MANY)), "inflate failed|not JSON"),
+    "tail.jsonl.gz": (gzip.compress(MANY, mtime=0)[:-4], "Truncated"),
+    "flipped.jsonl.gz": (damaged(gzip.compress(MANY, mtime=0)), "inflate failed|not JSON"),
     "junk.jsonl.zst": (zstandard.compress(MANY) + b"junk", "ZSTD"),
     "not.jsonl.zst": (b"hello", "ZSTD"),
     "half.jsonl": (b'{"text": "a"}\n{"text": "b', "line 2: not JSON"),

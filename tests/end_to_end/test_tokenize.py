@@ -32,13 +32,28 @@ from x1_pretrain.tokenize_data import Request, make_corpus
 
 TOKENIZER = "train:400"  # needs no file from elsewhere
 SMALL_UNITS = """
-import sys
+import sys, time
 from x1_pretrain import tokenize_data
 from x1_pretrain.command import run
 from x1_pretrain.corpus import fast_engine, units
 units.SMALLEST_UNIT_BYTES = units.LARGEST_UNIT_BYTES = 40_000
 raise SystemExit(run(tokenize_data.app, sys.argv[1:]))
 """
+# After 20 parts it waits while the file `hold` lies among them: it can't be done before a test acts.
+HELD = SMALL_UNITS.replace(
+    "raise SystemExit",
+    """
+write_parts = tokenize_data.Crew.write_parts
+def held(crew, units, job):
+    done = 0
+    for event in write_parts(crew, units, job):
+        yield event
+        done += event.kind == "done"
+        while done >= 20 and (job.parts / "hold").exists():
+            time.sleep(0.01)
+tokenize_data.Crew.write_parts = held
+raise SystemExit""",
+)
 
 
 def command(source: Path, out: Path, *more: str, script: str | None = None) -> list[str]:
@@ -327,6 +342,38 @@ def test_a_bad_file_stops_the_run_or_is_left_out_whole(
     assert "--skip-bad was given then" in one_line(run(source, out, "--val-fraction", "0"))
 
 
+def test_a_folder_that_cannot_be_listed_stops_the_run_or_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    (source / "web/shut").mkdir(parents=True)
+    (source / "web/a.txt").write_text("good")
+    listed = os.scandir
+
+    def scandir(path: Any = ".") -> Any:  # root may list anything: it needs a stand-in
+        if str(path) == str(source / "web/shut"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    said = r"^web/shut: can't be listed \(Permission denied\); .*--skip-bad$"
+    with pytest.raises(UserError, match=said):
+        make_corpus(Request(source, out, "train:300", 0))
+    make_corpus(Request(source, out, "train:300", 0, skip_bad=True))
+    printed = capsys.readouterr().out
+    assert "left out: web/shut: can't be listed (Permission denied)" in printed
+    assert "M tokens/s" not in printed  # a rate of 0.00 would say nothing
+    sources = open_corpus(out).manifest.sources
+    assert {s.path: s.skipped is not None for s in sources} == {"web/a.txt": False, "web/shut": True}
+    make_corpus(Request(source, out, "train:300", 0, skip_bad=True))
+    assert "already complete" in capsys.readouterr().out
+
+
+def test_a_rate_is_said_to_be_of_the_whole_command() -> None:
+    assert tokenize_data._pace(5_000_000, 2.0).endswith("included: 2.50 M tokens/s over the whole command")
+    assert tokenize_data._pace(4_000, 1.2) == "4,000 tokens in 1.2 s, start and joining included"
+
+
 def test_a_file_bad_in_its_last_piece_is_left_out_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -479,6 +526,13 @@ def wait_for_parts(out: Path, count: int, process: subprocess.Popen[str]) -> Non
         time.sleep(0.005)
 
 
+def hold(out: Path) -> Path:
+    """The file that keeps a run of HELD from ending."""
+    (out / ".parts").mkdir(parents=True, exist_ok=True)
+    (out / ".parts/hold").touch()
+    return out / ".parts/hold"
+
+
 @pytest.fixture
 def ended() -> Iterator[list[subprocess.Popen[str]]]:
     """Processes to end after the test, whatever happens."""
@@ -495,7 +549,7 @@ def kill_group(process: subprocess.Popen[str]) -> None:
     workers = psutil.Process(process.pid).children()
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert psutil.wait_procs(workers, timeout=5)[1] == []
+    assert psutil.wait_procs(workers, timeout=20)[1] == []
 
 
 def test_killed_at_any_moment_it_goes_on_and_ends_the_same(
@@ -505,7 +559,11 @@ def test_killed_at_any_moment_it_goes_on_and_ends_the_same(
     out = tmp_path / "out"
     while True:
         before = finished_parts(out)
-        process = start(much, out, script=SMALL_UNITS)
+        if kills < 2:
+            hold(out)
+        else:
+            (out / ".parts/hold").unlink(missing_ok=True)
+        process = start(much, out, script=HELD)
         ended.append(process)
         wait_for_parts(out, len(before) + rng.randrange(0, 20 if kills > 1 else 5), process)
         time.sleep(rng.random() * 0.05)
@@ -529,7 +587,8 @@ def test_a_signal_ends_it_with_75_and_the_same_command_goes_on(
     much: Path, whole: Path, tmp_path: Path, ended: list[subprocess.Popen[str]], number: signal.Signals
 ) -> None:
     out = tmp_path / "out"
-    process = start(much, out, script=SMALL_UNITS)
+    hold(out)
+    process = start(much, out, script=HELD)
     ended.append(process)
     wait_for_parts(out, 5, process)
     began_s = time.monotonic()
@@ -551,10 +610,12 @@ def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
 def test_a_worker_that_is_killed_is_an_error_at_once(
     much: Path, tmp_path: Path, ended: list[subprocess.Popen[str]]
 ) -> None:
-    process = start(much, tmp_path / "out", script=SMALL_UNITS)
+    held = hold(tmp_path / "out")
+    process = start(much, tmp_path / "out", script=HELD)
     ended.append(process)
     wait_for_parts(tmp_path / "out", 3, process)
     workers_of(process)[0].kill()
+    held.unlink(missing_ok=True)  # gone, if the run noticed and ended at once
     began_s = time.monotonic()
     output, _ = process.communicate(timeout=10)
     assert time.monotonic() - began_s < 5
@@ -566,7 +627,8 @@ def test_a_worker_that_is_killed_is_an_error_at_once(
 def test_workers_end_when_their_parent_is_killed(
     much: Path, tmp_path: Path, ended: list[subprocess.Popen[str]]
 ) -> None:
-    process = start(much, tmp_path / "out", script=SMALL_UNITS)
+    hold(tmp_path / "out")
+    process = start(much, tmp_path / "out", script=HELD)
     ended.append(process)
     wait_for_parts(tmp_path / "out", 3, process)
     workers = workers_of(process)
@@ -579,19 +641,23 @@ def test_workers_end_when_their_parent_is_killed(
 def test_two_runs_do_not_share_a_folder(
     much: Path, tmp_path: Path, ended: list[subprocess.Popen[str]]
 ) -> None:
-    first = start(much, tmp_path / "out", script=SMALL_UNITS)
+    held = hold(tmp_path / "out")
+    first = start(much, tmp_path / "out", script=HELD)
     ended.append(first)
     wait_for_parts(tmp_path / "out", 1, first)
     second = run(much, tmp_path / "out")
     assert second.returncode == 2
     assert "another run is writing there" in one_line(second)
-    assert first.wait(timeout=60) == 0
+    held.unlink()
+    assert first.communicate(timeout=60)
+    assert first.returncode == 0
 
 
 def test_another_option_reuses_no_part(
     much: Path, tmp_path: Path, ended: list[subprocess.Popen[str]]
 ) -> None:
-    process = start(much, tmp_path / "out", script=SMALL_UNITS)
+    hold(tmp_path / "out")
+    process = start(much, tmp_path / "out", script=HELD)
     ended.append(process)
     wait_for_parts(tmp_path / "out", 5, process)
     kill_group(process)

@@ -239,3 +239,34 @@ def test_a_copy_that_differs_from_its_source_is_not_published(
     with pytest.raises(UserError, match="differs from"):
         export(material(folder), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_pointer_to_no_run_is_one_line_in_the_export(folder: Path, tmp_path: Path) -> None:
+    (folder / "mlflow.json").write_text("{}")
+    export(material(folder), tmp_path / "out")
+    assert "names no MLflow run" in (tmp_path / "out" / "mlflow-run-uri.txt").read_text()
+
+
+@pytest.mark.parametrize("remade", [False, True])
+@pytest.mark.parametrize("ending", [KeyboardInterrupt, OSError])
+def test_an_export_ended_between_its_two_renames_loses_no_file_of_others(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: type[BaseException], remade: bool
+) -> None:
+    output, rename = tmp_path / "out", Path.rename
+    export(material(folder), output)
+    (output / "post-mortem.md").write_text("it was the data")
+
+    def stopped(self: Path, target: Path) -> Path:
+        if self.name == ".out.exporting":
+            raise ending
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", stopped)
+    with pytest.raises((ending, UserError)):
+        export(material(folder), output)
+    monkeypatch.undo()
+    if remade:
+        output.mkdir(exist_ok=True)
+    export(material(folder), output)
+    assert (output / "post-mortem.md").read_text() == "it was the data"
+    assert not list(tmp_path.glob(".out*"))

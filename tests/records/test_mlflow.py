@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -18,9 +19,11 @@ from typing import Any
 import pytest
 from tests.records import builder
 
+from x1_pretrain import export_run
 from x1_pretrain.command import run as run_app
 from x1_pretrain.records import mlflow_sink, mlflow_store
 from x1_pretrain.records.mlflow_sink import MlflowSink, Tail, rebuild
+from x1_pretrain.records.run_folder import open_run
 
 # -----------------------------------------------------------------------------------------------------------
 # Without MLflow
@@ -118,7 +121,7 @@ def test_a_store_that_is_away_is_one_line_and_nothing_blocks(
 
     def away(_: str) -> Any:
         tries.append(time.monotonic())
-        raise ConnectionError("nobody there\nsecond line")
+        raise ConnectionError("nobody at http://me:pw@host\nsecond line")
 
     monkeypatch.setattr(mlflow_store, "connect", away)
     sink = MlflowSink(builder.build_run(tmp_path / "tiny"), "http://me:pw@host", "x1", poll_s=0.01)
@@ -128,12 +131,66 @@ def test_a_store_that_is_away_is_one_line_and_nothing_blocks(
     assert time.monotonic() - begun < 1.0
     first, last = sink.news()
     assert (
-        first == "MLflow at http://host: ConnectionError: nobody there; training goes on, tried again later"
+        first == "MLflow at http://host: ConnectionError: nobody at http://host; "
+        "training goes on, tried again later"
     )
     assert "python -m x1_pretrain.records.mlflow_sink" in last
     assert "pw" not in first + last
     gaps = [b - a for a, b in pairwise(tries)]
     assert gaps[1] > gaps[0]  # tried less and less often
+
+
+def test_no_line_is_lost_or_told_twice_while_the_thread_speaks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mlflow_store, "is_installed", lambda: False)
+    sink = MlflowSink(builder.build_run(tmp_path / "tiny"), "file:///x", "x1", poll_s=0.01)
+    sink.close("FINISHED")
+    sink.news()
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        speaker = threading.Thread(target=lambda: [sink._say(str(n)) for n in range(5000)])
+        speaker.start()
+        told: list[str] = []
+        while speaker.is_alive():
+            told += sink.news()
+        told += sink.news()
+    finally:
+        sys.setswitchinterval(before)
+    assert told == [str(n) for n in range(5000)]
+
+
+def test_an_export_that_cannot_read_the_store_does_not_tell_its_password(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for words in ("no http://me:pw@host here", ""):
+        error = ConnectionError(words)
+        monkeypatch.setattr(mlflow_store, "is_installed", lambda: True)
+        monkeypatch.setattr(mlflow_store, "connect", lambda _, error=error: raised(error))
+        found, why_not = export_run._in_store("http://me:pw@host", None, None)
+        assert found == []
+        assert "ConnectionError" in why_not
+        assert "pw" not in why_not
+
+
+def raised(error: Exception) -> None:
+    raise error
+
+
+def test_a_manifest_of_an_older_run_goes_to_the_store_without_its_password(tmp_path: Path) -> None:
+    folder = builder.build_run(tmp_path / "tiny")
+    told = json.loads((folder / "manifest.json").read_text()) | {"argv": ["--mlflow-uri", "http://me:pw@h"]}
+    (folder / "manifest.json").write_text(json.dumps(told))
+    kept: dict[str, str] = {}
+
+    class Client:
+        def log_text(self, _: str, text: str, name: str) -> None:
+            kept[name] = text
+
+    stored = mlflow_store.StoredRun(Client(), "s", "x1", "1", "r", {})
+    mlflow_store.keep_files(stored, open_run(folder))
+    assert json.loads(kept["manifest.json"])["argv"] == ["--mlflow-uri", "http://h"]
 
 
 def wait_for(ready: Callable[[], bool], timeout_s: float = 60.0) -> None:

@@ -147,3 +147,10 @@ def test_reading_needs_neither_torch_nor_matplotlib_nor_mlflow() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == []
+
+
+def test_a_config_that_is_not_text_is_one_line(tmp_path: Path) -> None:
+    folder = builder.build_run(tmp_path / "tiny")
+    (folder / "config.yaml").write_bytes(b"name: \xff\xfe")
+    with pytest.raises(UserError, match="not UTF-8 text"):
+        rf.open_run(folder)

@@ -57,6 +57,11 @@ def folder(tmp_path: Path) -> Path:
     return builder.build_run(tmp_path / "tiny", verify__loss_band=[2.0, 2.5])
 
 
+def unreadable_rows(folder: Path) -> None:
+    (folder / "metrics.jsonl").unlink()
+    (folder / "metrics.jsonl").mkdir()
+
+
 def test_a_sound_finished_run_passes_all(folder: Path) -> None:
     found = results(folder)
     assert {name for name, (result, _) in found.items() if result != "passed"} == {EXPORT, BLOCKS}
@@ -319,3 +324,35 @@ def test_blocks_that_are_not_those_of_the_order_are_found(tmp_path: Path) -> Non
     rows[1]["blocks"][0][2] -= 1
     rows.append(rows[-1])
     assert result().result == FAILED
+
+
+def odd_blocks(row: dict[str, Any]) -> Callable[[Path], None]:
+    return lambda folder: builder.write_lines(folder / "blocks.jsonl", [row])
+
+
+@pytest.mark.parametrize(
+    ("damage", "names"),
+    [
+        (lambda f: change_events(f, lambda events: events[0].update(log_every=0)), {STEPS}),
+        (lambda f: change_events(f, lambda events: events[0].update(log_every="a")), {STEPS}),
+        (lambda f: change_rows(f, lambda rows: rows[3].update(elapsed_s=None)), {SESSIONS}),
+        (odd_blocks({"step": 999, "ranks": 1, "blocks": []}), {BLOCKS}),
+        (odd_blocks({"step": 1, "ranks": 0, "blocks": []}), {BLOCKS}),
+        (
+            lambda f: edit_json(f / "manifest.json", lambda m: m.update(data=[{"name": 1}])),
+            {MANIFEST, CONFIG},
+        ),
+        (lambda f: edit_json(f / "manifest.json", lambda m: m.update(data=None)), {MANIFEST, CONFIG}),
+        (lambda f: edit_json(f / "manifest.json", lambda m: m.update(data=5)), {MANIFEST, CONFIG}),
+        (unreadable_rows, {READABLE, STEPS, SESSIONS, LOSS, CHECKPOINTS}),
+    ],
+)
+def test_odd_records_fail_their_check_in_one_line(
+    folder: Path, damage: Callable[[Path], None], names: set[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage(folder)
+    found = failed(folder)
+    assert set(found) == names
+    assert all(evidence and "\n" not in evidence for evidence in found.values())
+    assert run_app(app, [str(folder)]) == 1
+    assert f"{len(names)} failed" in capsys.readouterr().out

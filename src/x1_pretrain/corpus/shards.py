@@ -178,10 +178,14 @@ class Corpus:
 def open_corpus(path: Path, name: str | None = None) -> Corpus:
     """Open the corpus folder at `path`, refusing in one line whatever a run could stumble over."""
     manifest = read_manifest(path)
-    arrays = {split: _open_tokens(path, split, manifest) for split in SPLITS}
-    tables = {split: _open_documents(path, split, manifest) for split in SPLITS}
-    if not (path / "tokenizer.json").is_file():
-        raise UserError(f"{path}/tokenizer.json: missing; {_again(path)}")
+    try:
+        arrays = {split: _open_tokens(path, split, manifest) for split in SPLITS}
+        tables = {split: _open_documents(path, split, manifest) for split in SPLITS}
+        if not (path / "tokenizer.json").is_file():
+            raise UserError(f"{path}/tokenizer.json: missing; {_again(path)}")
+        (path / "tokenizer.json").open("rb").close()  # only later is it read, but a refusal belongs here
+    except OSError as error:
+        raise _unreadable(path, error) from None
     return Corpus(
         name or path.resolve().name,
         path,
@@ -205,7 +209,9 @@ def read_manifest(path: Path) -> Manifest:
     try:
         tree = json.loads(file.read_bytes())
         version = tree["schema_version"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    except (ValueError, KeyError, TypeError):
         raise UserError(f"{file}: damaged or only half written; {_again(path)}") from None
     if version != SCHEMA_VERSION:
         raise UserError(
@@ -218,6 +224,13 @@ def read_manifest(path: Path) -> Manifest:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise UserError(f"{file}: {where}: {first['msg']}; {_again(path)}") from None
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{error.filename or path}: can't be read ({error.strerror or error}); expected a corpus that this "
+        "user may read: see the permissions and the disk"
+    )
 
 
 def _again(path: Path) -> str:
@@ -255,7 +268,7 @@ def _open_documents(path: Path, split: Split, manifest: Manifest) -> npt.NDArray
     documents = getattr(manifest, split).documents
     try:
         table: npt.NDArray[Any] = np.load(file, mmap_mode="r" if documents else None)
-    except (OSError, ValueError, EOFError):
+    except (FileNotFoundError, ValueError, EOFError):
         raise UserError(f"{file}: missing or damaged; {_again(path)}") from None
     if table.dtype != DOCUMENT or table.shape != (documents,):
         raise UserError(

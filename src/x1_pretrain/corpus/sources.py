@@ -67,12 +67,12 @@ class BadSource(Exception):
 
 def bad_source_line(reason: str) -> str:
     """What the user reads about a bad file."""
-    return f"{reason}; mend or remove the file, or leave it out with --skip-bad"
+    return f"{reason}; mend or remove it, or leave it out with --skip-bad"
 
 
 @dataclass(frozen=True)
 class Source:
-    """A file of documents."""
+    """A file of documents, or a folder that can't be listed, which stands for the files in it."""
 
     path: str
     relative: str  # to the input folder, with forward slashes
@@ -80,6 +80,7 @@ class Source:
     kind: Kind
     size_bytes: int
     mtime_ns: int
+    unlisted: str | None = None  # of a folder: why it can't be listed
 
 
 @dataclass(frozen=True)
@@ -97,12 +98,14 @@ def find_sources(folder: Path, leave_out: Path | None = None) -> Found:
         raise UserError(f"--input-dir {folder}: {what}; expected a folder of .parquet, .jsonl or text files")
     sources: list[Source] = []
     ignored: list[str] = []
-    for file in _walk(folder, leave_out.resolve() if leave_out else None):
+    closed: list[OSError] = []
+    for file in _walk(folder, leave_out.resolve() if leave_out else None, closed):
         kind = kind_of(file.name)
         if kind is None:
             ignored.append(file.relative_to(folder).as_posix())
         else:
             sources.append(_describe(folder, file, kind))
+    sources += [_unlisted(folder, error) for error in closed]
     sources.sort(key=lambda s: (s.domain, s.relative.split("/")))
     return Found(sources, sorted(ignored))
 
@@ -117,9 +120,10 @@ def kind_of(name: str) -> Kind | None:
     return "plain" if Path(lower).suffix in PLAIN_ENDINGS else None
 
 
-def _walk(folder: Path, leave_out: Path | None) -> Iterator[Path]:
+def _walk(folder: Path, leave_out: Path | None, closed: list[OSError]) -> Iterator[Path]:
+    """The files below `folder`; the error of each folder that can't be listed is put into `closed`."""
     seen: set[str] = set()  # links may lead round in a circle
-    for here, folders, files in os.walk(folder, followlinks=True):
+    for here, folders, files in os.walk(folder, onerror=closed.append, followlinks=True):
         real = os.path.realpath(here)
         if real in seen or (leave_out and Path(real) == leave_out):
             folders.clear()
@@ -138,6 +142,15 @@ def _describe(folder: Path, file: Path, kind: Kind) -> Source:
     except OSError:  # a broken link: named as unreadable when its turn comes
         size_bytes, mtime_ns = 0, 0
     return Source(str(file), relative, top if below else ROOT_DOMAIN, kind, size_bytes, mtime_ns)
+
+
+def _unlisted(folder: Path, error: OSError) -> Source:
+    here = Path(error.filename)
+    reason = f"can't be listed ({_reason(error)})"
+    if here == folder:
+        raise UserError(f"--input-dir {folder}: {reason}")
+    relative = here.relative_to(folder).as_posix()
+    return Source(str(here), relative, relative.partition("/")[0], "plain", 0, 0, unlisted=reason)
 
 
 def is_validation(utf8: bytes, fraction: float) -> bool:
@@ -174,6 +187,8 @@ def read_documents(
     source: Source, field: str, row_groups: range | None = None, first_row: int = 0
 ) -> Iterator[tuple[int, str]]:
     """The documents of `source`; of a parquet file, those of `row_groups`, whose first row is `first_row`."""
+    if source.unlisted:
+        raise BadSource(source.unlisted)
     try:
         if source.kind == "parquet":
             yield from _read_parquet(source, field, row_groups, first_row)

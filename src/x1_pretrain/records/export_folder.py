@@ -26,6 +26,7 @@ from x1_pretrain.records.run_folder import (
     sessions,
     validation_losses,
 )
+from x1_pretrain.records.run_manifest import without_passwords
 from x1_pretrain.runtime.checkpoint_files import sha256, step_of
 
 WEIGHTS = {"model.safetensors": "final.safetensors", "optimizer.safetensors": "final-optimizer.safetensors"}
@@ -62,12 +63,13 @@ class Material:
     def public(self, text: str) -> str:
         """Others will read this: no password in the address of the store."""
         secret, instead = self.secret
-        return text.replace(secret, instead) if secret else text
+        return without_passwords(text.replace(secret, instead) if secret else text)
 
 
 def export(material: Material, output: Path) -> list[str]:
     """Make `output` the export of the run; the names of its files."""
     output = output.resolve()
+    _bring_back(output)
     _refuse_others(output, str(material.manifest["run_id"]))
     new = output.with_name(f".{output.name}.exporting")
     try:
@@ -76,6 +78,7 @@ def export(material: Material, output: Path) -> list[str]:
         _write(material, new)
         _put_in_place(new, output)
     except OSError as error:
+        _bring_back(output)
         shutil.rmtree(new, ignore_errors=True)
         what = f"{error.filename or output}: {error.strerror}"
         raise UserError(f"{what}; nothing in {output} was changed: mend that and export again") from None
@@ -181,16 +184,27 @@ def _check_copies(checkpoint: Path | None, files: dict[str, Any]) -> None:
 
 
 def _put_in_place(new: Path, output: Path) -> None:
-    """Two renames; what is not ours was copied before them, so nothing is ever only in the old folder."""
+    """Two renames; what is not ours was copied before them. `_bring_back` mends a kill between the two."""
     if not output.exists():
         new.rename(output)
         return
     _carry_over(output, new)
-    old = output.with_name(f".{output.name}.replaced")
+    old = _replaced(output)
     shutil.rmtree(old, ignore_errors=True)
     output.rename(old)
     new.rename(output)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _replaced(output: Path) -> Path:
+    return output.with_name(f".{output.name}.replaced")
+
+
+def _bring_back(output: Path) -> None:
+    """An export that ended between its two renames left the earlier folder, others' files too, put aside."""
+    there = output.exists() and (not output.is_dir() or any(output.iterdir()))
+    if _replaced(output).is_dir() and not there:
+        _replaced(output).rename(output)  # onto nothing or an empty folder
 
 
 def _carry_over(old: Path, new: Path) -> None:

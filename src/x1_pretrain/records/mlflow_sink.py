@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import threading
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Annotated
 
 import typer
@@ -57,7 +58,7 @@ class MlflowSink:
         self._poll_s = self._pause_s = poll_s
         self._tail = Tail(run_dir / "metrics.jsonl")
         self._stored: mlflow_store.StoredRun | None = None
-        self._news: list[str] = []
+        self._news: SimpleQueue[str] = SimpleQueue()  # said in the thread, told by the loop
         self._in_trouble = False
         self._status: str | None = None  # set: drain, then close the run with it
         self._given_up = False
@@ -67,8 +68,7 @@ class MlflowSink:
 
     def news(self) -> list[str]:
         """The lines since the last call."""
-        lines, self._news = self._news, []
-        return lines
+        return [self._news.get() for _ in range(self._news.qsize())]
 
     def close(self, status: str, timeout_s: float = 10.0) -> None:
         """Send the rest and set the terminal status (FINISHED, KILLED, FAILED); give up after `timeout_s`."""
@@ -128,10 +128,8 @@ class MlflowSink:
         if not self._in_trouble:
             self._in_trouble = True
             where = mlflow_store.without_password(mlflow_store.database_uri(self._uri))
-            reason = (str(error).splitlines() or [""])[0][:200]
-            self._say(
-                f"MLflow at {where}: {type(error).__name__}: {reason}; training goes on, tried again later"
-            )
+            reason = mlflow_store.reason_of(error)
+            self._say(f"MLflow at {where}: {reason}; training goes on, tried again later")
         self._pause_s = min(max(2 * self._pause_s, 0.1), LONGEST_PAUSE_S)
 
     def _well_again(self) -> None:
@@ -141,7 +139,7 @@ class MlflowSink:
         self._pause_s = self._poll_s
 
     def _say(self, line: str) -> None:
-        self._news = [*self._news, line]
+        self._news.put(line)
 
 
 def _again(run_dir: Path, uri: str) -> str:

@@ -22,6 +22,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 from x1_pretrain.config import flatten
 from x1_pretrain.errors import UserError
 from x1_pretrain.records.run_folder import Row, Run, is_number
+from x1_pretrain.records.run_manifest import without_passwords
 
 METRICS_A_BATCH = 1000  # MLflow refuses more
 PARAMS_A_BATCH = 100
@@ -63,6 +64,12 @@ def without_password(uri: str) -> str:
     """`http://user:secret@host` -> `http://host`: what may be written where others read it."""
     parts = urlsplit(uri)
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of what a store complained about, short, and without a password that it quotes."""
+    line = (without_passwords(str(error)).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {line[:200]}"
 
 
 def connect(uri: str) -> Any:
@@ -176,7 +183,7 @@ def _tags(run: Run) -> dict[str, str]:
 
 
 def _describe(client: Any, run_id: str, run: Run) -> None:
-    """Tags, parameters, and the two files that say what the run is. A parameter once stored can't change."""
+    """Write the parameters that the store lacks (one once stored can't change) and all tags anew."""
     entities = importlib.import_module("mlflow.entities")
     there = client.get_run(run_id).data.params
     params = [entities.Param(key, text) for key, text in _params(run).items() if key not in there]
@@ -188,7 +195,9 @@ def _describe(client: Any, run_id: str, run: Run) -> None:
 def keep_files(stored: StoredRun, run: Run) -> None:
     """The config and the manifest as artifacts, so that the store alone says what the run was."""
     stored.client.log_text(stored.run_id, public_config(run), "config.yaml")
-    stored.client.log_text(stored.run_id, json.dumps(run.manifest, indent=1), "manifest.json")
+    stored.client.log_text(
+        stored.run_id, without_passwords(json.dumps(run.manifest, indent=1)), "manifest.json"
+    )
 
 
 def public_config(run: Run) -> str:

@@ -77,9 +77,12 @@ class Run:
 
 def read_jsonl(file: Path) -> Lines:
     """The rows of `file`. A torn last line (a kill in mid-write) is left out; no file is no rows."""
-    if not file.exists():
+    try:
+        *lines, tail = file.read_bytes().split(b"\n")
+    except FileNotFoundError:
         return Lines([], [], False)
-    *lines, tail = file.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"{file}: can't be read ({error.strerror})") from None
     rows: list[Row] = []
     damaged: list[int] = []
     for number, line in enumerate(lines, start=1):
@@ -173,10 +176,19 @@ def open_run(folder: Path) -> Run:
     manifest = read_json(folder / "manifest.json")
     if manifest.get("kind") != "run":
         raise UserError(f"{folder}/manifest.json: expected kind 'run', found {manifest.get('kind')!r}")
-    tree = parse_yaml((folder / "config.yaml").read_text(encoding="utf-8"), str(folder / "config.yaml"))
+    tree = parse_yaml(_config_text(folder / "config.yaml"), str(folder / "config.yaml"))
     if not isinstance(tree, dict):
         raise UserError(f"{folder}/config.yaml: expected sections, found {type(tree).__name__}")
     return Run(folder, parse_config(tree, str(folder / "config.yaml")), manifest)
+
+
+def _config_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{file}: can't be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 text (byte {error.start}); restore the file") from None
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -209,7 +221,7 @@ def validation_losses(rows: Iterable[Row]) -> list[str]:
 
 
 def last_step(rows: Iterable[Row]) -> int:
-    """The number of updates applied by the end of the rows."""
+    """The number of steps done by the end of the rows."""
     return max((row["step"] for row in rows if is_number(row.get("step"))), default=0)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -65,9 +66,14 @@ def _cpu_name() -> str:
 
 
 def argv() -> list[str]:
-    """The command as typed, without this machine's path to it."""
-    program = Path(sys.argv[0])
+    """The command as typed, without this machine's path to it and without passwords: others read it."""
+    program, arguments = Path(sys.argv[0]), [without_passwords(text) for text in sys.argv[1:]]
     if program.suffix != ".py":
-        return [program.name, *sys.argv[1:]]
+        return [program.name, *arguments]
     command = ["x1"] if program.stem == "cli" else ["python", "-m", f"x1_pretrain.{program.stem}"]
-    return [*command, *sys.argv[1:]]
+    return [*command, *arguments]
+
+
+def without_passwords(text: str) -> str:
+    """`... http://user:secret@host ...` -> `... http://host ...`, for every address inside a text."""
+    return re.sub(r"://[^\s/?#]*@", "://", text)

@@ -11,6 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,7 +22,7 @@ from x1_pretrain.command import run as run_app
 from x1_pretrain.command import single
 from x1_pretrain.config import config_hash
 from x1_pretrain.corpus.order import Order, Source, block_count
-from x1_pretrain.errors import FAULT, FINISHED
+from x1_pretrain.errors import FAULT, FINISHED, UserError
 from x1_pretrain.records import weights
 from x1_pretrain.records.export_folder import WEIGHTS
 from x1_pretrain.records.run_folder import (
@@ -71,19 +72,30 @@ def judged(name: str, problems: Sequence[str], evidence: str) -> Check:
 
 def verify(run: Run, export: Path | None = None) -> list[Check]:
     """Every check, in the order a reader would ask."""
-    rows = run.rows()
+    rows = cache(run.rows)  # read once, in the first check that needs them
     return [
-        manifest_complete(run),
-        config_is_the_recorded(run),
-        rows_whole(run),
-        steps_covered(run, rows),
-        sessions_consistent(run, rows),
-        blocks_in_order(run),
-        final_loss(run, rows),
-        checkpoints_good(run, rows),
-        weights_good(run),
-        export_equal(run, export),
+        attempted("manifest complete", lambda: manifest_complete(run)),
+        attempted("config is the recorded one", lambda: config_is_the_recorded(run)),
+        attempted("records readable", lambda: rows_whole(run)),
+        attempted("no gap or overlap in steps", lambda: steps_covered(run, rows())),
+        attempted("sessions agree with events", lambda: sessions_consistent(run, rows())),
+        attempted("blocks read in order", lambda: blocks_in_order(run)),
+        attempted("final loss in the band", lambda: final_loss(run, rows())),
+        attempted("checkpoints verify", lambda: checkpoints_good(run, rows())),
+        attempted("final weights sound", lambda: weights_good(run)),
+        attempted("export equals the final checkpoint", lambda: export_equal(run, export)),
     ]
+
+
+def attempted(name: str, check: Callable[[], Check]) -> Check:
+    """A record too odd to be judged (a null time, ranks of 0) fails its check, and no other."""
+    try:
+        return check()
+    except UserError as error:
+        return Check(name, FAILED, str(error))
+    except Exception as error:  # files made by anyone may hold anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        return Check(name, FAILED, f"can't be judged, the records hold something odd ({reason})")
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -339,14 +351,21 @@ def _export_problems(run: Run, export: Path, manifest: dict[str, Any]) -> list[s
 
 def report(run: Run, checks: Sequence[Check], show: Callable[[str], None] = print) -> None:
     """A line a check, the result first."""
-    step = last_step(run.rows())
-    state = "finished" if step >= run.total_steps else "unfinished"
-    show(f"{run.folder}: {state}, step {step:,} of {run.total_steps:,}")
+    show(f"{run.folder}: {_state(run)}")
     width = max(len(check.name) for check in checks)
     for check in checks:
         show(f"  {check.result:<{len(NOT_APPLICABLE)}}  {check.name:<{width}}  {check.evidence}")
     counts = Counter(check.result for check in checks)
     show(", ".join(f"{counts[result]} {result}" for result in (PASSED, FAILED, NOT_APPLICABLE)))
+
+
+def _state(run: Run) -> str:
+    try:
+        step = last_step(run.rows())
+    except UserError:  # "records readable" says why
+        return "its rows can't be read"
+    state = "finished" if step >= run.total_steps else "unfinished"
+    return f"{state}, step {step:,} of {run.total_steps:,}"
 
 
 def main(
