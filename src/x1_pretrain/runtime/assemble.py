@@ -69,6 +69,8 @@ def build_model(config: RunConfig, world: World, remembered: str | None) -> tupl
         why = f"precision: {precision} (as the run was started)"
     dtype = fit.DTYPES[precision]
     kernel, which = attention.choose(wanted_attention(config), world.device, dtype)
+    if config.training.deterministic:
+        which = "attention: sdpa (deterministic)"
     decoder = Decoder(config.model, compute_dtype=dtype, attention=kernel, seed=config.seed).to(world.device)
     machine = Machine(precision=precision, attention=which, said=[why, which])
     return decoder, optimizers.build(decoder, config.optimizer, world.device), machine
