@@ -145,3 +145,11 @@ def test_a_state_of_another_step_is_a_bad_checkpoint(tmp_path: Path, state: str)
     manifest["files"]["state.json"] = {"bytes": len(state), "sha256": files.sha256(path / "state.json")}
     (path / "manifest.json").write_text(json.dumps(manifest))
     assert files.verify_folder(path) is not None
+
+
+def test_each_file_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are gigabytes: a resume reads them once to trust them."""
+    path, hashed, real = files.publish(tmp_path, 1, "run", content()), [], files.sha256
+    monkeypatch.setattr(files, "sha256", lambda file: hashed.append(file.name) or real(file))
+    assert files.verify_folder(path) is None
+    assert sorted(hashed) == ["model.safetensors", "state.json"]

@@ -69,10 +69,10 @@ def verify_folder(path: Path) -> str | None:
     if step != step_of(path):
         return f"its manifest is of step {step}"
     try:
-        for name in (*NEEDED, *listed):
-            if name not in listed:
-                return f"{name} is not in its manifest"
-            if problem := _file_problem(path / name, listed[name]):
+        if absent := [name for name in NEEDED if name not in listed]:
+            return f"{absent[0]} is not in its manifest"
+        for name, want in listed.items():
+            if problem := _file_problem(path / name, want):
                 return f"{name} {problem}"
         return _state_problem(path, manifest)
     except (ValueError, LookupError, TypeError, AttributeError) as error:

@@ -2,7 +2,7 @@
 
 SIGTERM and Ctrl-C ask for a checkpoint and exit code 75. While the first step is being compiled nothing has
 been learned since the last checkpoint and Python may not get to poll for minutes: `nothing_to_save` makes the
-request leave right away. A hang-up (the terminal is gone) is noted and survived.
+request leave right away. A hang-up (the terminal is gone) is survived.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ class Signals:
 
     def __init__(self) -> None:
         self.requested: str | None = None  # the name of the first signal
-        self.hung_up = False
         self.nothing_to_save = False
         self.before_leaving: Callable[[str], None] = lambda _: None  # last words of an immediate exit
         self._previous: dict[int, object] = {}
@@ -31,7 +30,7 @@ class Signals:
     def __enter__(self) -> Self:
         for number in REQUESTS:
             self._previous[number] = signal.signal(number, self._on_request)
-        self._previous[signal.SIGHUP] = signal.signal(signal.SIGHUP, self._on_hang_up)
+        self._previous[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
@@ -58,9 +57,6 @@ class Signals:
     def _leave(self, name: str) -> None:
         self.before_leaving(name)
         os._exit(INTERRUPTED)
-
-    def _on_hang_up(self, _: int, __: FrameType | None) -> None:
-        self.hung_up = True
 
 
 def _say(text: str) -> None:
