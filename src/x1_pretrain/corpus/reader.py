@@ -10,6 +10,7 @@ import os
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
@@ -29,12 +30,13 @@ class TokenFile:
 
     def __init__(self, path: Path, dtype: npt.DTypeLike) -> None:
         self.path, self.dtype = path, np.dtype(dtype)
-        self._file = path.open("rb")
+        self._descriptor = os.open(path, os.O_RDONLY)
+        self._close = weakref.finalize(self, os.close, self._descriptor)
 
     def span(self, start: int, end: int) -> npt.NDArray[np.int64]:
         """Tokens [start, end)."""
         width = self.dtype.itemsize
-        raw = os.pread(self._file.fileno(), (end - start) * width, start * width)
+        raw = os.pread(self._descriptor, (end - start) * width, start * width)
         if len(raw) != (end - start) * width:
             raise UserError(
                 f"{self.path}: tokens {start} to {end} can't be read, the file ends early: it was changed "
@@ -44,7 +46,8 @@ class TokenFile:
         return np.frombuffer(raw, self.dtype).astype(np.int64)
 
     def close(self) -> None:
-        self._file.close()
+        self._close()
+        self._descriptor = -1
 
 
 class Batch(NamedTuple, Generic[T]):
