@@ -158,6 +158,29 @@ class MlflowConfig(Section):
     experiment: str = "x1"
 
 
+class BudgetConfig(Section):
+    """What the run may cost, where to read what it has cost, and what the guard does about it."""
+
+    cap_usd: Positive | None = None  # the ceiling; none: no guard
+    curr_cost_uri: str | None = None  # budget.json: a path, file:// or http(s)://
+    warn_usd: Positive | None = None  # none: 6/7 of the ceiling
+    max_usd_per_hr: Positive | None = None  # a dearer machine is refused
+    drift: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.2  # hourly spending above the agreed rate
+    on_no_answer: Literal["stop", "continue"] = "stop"  # when nobody answers a drift ...
+    answer_s: Positive = 1800.0  # ... for so long
+    read_every_s: Positive = 1800.0
+    alert_after_s: Positive = 660.0  # without a reading
+    stop_after_s: Positive = 1800.0  # without a reading
+    warmup_s: NonNegative = 600.0  # no stop on a projection before
+    tokens_per_sec: Positive | None = None  # measured elsewhere: prices the run
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.cap_usd and self.warn_usd and self.warn_usd > self.cap_usd:
+            raise ValueError(f"warn_usd {self.warn_usd} is above cap_usd {self.cap_usd}")
+        return self
+
+
 class VerifyConfig(Section):
     """What `x1 verify` holds the finished run against."""
 
@@ -184,6 +207,7 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     log: LogConfig = LogConfig()
     mlflow: MlflowConfig = MlflowConfig()
+    budget: BudgetConfig = BudgetConfig()
     verify: VerifyConfig = VerifyConfig()
 
     @model_validator(mode="after")
@@ -234,6 +258,7 @@ HARMLESS = (
     "evaluation.",
     "log.",
     "mlflow.",
+    "budget.",
     "verify.",
 )
 

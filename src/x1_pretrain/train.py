@@ -26,6 +26,7 @@ from x1_pretrain.learning.schedule import learning_rate
 from x1_pretrain.model.decoder import Decoder
 from x1_pretrain.model.flops import mfu
 from x1_pretrain.model.loss import IGNORED, chunk_terms, chunk_tokens, summed_loss
+from x1_pretrain.money.rehearsal import rehearse
 from x1_pretrain.records import console
 from x1_pretrain.records.metrics import utc_now
 from x1_pretrain.runtime import assemble, checkpoint, checkpoint_files, fit
@@ -56,11 +57,15 @@ def train_loop(run: Run) -> int:
     while True:
         if run.world.any(run.signals.interrupted()):
             return leave(run)
+        tell_budget(run)
         done = run.step == run.total_steps
         if due(run, run.config.evaluation.every, run.evaluated_step) and not evaluate_and_sample(run):
             continue  # interrupted: the next turn leaves
-        if due(run, run.config.checkpoint.every, run.saved_step) and not save(run) and done:
-            return errors.INTERRUPTED
+        if due(run, run.config.checkpoint.every, run.saved_step):
+            if over_budget(run):
+                continue  # the next turn leaves
+            if not save(run) and done:
+                return errors.INTERRUPTED
         if done:
             return errors.FINISHED
         batch, waited_s = run.reader.next(run.signals.interrupted if run.world.size == 1 else lambda: False)
@@ -81,6 +86,22 @@ def train_loop(run: Run) -> int:
 def due(run: Run, every: int, last: int) -> bool:
     """At every multiple of `every` and at the end, but not twice at one step."""
     return (run.step % every == 0 or run.step == run.total_steps) and last < run.step
+
+
+def over_budget(run: Run) -> bool:
+    """What was spent is read before every checkpoint."""
+    if run.guard:
+        run.guard.look()
+    return run.world.any(run.signals.interrupted())
+
+
+def tell_budget(run: Run) -> None:
+    """What the guard has to say, in the order it happened; and to the guard, how long the run still takes."""
+    if run.guard is None:
+        return
+    run.guard.left_s = run.clock.eta_s(run.total_steps - run.step)
+    for name, message, fields in run.guard.news():
+        run.event(name, message, **fields)
 
 
 def train_step(run: Run, batch: Batch[Tensor]) -> tuple[float, float] | None:
@@ -197,6 +218,8 @@ def log(run: Run, batch: Batch[Tensor], loss: float, grad_norm: float) -> None:
     before, after = run.order.blocks_taken(run.step - 1), run.order.blocks_taken(run.step)
     for name, first, last in zip(run.corpora, before, after, strict=True):
         row[f"mixture/{name}"] = (last - first) / run.config.batch_blocks
+    if run.guard:
+        row |= run.guard.row()
     if run.records:
         run.records.metrics.append(row)
     eta_s = run.clock.eta_s(run.total_steps - run.step)
@@ -339,12 +362,22 @@ def state_of(run: Run) -> RunState:
 
 
 def leave(run: Run) -> int:
-    """A signal came: save, say how to go on."""
+    """A signal or the budget guard asked: save, say how to go on. Over budget: at once, without saving."""
     why = run.signals.requested or "another rank was asked to stop"
+    code = run.world.from_first(run.signals.exit_code)
+    tell_budget(run)
+    if code == errors.BUDGET_STOPPED:
+        good = f"step {run.saved_step}" if run.saved_step >= 0 else "none"
+        run.event("over_budget", f"stopped at once by {why}; the last checkpoint is {good}", exit_code=code)
+        return code
     safe = run.saved_step == run.step or save(run)
     at = f"at step {run.step}" if safe else f"from step {max(run.saved_step, 0)}, later steps are lost"
+    if code == errors.BUDGET_CHECKPOINTED:
+        how = f"to go on {at}, add --raise-ceiling-to USD to the same command"
+        run.event("budget_stopped", f"stopped by {why}; {how}", exit_code=code)
+        return code
     run.event("signal", f"stopped by {why}; relaunch the same command to go on {at}", signal=why)
-    return errors.INTERRUPTED
+    return code
 
 
 def finish(run: Run, code: int) -> int:
@@ -353,8 +386,12 @@ def finish(run: Run, code: int) -> int:
         folder = run.config.folder
         run.event("finish", f"finished: {run.total_steps:,} steps, {run.tokens:,} tokens in {folder}")
         run.screen.say(f"next: x1 export {folder} --output DIR, x1 verify {folder}")
+    at_once = code == errors.BUDGET_STOPPED
+    if run.guard:
+        run.guard.close(3.0 if at_once else 10.0)
     if run.sink:
-        run.sink.close("FINISHED" if code == errors.FINISHED else "KILLED")
+        status = "FINISHED" if code == errors.FINISHED else "KILLED"
+        run.sink.close(status, **({"timeout_s": 3.0} if at_once else {}))
         for line in run.sink.news():
             run.event("mlflow", line)
     lost = run.records.sync() if run.records else 0
@@ -406,6 +443,18 @@ def main(
             help="go on from the newest good checkpoint, or refuse if one exists",
         ),
     ] = True,
+    budget_cap_usd: Annotated[
+        float | None, Flag(help="the ceiling in dollars: never passed [budget.cap_usd]")
+    ] = None,
+    budget_curr_cost_uri: Annotated[
+        str | None, Flag(help="where a sidecar says what was spent: a path, file:// or http(s)://")
+    ] = None,
+    dry_run_budget: Annotated[
+        bool, Flag("--dry-run-budget", help="try every branch of the guard, with real alerts, and leave")
+    ] = False,
+    raise_ceiling_to: Annotated[
+        float | None, Flag(help="a person's decision to go on after the guard stopped the run")
+    ] = None,
     deterministic: Annotated[bool, Flag(help="bitwise repeatable steps (slower on a GPU)")] = False,
     device: Annotated[str, Flag(help="cpu, cuda or auto")] = "auto",
     set_: Annotated[
@@ -423,6 +472,8 @@ def main(
         "log.every": log_every,
         "mlflow.uri": mlflow_uri,
         "mlflow.experiment": mlflow_experiment,
+        "budget.cap_usd": budget_cap_usd,
+        "budget.curr_cost_uri": budget_curr_cost_uri,
         "training.deterministic": deterministic or None,
     }
     loaded = cfg.load_config(config, overrides_from(set_, flags))
@@ -432,7 +483,12 @@ def main(
             f"{', '.join(loaded.data.corpora)}); "
             "set their folders with --set data.corpora.NAME.dir=DIR"
         )
-    with Signals() as signals, started(loaded, signals, not resume_from_latest, device) as run:
+    if dry_run_budget:
+        return rehearse(loaded)
+    with (
+        Signals() as signals,
+        started(loaded, signals, not resume_from_latest, device, raise_ceiling_to) as run,
+    ):
         return train(run) if run else errors.FINISHED  # none: it was finished before
 
 

@@ -42,6 +42,7 @@ class Limits:
     answer_s: float = 1800
     no_answer: Literal["stop", "continue"] = "stop"
     save_s: float = 60  # what a graceful stop takes
+    end_s: float = 300  # what ending the machine and seeing it gone takes
 
 
 @dataclass(frozen=True)
@@ -79,14 +80,13 @@ class Notice:
     key: str
     title: str
     body: str
-    again_after_s: float | None = None
 
 
 @dataclass(frozen=True)
 class Decision:
     action: Action
     reason: str
-    warnings: tuple[Notice, ...]
+    notices: tuple[Notice, ...]
     spent_usd: Decimal  # now, as the guard counts
     projected_usd: Decimal | None
     age_s: float  # of what is known
@@ -200,8 +200,10 @@ def _verdict(at: _Standing) -> tuple[Action, str]:
         return Action.STOP_NOW, f"{dollars(memory.spent_usd)} spent, above {ceiling}"
     if at.answer == "stop":
         return Action.SAVE_AND_STOP, "a person decided to stop"
-    if at.after(limits.save_s) > limits.ceiling_usd:
-        return Action.SAVE_AND_STOP, f"about {dollars(at.after(limits.save_s))} once saved, above {ceiling}"
+    to_the_end = at.after(limits.save_s + limits.end_s)
+    if to_the_end > limits.ceiling_usd:
+        said = f"about {dollars(to_the_end)} once it has saved and its machine is gone, above {ceiling}"
+        return Action.SAVE_AND_STOP, said
     if at.age_s > limits.stale_s:
         said = f"no valid reading for {minutes(at.age_s)}; about {dollars(at.spent_usd)} spent by now"
         return Action.SAVE_AND_STOP, said

@@ -17,6 +17,7 @@ from x1_pretrain.corpus.tokenizer import Tokenizer
 from x1_pretrain.evals.perplexity import Windows
 from x1_pretrain.model.decoder import Decoder
 from x1_pretrain.model.flops import FlopsPerToken
+from x1_pretrain.money.trainer_guard import TrainerGuard
 from x1_pretrain.records import console
 from x1_pretrain.records.metrics import utc_now
 from x1_pretrain.records.mlflow_sink import MlflowSink
@@ -77,6 +78,7 @@ class Run:
     reader: Reader[Tensor]
     windows: list[Windows]
     sink: MlflowSink | None
+    guard: TrainerGuard | None = None  # the first rank's, of a run with a ceiling
     step: int = 0  # updates made so far
     saved_step: int = -1
     evaluated_step: int = -1

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Self
 
-from x1_pretrain.errors import INTERRUPTED
+from x1_pretrain.errors import BUDGET_STOPPED, INTERRUPTED
 
 REQUESTS = (signal.SIGTERM, signal.SIGINT)
 
@@ -22,7 +22,8 @@ class Signals:
     """`with Signals() as signals:` ... `if signals.requested: save and leave`."""
 
     def __init__(self) -> None:
-        self.requested: str | None = None  # the name of the first signal
+        self.requested: str | None = None  # the name of the first signal, or who else asked and why
+        self.exit_code = INTERRUPTED
         self.nothing_to_save = False
         self.before_leaving: Callable[[str], None] = lambda _: None  # last words of an immediate exit
         self._previous: dict[int, object] = {}
@@ -40,6 +41,15 @@ class Signals:
     def interrupted(self) -> bool:
         return self.requested is not None
 
+    def ask(self, why: str, exit_code: int) -> None:
+        """Leave with another exit code than a signal's. From any thread; the harder request wins."""
+        if self.requested is None or exit_code == BUDGET_STOPPED:
+            self.exit_code = exit_code
+            self.requested = why
+        if self.nothing_to_save:
+            _say(f"\nx1: {why}: nothing was learned since the last checkpoint; leaving\n")
+            self._leave(why)
+
     def _on_request(self, number: int, _: FrameType | None) -> None:
         name = signal.Signals(number).name
         if self.requested is not None:
@@ -56,7 +66,7 @@ class Signals:
 
     def _leave(self, name: str) -> None:
         self.before_leaving(name)
-        os._exit(INTERRUPTED)
+        os._exit(self.exit_code)
 
 
 def _say(text: str) -> None:

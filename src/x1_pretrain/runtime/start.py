@@ -21,10 +21,11 @@ from x1_pretrain.corpus.shards import Corpus
 from x1_pretrain.errors import RefusedError, UserError
 from x1_pretrain.evals.perplexity import windows
 from x1_pretrain.model.flops import flops_per_token, parameter_counts
+from x1_pretrain.money.trainer_guard import TrainerGuard
 from x1_pretrain.records import console, run_manifest
 from x1_pretrain.records.metrics import utc_now
 from x1_pretrain.records.mlflow_sink import MlflowSink
-from x1_pretrain.runtime import assemble, checkpoint, checkpoint_files, world
+from x1_pretrain.runtime import assemble, budget, checkpoint, checkpoint_files, world
 from x1_pretrain.runtime.run import Clock, Run
 from x1_pretrain.runtime.session import (
     Session,
@@ -41,8 +42,10 @@ from x1_pretrain.runtime.world import World
 
 
 @contextmanager
-def started(config: RunConfig, signals: Signals, fresh: bool, device: str) -> Iterator[Run | None]:
-    """The run, opened and loaded; None if it was finished before."""
+def started(
+    config: RunConfig, signals: Signals, fresh: bool, device: str, raise_ceiling_to: float | None = None
+) -> Iterator[Run | None]:
+    """The run, opened, priced and loaded; None if it was finished before."""
     here = world.join(device, patience_s=2 * config.training.compile_timeout_s + 600)
     if config.training.deterministic:
         assemble.be_deterministic(here.device)
@@ -55,16 +58,50 @@ def started(config: RunConfig, signals: Signals, fresh: bool, device: str) -> It
             screen.say(f"{config.name}: finished before, at step {session.step} ({config.folder})")
             yield None
             return
-        run = build(config, corpora, session, screen, signals, here)
+        guard = agreed_guard(config, session, signals, here, screen, raise_ceiling_to)
+        with closing_guard(guard):
+            run = build(config, corpora, session, screen, signals, here)
+            run.guard = guard
+            try:
+                yield run
+            except Exception as error:
+                run.note("fault", f"{type(error).__name__}: {error}")
+                if run.sink:
+                    run.sink.close("FAILED", timeout_s=3.0)
+                raise
+            finally:
+                run.reader.close()
+
+
+@contextmanager
+def closing_guard(guard: TrainerGuard | None) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        if guard:
+            guard.close(3.0)
+
+
+def agreed_guard(
+    config: RunConfig,
+    session: Session,
+    signals: Signals,
+    here: World,
+    screen: console.Screen,
+    raise_to_usd: float | None,
+) -> TrainerGuard | None:
+    """The first rank prices the run and watches its money; the others end with the same refusal."""
+    found: TrainerGuard | UserError | None = None
+    if here.first:
         try:
-            yield run
-        except Exception as error:
-            run.note("fault", f"{type(error).__name__}: {error}")
-            if run.sink:
-                run.sink.close("FAILED", timeout_s=3.0)
-            raise
-        finally:
-            run.reader.close()
+            budget.refuse_latched(config, raise_to_usd)
+            found = budget.open_guard(config, session, signals, here, screen.say)
+        except UserError as error:
+            found = error
+    refusal = here.from_first(found if isinstance(found, UserError) else None)
+    if refusal is not None:
+        raise refusal
+    return found if isinstance(found, TrainerGuard) else None
 
 
 def agreed_session(config: RunConfig, corpora: Mapping[str, Corpus], fresh: bool, here: World) -> Session:
@@ -286,5 +323,5 @@ def manifest(run: Run) -> dict[str, Any]:
         "compile": run.machine.compile_mode,
         "micro_batch": run.machine.micro_batch,
         "peak_flops": run.machine.peak_flops_per_sec,
-        "spent_usd": None,
+        "spent_usd": str(round(run.guard.spent_usd, 4)) if run.guard and run.guard.spent_usd else None,
     }

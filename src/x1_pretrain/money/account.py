@@ -1,0 +1,116 @@
+"""What a ledger adds up to: machines and whether they may still bill, dollars spent, the ceiling in force."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import datetime
+from decimal import Decimal
+from typing import Literal
+
+from x1_pretrain.money.clock import parse_stamp
+from x1_pretrain.money.guard import ZERO, cost
+from x1_pretrain.money.ledger import Row, usd
+
+
+@dataclass
+class Rented:
+    """One machine of a run, from the intent to launch it to the proof of its end."""
+
+    tag: str
+    provider: str
+    usd_per_hr: Decimal  # the dearest it was seen at
+    since: datetime
+    machine_id: str | None = None
+    spent_usd: Decimal = ZERO  # at its last poll ...
+    polled: datetime | None = None  # ... here
+    ended: datetime | None = None  # confirmed gone, or surely never made
+
+    @property
+    def open(self) -> bool:
+        """It may still bill somebody."""
+        return self.ended is None and self.provider != "local"
+
+    def spent_by(self, now: datetime) -> Decimal:
+        """Up to `now`, or to its end; between polls at its rate."""
+        end = min(now, self.ended) if self.ended else now
+        return self.spent_usd + cost(self.usd_per_hr, (end - (self.polled or self.since)).total_seconds())
+
+
+@dataclass
+class Account:
+    """All of one run's ledger."""
+
+    machines: list[Rented] = field(default_factory=list)
+    known_usd: Decimal = ZERO  # the most that any row says was spent, since the last correction
+    ceiling_usd: Decimal | None = None
+    raised: bool = False  # by a person, above what the command says
+
+    def open_machines(self) -> list[Rented]:
+        return [m for m in self.machines if m.open]
+
+    def spent_by(self, now: datetime) -> Decimal:
+        return sum((m.spent_by(now) for m in self.machines), ZERO)
+
+
+def account(rows: Iterable[Row]) -> Account:
+    """Fold the rows of a ledger, in order."""
+    found = Account()
+    for row in rows:
+        _take(found, row)
+    return found
+
+
+def _take(found: Account, row: Row) -> None:
+    event = row["event"]
+    if "spent_usd" in row:
+        found.known_usd = max(found.known_usd, usd(row, "spent_usd"))
+    if event in ("intent", "adopted"):
+        found.machines.append(_rented(row))
+    elif event == "correction":
+        found.known_usd = usd(row, "spent_usd")
+    elif event == "ceiling":
+        found.ceiling_usd = found.ceiling_usd if found.raised else usd(row, "ceiling_usd")
+    elif event == "raised":
+        found.ceiling_usd, found.raised = usd(row, "ceiling_usd"), True
+    elif machine := _machine(found, row):
+        _update(machine, row)
+
+
+def _rented(row: Row) -> Rented:
+    since = parse_stamp(row.get("since_utc") or row["time_utc"])
+    return Rented(
+        row["tag"], row["provider"], usd(row, "usd_per_hr"), since, machine_id=row.get("machine_id")
+    )
+
+
+def _machine(found: Account, row: Row) -> Rented | None:
+    """The machine a row speaks of, by its id or by the tag it was launched under."""
+    for machine in reversed(found.machines):
+        same_id = machine.machine_id is not None and machine.machine_id == row.get("machine_id")
+        if same_id or machine.tag == row.get("tag"):
+            return machine
+    return None
+
+
+def _update(machine: Rented, row: Row) -> None:
+    event = row["event"]
+    if event == "launched":
+        machine.machine_id = row["machine_id"]
+    elif event in ("launch_failed", "terminate_confirmed"):
+        machine.ended = parse_stamp(row["time_utc"])
+        if event == "launch_failed":
+            machine.spent_usd, machine.polled = ZERO, machine.ended
+    elif event == "poll":
+        machine.spent_usd = max(machine.spent_usd, usd(row, "machine_usd"))
+        machine.polled = parse_stamp(row["time_utc"])
+        machine.usd_per_hr = max(machine.usd_per_hr, usd(row, "usd_per_hr"))
+
+
+def person_said(rows: Iterable[Row], after_seq: int) -> Literal["stop", "continue"] | None:
+    """The last answer that a person gave after a row of the ledger."""
+    said: Literal["stop", "continue"] | None = None
+    for row in rows:
+        if row["event"] == "answer" and row.get("seq", 0) > after_seq:
+            said = "stop" if row.get("answer") == "stop" else "continue"
+    return said

@@ -1,0 +1,72 @@
+"""`STOP.json`: why a run may not go on. It is written before anything stops; every start looks for it first.
+
+Nothing but a person's `--raise-ceiling-to` removes it; the ledger keeps the stop and the raise.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from x1_pretrain.errors import RefusedError
+from x1_pretrain.records.run_folder import read_json
+
+NAME = "STOP.json"
+
+
+@dataclass(frozen=True)
+class Stop:
+    """One stop, as the file holds it."""
+
+    reason: str
+    by: str  # "guard", "person", "sidecar"
+    exit_code: int
+    time_utc: str
+    spent_usd: str | None = None
+    ceiling_usd: str | None = None
+
+
+def read(folder: Path) -> Stop | None:
+    """The latch of a run; a damaged one is a stop all the same."""
+    file = folder / NAME
+    if not file.exists():
+        return None
+    try:
+        tree: dict[str, Any] = read_json(file)
+    except Exception as error:
+        return Stop(f"{NAME} is there but can't be read ({error})", "unknown", 78, "unknown")
+    fields = {name: tree.get(name) for name in Stop.__dataclass_fields__}
+    texts = {k: str(v) if v is not None else None for k, v in fields.items() if k != "exit_code"}
+    code = fields["exit_code"] if isinstance(fields["exit_code"], int) else 78
+    known = {k: v or "not said" for k, v in texts.items() if k in ("reason", "by", "time_utc")}
+    return Stop(**known, exit_code=code, spent_usd=texts["spent_usd"], ceiling_usd=texts["ceiling_usd"])
+
+
+def write(folder: Path, stop: Stop) -> None:
+    """Latch, on the disk when this returns. The first reason stays: a later stop does not cover it."""
+    file = folder / NAME
+    if file.exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    new = file.with_name(f".{NAME}.{os.getpid()}.new")
+    with new.open("w", encoding="utf-8") as out:
+        out.write(json.dumps(asdict(stop), indent=1) + "\n")
+        out.flush()
+        os.fsync(out.fileno())
+    new.replace(file)
+
+
+def clear(folder: Path) -> None:
+    (folder / NAME).unlink(missing_ok=True)
+
+
+def refusal(folder: Path, stop: Stop) -> RefusedError:
+    """What a start says when it finds the latch."""
+    spent = f" at ${stop.spent_usd} of ${stop.ceiling_usd}" if stop.spent_usd and stop.ceiling_usd else ""
+    return RefusedError(
+        f"{folder / NAME}: stopped {stop.time_utc}{spent}: {stop.reason}. To go on from the last checkpoint, "
+        "add --raise-ceiling-to USD (the same ceiling will do where it was not the ceiling that stopped it)"
+    )

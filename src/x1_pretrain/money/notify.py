@@ -1,0 +1,513 @@
+"""Alerts to Slack, mail, a phone: off the caller's thread, each told once, retried until it got through.
+
+The ledger is the queue. `alert()` writes a row `alert_due` and returns; one thread a channel sends what is
+due and writes each attempt and its result as a row `alert`. So whatever a killed process left undelivered,
+the next Notifier of that run delivers, and several processes of a run tell a thing once between them.
+
+Addresses hold secrets. They come from the environment alone, and are shown as scheme and host. apprise works
+in a child process (this module, run as a command): a service that hangs is killed with it, and what apprise
+and its libraries log, which may quote an address, reaches nobody.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from x1_pretrain.errors import UserError
+from x1_pretrain.money.clock import Clock, parse_stamp, stamp
+from x1_pretrain.money.ledger import Ledger, LedgerError, Row
+
+VARIABLE = "X1_ALERTS"
+SUCCESS = "SUCCESS"
+NO_CHANNEL = "no channel"
+BACKOFF_S = (10, 30, 90, 300, 900, *[1800] * 6)  # after each failed attempt; about 3 h 20 min in all
+MAX_AGE_S = 86_400  # an alert a day old is history, not an alert
+LATE_S = 600  # past this a delivered alert says when it was raised
+POLL_S = 15.0  # how often a channel looks for alerts that other processes raised
+ANSWER_S = 10.0  # real seconds that a service has to take a message
+CHILD_S = 13.5  # real seconds after which the sending process is killed
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one message on one channel."""
+
+    channel: str
+    result: str  # SUCCESS, or why not, in words
+
+    @property
+    def delivered(self) -> bool:
+        return self.result == SUCCESS
+
+
+@dataclass(frozen=True)
+class Undelivered:
+    """An alert that one channel has not taken yet."""
+
+    key: str
+    title: str
+    body: str
+    channel: str
+    due: str  # names the row that raised it
+    raised: datetime
+    attempts: int = 0
+    last_attempt: datetime | None = None
+    last_result: str = "not tried yet"
+
+    def wait_s(self, now: datetime) -> float | None:
+        """Seconds until it is tried again; None: given up."""
+        if self.attempts > len(BACKOFF_S):
+            return None
+        if self.last_attempt is None:
+            return 0.0
+        backoff_s = BACKOFF_S[self.attempts - 1]
+        return 0.0 if _passed(self.last_attempt, now, backoff_s) else backoff_s - _s(self.last_attempt, now)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What is due: pure
+
+
+def worded(run: str, what: str, happened: str, by_itself: str, command: str) -> tuple[str, str]:
+    """Title and body of an alert: what happened, what X1 does by itself and when, how to decide otherwise."""
+    body = f"{happened}\nX1 by itself: {by_itself}\nTo decide otherwise: {command}"
+    return f"X1 {run}: {what}", body
+
+
+def is_due(rows: Sequence[Row], run: str, key: str, again_after_s: float | None, now: datetime) -> bool:
+    """Whether an alert is to be raised: never before in this run, or long enough ago."""
+    raised = [row for row in rows if _is(row, "alert_due", run) and row["key"] == key]
+    if not raised:
+        return True
+    return again_after_s is not None and _passed(_time(raised[-1]), now, again_after_s)
+
+
+def pending(rows: Sequence[Row], run: str, channels: Sequence[str], now: datetime) -> list[Undelivered]:
+    """What each channel has not taken, oldest first. A later alert of a key takes the earlier's place."""
+    newest = {row["key"]: row for row in rows if _is(row, "alert_due", run)}
+    tried = [row for row in rows if _is(row, "alert", run)]
+    left = []
+    for row in sorted(newest.values(), key=_time):
+        if _s(_time(row), now) > MAX_AGE_S:
+            continue
+        for channel in channels:
+            mine = [t for t in tried if t.get("due") == row["due"] and t["channel"] == channel]
+            if not any(t["result"] == SUCCESS for t in mine):
+                left.append(_undelivered(row, channel, mine))
+    return left
+
+
+def _undelivered(row: Row, channel: str, tried: list[Row]) -> Undelivered:
+    alert = Undelivered(row["key"], row["title"], row["body"], channel, row["due"], _time(row))
+    if not tried:
+        return alert
+    more = {"attempts": len(tried), "last_attempt": _time(tried[-1]), "last_result": tried[-1]["result"]}
+    return Undelivered(**{**vars(alert), **more})
+
+
+def _is(row: Row, event: str, run: str) -> bool:
+    return bool(row["event"] == event and row.get("run") == run)
+
+
+def _time(row: Row) -> datetime:
+    return parse_stamp(row["time_utc"])
+
+
+def _s(since: datetime, now: datetime) -> float:
+    return (now - since).total_seconds()
+
+
+def _passed(since: datetime, now: datetime, seconds: float) -> bool:
+    """A wall clock that was set back counts as time gone by: rather one alert too many than none."""
+    return not -1.0 <= _s(since, now) < seconds
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Addresses: secret but for scheme and host
+
+# Where apprise reads the host part of an address as a server; elsewhere it may be a token or a topic.
+SERVERS = re.compile(r"https?|(json|xml|form|mailto|ntfy|gotify|mmost|matrix|rocket|signal)s?")
+
+
+def addresses(environment: Mapping[str, str]) -> list[str]:
+    """The addresses in X1_ALERTS; a UserError names the first that apprise does not understand."""
+    found = list(dict.fromkeys(environment.get(VARIABLE, "").split()))
+    if not found:
+        return []
+    answer = _ask({"check": found})
+    if "known" not in answer:
+        raise UserError(f"{VARIABLE}: the addresses can't be checked: {answer['result']}")
+    for number, (url, known) in enumerate(zip(found, answer["known"], strict=True), start=1):
+        if not known or re.search(r",[a-z]+://", url):
+            raise UserError(
+                f"{VARIABLE}: address {number} of {len(found)} ({scheme(url)}, the rest is not shown) is "
+                "not one that apprise understands; docs/alerts.md shows their forms, with spaces between them"
+            )
+    return found
+
+
+def scheme(url: str) -> str:
+    found = re.match(r"([A-Za-z][A-Za-z0-9+.-]{0,15})://", url)
+    return f"{found[1].lower()}://" if found else "no scheme"
+
+
+def shown(url: str) -> str:
+    """What of an address may be seen: its scheme, and the server where there surely is one."""
+    name = scheme(url)
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port
+    except ValueError:
+        return name
+    loose = [pair for pair in parts.query.split("&") if "@" in pair.partition("=")[0]]
+    if "@" in parts.path + parts.fragment or loose:  # a password with / ? or # in it: the split went wrong
+        return name
+    server = re.fullmatch(r"localhost|[a-z0-9-]+(\.[a-z0-9-]+)+|[0-9a-f:]+:[0-9a-f:]*", host)
+    if not server or not SERVERS.fullmatch(name.removesuffix("://")):
+        return name
+    host = f"[{host}]" if ":" in host else host
+    return f"{name}{host}:{port}" if port else f"{name}{host}"
+
+
+def labelled(urls: Sequence[str]) -> dict[str, str]:
+    """Address by what is shown of it; a second one that looks the same is numbered."""
+    labels: dict[str, str] = {}
+    for url in urls:
+        name, number = shown(url), 2
+        while name in labels:
+            name, number = f"{shown(url)} ({number})", number + 1
+        labels[name] = url
+    return labels
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The notifier
+
+
+def _to_stderr(line: str) -> None:
+    print(f"x1: {line}", file=sys.stderr, flush=True)
+
+
+class Notifier:
+    """`Notifier(addresses(os.environ), ledger, clock, run="x1-50m").alert("spent-30", *worded(...))`
+
+    Backoff and `again_after_s` are seconds of the clock; what waits for sockets is in real seconds.
+    """
+
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        ledger: Ledger,
+        clock: Clock,
+        run: str,
+        say: Callable[[str], None] = _to_stderr,
+    ) -> None:
+        self._urls = labelled(addresses)
+        self._ledger, self._clock, self._run, self._say = ledger, clock, run, say
+        self.channels = list(self._urls)  # safe to show
+        self._mutex = threading.Lock()
+        self._unwritten: list[Row] = []  # rows that the disk did not take yet
+        self._said: set[str] = set()  # troubles of the ledger, each said once
+        self._stopping = False
+        self._wakes = {channel: threading.Event() for channel in self.channels}
+        for channel in self.channels:
+            threading.Thread(
+                target=self._serve, args=(channel,), name=f"alerts {channel}", daemon=True
+            ).start()
+
+    def alert(self, key: str, title: str, body: str, again_after_s: float | None = None) -> bool:
+        """Have it told once for this run, or again every `again_after_s` while this is called; whether it was
+        raised now. Returns as soon as the ledger has it."""
+        title = " ".join(title.split())
+        try:
+            with self._ledger.locked():
+                raised = self._raise(key, title, body, again_after_s)
+        except LedgerError:
+            raised = self._raise(key, title, body, again_after_s)
+        if raised and not self.channels:
+            self._say(f"ALERT, and {VARIABLE} names no channel to send it to: {title}. {body}")
+        for wake in self._wakes.values():
+            wake.set()
+        return raised
+
+    def _raise(self, key: str, title: str, body: str, again_after_s: float | None) -> bool:
+        if not is_due(self._rows(), self._run, key, again_after_s, self._clock.now()):
+            return False
+        due = uuid.uuid4().hex[:12]
+        self._write("alert_due", title, key=key, due=due, title=title, body=body)
+        if not self.channels:
+            self._write_attempt(key, due, title, Outcome("none", NO_CHANNEL), 1)
+        return True
+
+    def undelivered(self) -> list[Undelivered]:
+        """What some channel has not taken, what was given up on too."""
+        return pending(self._rows(), self._run, self.channels or ["none"], self._clock.now())
+
+    def close(self, timeout_s: float = 20.0) -> list[Undelivered]:
+        """Wait for what can still be sent in so many real seconds, then stop; what is undelivered."""
+        end = time.monotonic() + timeout_s
+        while self._worth_waiting(end - time.monotonic()):
+            time.sleep(0.05)
+        self._flush()
+        self._stopping = True
+        for wake in self._wakes.values():
+            wake.set()
+        return self.undelivered()
+
+    def _worth_waiting(self, left_s: float) -> bool:
+        if left_s <= 0 or not self.channels:
+            return False
+        now = self._clock.now()
+        waits = [alert.wait_s(now) for alert in self.undelivered()]
+        return any(wait is not None and self._clock.real_s(wait) < left_s for wait in waits)
+
+    def test(self) -> list[Outcome]:
+        """Send a test message to every channel at once, within 15 s, and say what became of each. With no
+        channel there is one outcome that says so: the list is never empty. Never raises."""
+        title, body = f"X1 {self._run}: test", "Alerts of this run arrive here. Nothing needs to be done."
+        found = dict.fromkeys(self.channels, f"no answer within {CHILD_S:g} s")
+
+        def one(channel: str) -> None:
+            found[channel] = send(self._urls[channel], title, body)
+
+        threads = [threading.Thread(target=one, args=(channel,), daemon=True) for channel in self.channels]
+        for thread in threads:
+            thread.start()
+        end = time.monotonic() + CHILD_S + 1.0
+        for thread in threads:
+            thread.join(max(0.0, end - time.monotonic()))
+        outcomes = [Outcome(channel, result) for channel, result in found.items()]
+        outcomes = outcomes or [Outcome("none", f"{NO_CHANNEL}: {VARIABLE} is not set; see docs/alerts.md")]
+        for outcome in outcomes:
+            self._write_attempt("test", "", title, outcome, 1)
+        return outcomes
+
+    # --------------------------------------------------------------------------------------------------------
+    # One thread a channel
+
+    def _serve(self, channel: str) -> None:
+        while not self._stopping:
+            try:
+                wait_s = self._send_what_is_due(channel)
+            except Exception as error:  # a channel that stopped for good would be silence
+                self._say(f"alerts to {channel}: {type(error).__name__}; tried again in {POLL_S:g} s")
+                wait_s = POLL_S
+            self._wakes[channel].wait(max(0.05, self._clock.real_s(wait_s)))
+            self._wakes[channel].clear()
+
+    def _send_what_is_due(self, channel: str) -> float:
+        """Send one alert if any is due; seconds until the next look."""
+        if not self._next(channel):
+            return self._pause_s(channel)
+        with self._turn(channel) as mine:
+            if not mine:
+                return 0.2 * self._clock.speed  # another process is sending to it
+            alert = self._next(channel)  # which that one may have sent meanwhile
+            if alert:
+                self._try(alert)
+        return 0.0 if alert else self._pause_s(channel)
+
+    def _next(self, channel: str) -> Undelivered | None:
+        now = self._clock.now()
+        ready = (
+            alert for alert in pending(self._rows(), self._run, [channel], now) if alert.wait_s(now) == 0
+        )
+        return next(ready, None)
+
+    def _pause_s(self, channel: str) -> float:
+        now = self._clock.now()
+        waits = [alert.wait_s(now) for alert in pending(self._rows(), self._run, [channel], now)]
+        return min([POLL_S, *(wait for wait in waits if wait is not None)])
+
+    def _try(self, alert: Undelivered) -> None:
+        body = alert.body
+        if _s(alert.raised, self._clock.now()) > LATE_S:
+            body += f"\n(Raised at {stamp(alert.raised)}; it could not be delivered before.)"
+        outcome = Outcome(alert.channel, send(self._urls[alert.channel], alert.title, body))
+        attempt = alert.attempts + 1
+        self._write_attempt(alert.key, alert.due, alert.title, outcome, attempt)
+        if not outcome.delivered and attempt > len(BACKOFF_S):
+            told = f"{alert.channel} ({outcome.result}): {alert.title}"
+            self._say(f"alert given up after {attempt} attempts on {told}")
+
+    @contextmanager
+    def _turn(self, channel: str) -> Iterator[bool]:
+        """One sender a channel in all processes of the run. The lock ends with its process."""
+        name = re.sub(r"[^a-z0-9.]+", "-", channel).strip("-")
+        try:
+            lock = os.open(self._ledger.file.with_name(f".alerts-{name}.lock"), os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError:  # a full or read-only disk: then rather twice than never
+            yield True
+            return
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = True
+        except BlockingIOError:
+            mine = False
+        except OSError:  # a file system without locks
+            mine = True
+        try:
+            yield mine
+        finally:
+            os.close(lock)
+
+    # --------------------------------------------------------------------------------------------------------
+    # The ledger, and memory while the disk takes nothing: an alert may be about just that
+
+    def _rows(self) -> list[Row]:
+        try:
+            rows = self._ledger.rows()
+        except LedgerError as error:
+            self._trouble(error)
+            rows = _readable(self._ledger.file)
+        with self._mutex:
+            return [*rows, *self._unwritten]
+
+    def _trouble(self, error: LedgerError) -> None:
+        if str(error) not in self._said:
+            self._said.add(str(error))
+            self._say(f"{error}; alerts are sent all the same")
+
+    def _write_attempt(self, key: str, due: str, title: str, outcome: Outcome, attempt: int) -> None:
+        said = f"{title} -> {outcome.channel}: {outcome.result}"
+        fields = {"key": key, "due": due, "title": title, "channel": outcome.channel}
+        self._write("alert", said, **fields, attempt=attempt, result=outcome.result)
+
+    def _write(self, event: str, message: str, **fields: Any) -> None:
+        row = {"time_utc": stamp(self._clock.now()), "event": event, "message": message, "run": self._run}
+        with self._mutex:
+            self._unwritten.append(row | fields)
+        self._flush()
+
+    def _flush(self) -> None:
+        while (first := self._take()) is not None:  # the mutex is never held while the ledger's is asked for
+            try:
+                self._ledger.append(**{name: value for name, value in first.items() if name != "time_utc"})
+            except LedgerError as error:
+                with self._mutex:
+                    self._unwritten.insert(0, first)
+                self._trouble(error)
+                return
+
+    def _take(self) -> Row | None:
+        with self._mutex:
+            return self._unwritten.pop(0) if self._unwritten else None
+
+
+def _readable(file: Path) -> list[Row]:
+    """The sound rows of a damaged ledger: good for what was told already, not for sums."""
+    rows = []
+    with suppress(OSError):  # said by the caller
+        for line in file.read_bytes().split(b"\n")[:-1]:
+            with suppress(ValueError):
+                rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("event"), str)]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Sending, in a process of its own
+
+
+def send(url: str, title: str, body: str) -> str:
+    """One attempt on one channel: SUCCESS, or why not, in words that hold nothing of the address."""
+    return str(_ask({"url": url, "title": title, "body": body})["result"])
+
+
+def _ask(question: dict[str, Any]) -> dict[str, Any]:
+    """Have the child answer; it is killed when it takes too long. Never raises."""
+    command = [sys.executable, "-P", "-m", "x1_pretrain.money.notify"]
+    try:
+        done = subprocess.run(
+            command,
+            input=json.dumps(question).encode(),  # not an argument: `ps` shows those
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=CHILD_S,
+            check=False,
+            start_new_session=True,  # Ctrl-C is for the run, not for the alert that tells of it
+        )
+    except subprocess.TimeoutExpired:
+        return {"result": f"no answer within {CHILD_S:g} s"}
+    except OSError as error:
+        return {"result": f"the sending process could not start ({error.strerror})"}
+    try:
+        answer = json.loads(done.stdout.splitlines()[-1])
+    except (ValueError, IndexError):
+        return {"result": f"the sending process ended with status {done.returncode} and no answer"}
+    return answer if isinstance(answer, dict) else {"result": "the sending process gave no answer"}
+
+
+def _answer(question: dict[str, Any]) -> dict[str, Any]:
+    try:
+        import apprise
+    except ImportError:
+        return {"result": "apprise is not installed here; run: pip install 'apprise>=2.2,<3'"}
+    log = logging.getLogger("apprise")
+    log.setLevel(logging.DEBUG)  # the reason of a failed connection is told at this level
+    log.propagate = False
+    asset = apprise.AppriseAsset(
+        app_id="X1", app_desc="X1", image_url_mask=None, image_url_logo=None, storage_mode="memory"
+    )
+    if "check" in question:
+        return {"known": [bool(apprise.Apprise.instantiate(url, asset=asset)) for url in question["check"]]}
+    channel = apprise.Apprise(asset=asset)
+    if not channel.add(question["url"]):
+        return {"result": "not an address that apprise understands"}
+    told = channel.notify(
+        question["body"],
+        question["title"],
+        notify_type="warning",
+        body_format="text",
+        timeout=ANSWER_S,
+        log_level=logging.DEBUG,
+    )
+    # An address with ?optional=yes reports success whatever happened: the attempts tell.
+    attempts = [attempt.status.name for service in told.results for attempt in service.attempts[-1:]]
+    if attempts and set(attempts) == {SUCCESS}:
+        return {"result": SUCCESS}
+    return {"result": reason(told.status.name, "\n".join(entry.message for entry in told.logs()))}
+
+
+REASONS = {
+    r"error=404\b": "HTTP 404: no such hook; it was removed, or the address is mistyped",
+    r"error=40[13]\b": "HTTP 401 or 403: the token or password is refused",
+    r"error=429\b": "HTTP 429: too many messages, the service slows them down",
+    r"\(53[45], b": "the mail server refuses user and password (Gmail wants an app password)",
+    r"Connection refused": "connection refused: nothing listens there",
+    r"NameResolutionError|Name or service not known|Temporary failure in name": "no such host name",
+    r"[Tt]imed out|did not finish": f"no answer within {ANSWER_S:g} s",
+    r"SSL|CERTIFICATE": "no TLS connection: wrong port, or a certificate that is not trusted",
+    r"unreachable|No route to host": "the network does not reach it",
+}
+
+
+def reason(status: str, log: str) -> str:
+    """Why a message was not taken. Only words of ours: a log line may hold the address."""
+    if status == "TIMEOUT":
+        return f"no answer within {ANSWER_S:g} s"
+    for pattern, words in REASONS.items():
+        if re.search(pattern, log):
+            return words
+    code = re.search(r"error=(\d{3})\b", log) or re.search(r"\((\d{3}), b", log)
+    return f"the service answered with error {code[1]}" if code else "not taken, and apprise does not say why"
+
+
+if __name__ == "__main__":
+    print(json.dumps(_answer(json.load(sys.stdin))), flush=True)
+    os._exit(0)  # a thread that still waits for a service must not hold the process

@@ -1,0 +1,211 @@
+"""The seam between a run and its money: the limits from the config, the sentence, the first reading."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from datetime import datetime
+from decimal import Decimal
+
+import torch
+
+from x1_pretrain.config import RunConfig
+from x1_pretrain.errors import BUDGET_STOPPED, RefusedError, UserError
+from x1_pretrain.model.flops import flops_per_token, peak_bf16_flops_per_sec
+from x1_pretrain.money import gate, latch
+from x1_pretrain.money.account import account
+from x1_pretrain.money.budget_file import Address
+from x1_pretrain.money.clock import Clock, parse_stamp, stamp
+from x1_pretrain.money.guard import ZERO, Action, dollars
+from x1_pretrain.money.ledger import NAME, Ledger, Row, usd
+from x1_pretrain.money.notify import SUCCESS, VARIABLE, Notifier, addresses
+from x1_pretrain.money.pace import tokens_per_sec
+from x1_pretrain.money.trainer_guard import TrainerGuard, limits_from
+from x1_pretrain.records.run_folder import read_jsonl
+from x1_pretrain.runtime.session import Session
+from x1_pretrain.runtime.signals import Signals
+from x1_pretrain.runtime.world import World
+
+
+class OverBudgetError(UserError):
+    """Found at the start: nothing is trained, nothing is saved."""
+
+    exit_code = BUDGET_STOPPED
+
+
+def refuse_latched(config: RunConfig, raise_to_usd: float | None) -> None:
+    """A stopped run goes on only with an explicit raise, which the ledger keeps."""
+    clock = Clock.from_environment()
+    stop = latch.read(config.folder)
+    if raise_to_usd is not None:
+        _raise_ceiling(config, Decimal(str(raise_to_usd)), Ledger(config.folder / NAME, clock))
+    elif stop is not None:
+        raise latch.refusal(config.folder, stop)
+
+
+def _raise_ceiling(config: RunConfig, ceiling: Decimal, ledger: Ledger) -> None:
+    known = account(ledger.rows())
+    if ceiling <= known.known_usd:
+        raise RefusedError(
+            f"--raise-ceiling-to {ceiling}: {dollars(known.known_usd)} are spent already; name a higher one"
+        )
+    stop = latch.read(config.folder)
+    before = known.ceiling_usd or Decimal(str(config.budget.cap_usd or 0))
+    if stop is None and known.raised and ceiling == before:
+        return  # the same command once more: a relaunch
+    said = f"a person set the ceiling to {dollars(ceiling)}" + (f" after: {stop.reason}" if stop else "")
+    ledger.append("raised", said, ceiling_usd=ceiling, before_usd=before)
+    latch.clear(config.folder)
+
+
+def open_guard(
+    config: RunConfig, session: Session, signals: Signals, here: World, say: Callable[[str], None]
+) -> TrainerGuard | None:
+    """The guard after its first reading and its sentence; None without a ceiling."""
+    if config.budget.cap_usd is None:
+        return None
+    if config.budget.curr_cost_uri is None:
+        raise UserError(
+            f"--budget-cap-usd {config.budget.cap_usd}: needs --budget-curr-cost-uri, where a sidecar says "
+            "what was spent (python -m x1_pretrain.budget_guard --help)"
+        )
+    clock = Clock.from_environment()
+    ledger = Ledger(config.folder / NAME, clock)
+    ceiling = ceiling_in_force(Decimal(str(config.budget.cap_usd)), ledger)
+    notifier = open_notifier(config, ledger, clock, say)
+    found = TrainerGuard(
+        folder=config.folder,
+        address=Address(config.budget.curr_cost_uri),
+        limits=limits_from(config.budget, ceiling, ZERO),
+        ledger=ledger,
+        clock=clock,
+        notifier=notifier,
+        ask_to_leave=signals.ask,
+        read_every_s=config.budget.read_every_s,
+    )
+    try:
+        pass_gate(found, config, session, here, say)
+    except BaseException:
+        found.close(3.0)
+        raise
+    found.start()
+    return found
+
+
+def ceiling_in_force(cap_usd: Decimal, ledger: Ledger) -> Decimal:
+    """What the command says, unless a person raised it since; on record either way."""
+    known = account(ledger.rows())
+    if known.raised and known.ceiling_usd is not None:
+        return known.ceiling_usd
+    if known.ceiling_usd != cap_usd:
+        ledger.append("ceiling", f"the ceiling is {dollars(cap_usd)}", ceiling_usd=cap_usd)
+    return cap_usd
+
+
+def agreed_rate(rows: list[Row]) -> Decimal | None:
+    """Dollars an hour that the run was last priced at and passed; a relaunch does not agree to a new price,
+    a person who raises the ceiling does."""
+    agreed: Decimal | None = None
+    for row in rows:
+        if row["event"] == "raised":
+            agreed = None
+        elif row["event"] == "gate" and row.get("verdict") == "passed" and agreed is None:
+            agreed = usd(row, "usd_per_hr")
+    return agreed
+
+
+def open_notifier(config: RunConfig, ledger: Ledger, clock: Clock, say: Callable[[str], None]) -> Notifier:
+    """Alerts that reach somebody, tried before anything starts."""
+    notifier = Notifier(addresses(os.environ), ledger, clock, run=config.name, say=say)
+    if not notifier.channels:
+        say(
+            f"  alerts: none ({VARIABLE} is not set): what the guard says is here, in events.jsonl and in "
+            "the ledger only; docs/alerts.md sets up Slack or mail in two minutes"
+        )
+        return notifier
+    if tested_lately(ledger.rows(), notifier.channels, clock.now()):
+        return notifier
+    failed = [one for one in notifier.test() if not one.delivered]
+    if failed:
+        notifier.close(0.0)
+        said = ", ".join(f"{one.channel}: {one.result}" for one in failed)
+        raise RefusedError(
+            f"{VARIABLE}: the test alert did not get through ({said}); alerts are part of the guard: put the "
+            "address right, or take it out"
+        )
+    return notifier
+
+
+def tested_lately(rows: list[Row], channels: list[str], now: datetime) -> bool:
+    """Every channel took a test message within a day: a relaunch does not send another."""
+    fine = {
+        row.get("channel")
+        for row in rows
+        if row["event"] == "alert" and row.get("key") == "test" and row.get("result") == SUCCESS
+        if (now - parse_stamp(row["time_utc"])).total_seconds() < 86_400
+    }
+    return fine >= set(channels)
+
+
+def pass_gate(
+    found: TrainerGuard, config: RunConfig, session: Session, here: World, say: Callable[[str], None]
+) -> None:
+    """Read what was spent, say what the rest will cost, and refuse what can't end below the ceiling."""
+    decision = found.first()
+    quote = _quote(found, config, session, here)
+    priced = gate.sentence(quote, "go on with" if session.step else "start")
+    say(priced)
+    if decision.action is Action.STOP_NOW:
+        _latch(found, decision.reason)
+        raise OverBudgetError(f"{decision.reason}; nothing was started")
+    terms = gate.broken(quote, _decimal(config.budget.max_usd_per_hr))
+    if decision.action is not Action.GO:
+        terms.append(decision.reason)
+    found.ledger.append("gate", priced, verdict="refused" if terms else "passed", **quote.fields())
+    if terms:
+        raise RefusedError(f"refused: {'; '.join(terms)}. {priced}")
+
+
+def _decimal(value: float | None) -> Decimal | None:
+    return None if value is None else Decimal(str(value))
+
+
+def _latch(found: TrainerGuard, reason: str) -> None:
+    now, ceiling = stamp(found.clock.now()), f"{found.limits.ceiling_usd:.2f}"
+    spent = f"{found.decision.spent_usd:.2f}" if found.decision else None
+    latch.write(found.folder, latch.Stop(reason, "guard", BUDGET_STOPPED, now, spent, ceiling))
+    found.ledger.append("stop", reason, exit_code=BUDGET_STOPPED)
+
+
+def _quote(found: TrainerGuard, config: RunConfig, session: Session, here: World) -> gate.Quote:
+    """The rest of the run at the rate that the watcher states."""
+    seen, decision = found.seen, found.decision
+    assert seen is not None
+    assert decision is not None
+    rate = seen.rate_usd_per_hr or agreed_rate(found.ledger.rows()) or ZERO
+    found.price_at(min(rate, agreed_rate(found.ledger.rows()) or rate))
+    name = torch.cuda.get_device_name(here.device) if here.device.type == "cuda" else "CPU"
+    known = f"{found.address}, {seen.last_update:%H:%MZ}"
+    where = {"lambda": "Lambda", "runpod": "RunPod"}.get(seen.provider or "", seen.provider or "this machine")
+    left = config.training.total_steps - session.step
+    return gate.Quote(
+        gate.Price(f"{here.size}x {name}", where, rate, known),
+        work(config, left * config.training.batch_tokens, name, here.size),
+        found.limits.ceiling_usd,
+        gate.reserve_h(0.0, found.limits.end_s, setup_h=ZERO),
+        spent_usd=decision.spent_usd,
+    )
+
+
+def work(config: RunConfig, tokens: int, gpu: str, gpus: int) -> gate.Work:
+    """What is left and at which speed: stated, measured earlier in this run, or assumed from the peak."""
+    if stated := config.budget.tokens_per_sec:
+        return gate.Work(tokens, stated, f"{stated:,.0f} tokens/s, stated")
+    if measured := tokens_per_sec(read_jsonl(config.folder / "metrics.jsonl").rows):
+        return gate.Work(tokens, measured, f"{measured:,.0f} tokens/s, measured earlier in this run")
+    peak = peak_bf16_flops_per_sec(gpu)
+    rate = gate.assumed_rate(peak, flops_per_token(config.model).palm, gpus)
+    if rate is None:
+        return gate.Work(tokens, None, "measured once it runs")
+    basis = f"an estimate: {rate:,.0f} tokens/s at an assumed MFU of {gate.ASSUMED_MFU:.2f}"
+    return gate.Work(tokens, rate, basis)
