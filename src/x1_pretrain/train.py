@@ -99,7 +99,8 @@ def tell_budget(run: Run) -> None:
     """What the guard has to say, in the order it happened; and to the guard, how long the run still takes."""
     if run.guard is None:
         return
-    run.guard.left_s = run.clock.eta_s(run.total_steps - run.step)
+    left_s = run.clock.eta_s(run.total_steps - run.step)
+    run.guard.left_s = left_s * run.guard.clock.speed if left_s is not None else None
     for name, message, fields in run.guard.news():
         run.event(name, message, **fields)
 

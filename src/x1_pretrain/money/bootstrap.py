@@ -87,7 +87,7 @@ def _job_section(job: Job) -> str:
 def _array(name: str, values: Iterable[str]) -> list[str]:
     """Quoted so that nothing expands here; data commands expand on the machine, when they run."""
     quoted = [f"    {shlex.quote(value)}" for value in values]
-    return ["# shellcheck disable=SC2016", f"{name}=(", *quoted, ")"]
+    return ["# shellcheck disable=SC1003,SC2016", f"{name}=(", *quoted, ")"]
 
 
 def _function(name: str, end: str, text: str) -> list[str]:

@@ -23,7 +23,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -117,8 +117,8 @@ def _undelivered(row: Row, channel: str, tried: list[Row]) -> Undelivered:
     alert = Undelivered(row["key"], row["title"], row["body"], channel, row["due"], _time(row))
     if not tried:
         return alert
-    more = {"attempts": len(tried), "last_attempt": _time(tried[-1]), "last_result": tried[-1]["result"]}
-    return Undelivered(**{**vars(alert), **more})
+    last = tried[-1]
+    return replace(alert, attempts=len(tried), last_attempt=_time(last), last_result=last["result"])
 
 
 def _is(row: Row, event: str, run: str) -> bool:

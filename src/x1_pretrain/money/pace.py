@@ -28,15 +28,16 @@ def tokens_per_sec(rows: Sequence[Row]) -> float | None:
     return None
 
 
-def left_s(folder: Path) -> float | None:
-    """Seconds that a run folder's run still needs; None while nothing can be said."""
+def left_s(folder: Path, speed: float = 1.0) -> float | None:
+    """Seconds that a run folder's run still needs, on a clock of that speed; None while nothing can be
+    said."""
     rows = read_jsonl(folder / "metrics.jsonl").rows
     rate = tokens_per_sec(rows)
     total = _total_tokens(folder)
     if rate is None or total is None:
         return None
     done = max((row.get("tokens", 0) for row in rows), default=0)
-    return max(0.0, (total - done) / rate)
+    return max(0.0, (total - done) / rate) * speed
 
 
 def _total_tokens(folder: Path) -> int | None:

@@ -44,6 +44,7 @@ class News(NamedTuple):
 class TrainerGuard:
     """`first()` before anything is built, `start()`, `look()` before a checkpoint, `news()` in the loop."""
 
+    name: str  # of the run
     folder: Path
     address: Address
     limits: Limits
@@ -58,6 +59,7 @@ class TrainerGuard:
     _seen: BudgetFile | None = None  # the newest good state of the file ...
     _seen_at_s: float = 0.0  # ... and the steady second at which it was true
     _read_at_s: float = 0.0
+    _kept_at_s: float | None = None
     _problem: str | None = None
     _answered_seq: int = 0
     _ledger_size: int = -1
@@ -79,8 +81,9 @@ class TrainerGuard:
     # --------------------------------------------------------------------------------------------------------
     # Reading
 
-    def first(self) -> Decision:
-        """The reading that a start needs; without one nothing starts."""
+    def first(self, agreed_usd_per_hr: Decimal | None) -> Decision:
+        """The reading that a start needs; without one nothing starts. It also says what an hour costs, unless
+        less was agreed before."""
         try:
             self._seen = self._parsed()
         except NoReadingError as error:
@@ -95,17 +98,20 @@ class TrainerGuard:
                 f"--budget-curr-cost-uri {self.address}: the last update is {guard.minutes(age_s)} old, "
                 f"expected at most {guard.minutes(self.limits.stale_s)}; is the sidecar alive?"
             )
-        self._seen_at_s = self._read_at_s = now_s - age_s
+        rates = [r for r in (self._seen.rate_usd_per_hr, agreed_usd_per_hr) if r]
+        if not rates:
+            raise RefusedError(
+                f"--budget-curr-cost-uri {self.address}: rate_usd_per_hr is missing or 0, and nothing can be "
+                "counted without a rate; put there what an hour costs"
+            )
+        self.limits = replace(self.limits, gate_usd_per_hr=min(rates))
+        self._seen_at_s, self._read_at_s = now_s - age_s, now_s
         return self._judge(self._reading())
 
     @property
     def seen(self) -> BudgetFile | None:
         """The newest good state of the file."""
         return self._seen
-
-    def price_at(self, usd_per_hr: Decimal) -> None:
-        """Take the rate that the run is priced at for the least that an hour costs."""
-        self.limits = replace(self.limits, gate_usd_per_hr=usd_per_hr)
 
     def _parsed(self) -> BudgetFile:
         return budget_file.parse(self.address.fetch(), self.clock.now())
@@ -163,8 +169,9 @@ class TrainerGuard:
             problem=self._problem,
         )
         self._memory, self.decision = decision.memory, decision
-        if reading is not None:
+        if reading is not None and reading.at_s != self._kept_at_s:
             self._keep(decision)
+            self._kept_at_s = reading.at_s
         for notice in decision.notices:
             self._tell(notice)
         return decision
@@ -210,7 +217,7 @@ class TrainerGuard:
         if key in self._told:
             return
         self._told.add(key)
-        self.notifier.alert(key, f"X1 {self.folder.name}: {notice.title}", notice.body)
+        self.notifier.alert(key, f"X1 {self.name}: {notice.title}", notice.body)
         self._news.put(News("budget", f"budget: {notice.title}. {notice.body}", {"key": notice.key}))
 
     def _leave(self, action: Action, reason: str, decision: Decision) -> None:

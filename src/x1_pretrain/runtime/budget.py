@@ -74,6 +74,7 @@ def open_guard(
     ceiling = ceiling_in_force(Decimal(str(config.budget.cap_usd)), ledger)
     notifier = open_notifier(config, ledger, clock, say)
     found = TrainerGuard(
+        name=config.name,
         folder=config.folder,
         address=Address(config.budget.curr_cost_uri),
         limits=limits_from(config.budget, ceiling, ZERO),
@@ -151,7 +152,7 @@ def pass_gate(
     found: TrainerGuard, config: RunConfig, session: Session, here: World, say: Callable[[str], None]
 ) -> None:
     """Read what was spent, say what the rest will cost, and refuse what can't end below the ceiling."""
-    decision = found.first()
+    decision = found.first(agreed_rate(found.ledger.rows()))
     quote = _quote(found, config, session, here)
     priced = gate.sentence(quote, "go on with" if session.step else "start")
     say(priced)
@@ -182,8 +183,7 @@ def _quote(found: TrainerGuard, config: RunConfig, session: Session, here: World
     seen, decision = found.seen, found.decision
     assert seen is not None
     assert decision is not None
-    rate = seen.rate_usd_per_hr or agreed_rate(found.ledger.rows()) or ZERO
-    found.price_at(min(rate, agreed_rate(found.ledger.rows()) or rate))
+    rate = seen.rate_usd_per_hr or found.limits.gate_usd_per_hr
     name = torch.cuda.get_device_name(here.device) if here.device.type == "cuda" else "CPU"
     known = f"{found.address}, {seen.last_update:%H:%MZ}"
     where = {"lambda": "Lambda", "runpod": "RunPod"}.get(seen.provider or "", seen.provider or "this machine")

@@ -1,0 +1,158 @@
+"""The sidecar: keeps `budget.json`, asking the provider every five minutes and counting by itself between.
+
+python -m x1_pretrain.budget_guard --run-dir runs/x1-50m-a100 --cap-usd 35 --provider runpod \\
+    --instance-id ID --rate-usd-per-hr 1.19 --output /workspace/budget.json
+python -m x1_pretrain.budget_guard --run-dir runs/x1 --cap-usd 35 --provider local --rate-usd-per-hr 0.10
+
+`decide` and what it takes are the guard itself, importable from here.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from decimal import Decimal
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from x1_pretrain.command import run as run_app
+from x1_pretrain.command import single
+from x1_pretrain.errors import FINISHED, UserError
+from x1_pretrain.money import pace
+from x1_pretrain.money.account import Rented, account
+from x1_pretrain.money.clock import Clock, parse_stamp, stamp
+from x1_pretrain.money.guard import Action, Decision, Limits, Memory, Reading, decide
+from x1_pretrain.money.ledger import NAME, Ledger
+from x1_pretrain.money.meter import hourly_storage_usd
+from x1_pretrain.money.notify import Notifier, addresses
+from x1_pretrain.money.providers.base import Provider
+from x1_pretrain.money.providers.local import Local
+from x1_pretrain.money.providers.opened import open_provider
+from x1_pretrain.money.sidecar import Sidecar
+from x1_pretrain.money.teardown import Ending, write_proof
+
+__all__ = ["Action", "Decision", "Limits", "Memory", "Reading", "decide"]
+
+Flag = typer.Option
+
+
+def main(
+    run_dir: Annotated[Path, Flag(help="the run folder: its ledger, its pace")],
+    cap_usd: Annotated[float, Flag(help="the ceiling in dollars")],
+    output: Annotated[
+        Path | None, Flag(help="the file to keep [default: RUN_DIR/budget.json]", show_default=False)
+    ] = None,
+    provider: Annotated[str, Flag(help="lambda, runpod, local or fake")] = "local",
+    instance_id: Annotated[str | None, Flag(help="the machine, as the provider names it")] = None,
+    rate_usd_per_hr: Annotated[
+        float | None, Flag(help="what an hour costs, all in; the least that is counted")
+    ] = None,
+    since: Annotated[
+        str | None, Flag(help="billed since, 2026-05-23T02:00:00Z [default: the ledger, else now]")
+    ] = None,
+    every_s: Annotated[float, Flag(min=1, help="seconds between polls")] = 300.0,
+    disk_gib: Annotated[int, Flag(min=0, help="disk that is billed with the machine")] = 0,
+    tax: Annotated[float, Flag(min=0, max=1, help="on top of the provider's prices: 0.10 is 10 %")] = 0.0,
+    terminate: Annotated[
+        bool, Flag("--terminate", help="end the machine before the ceiling is passed")
+    ] = False,
+    once: Annotated[bool, Flag("--once", help="write the file once and leave")] = False,
+) -> int:
+    """The sidecar: keeps budget.json, asking the provider every few minutes."""
+    clock = Clock.from_environment()
+    ledger = Ledger(run_dir / NAME, clock)
+    rate = None if rate_usd_per_hr is None else Decimal(str(rate_usd_per_hr))
+    source = opened(provider, clock, rate)
+    machine = the_machine(ledger, source, instance_id, rate, since, clock)
+    notifier = Notifier(addresses(os.environ), ledger, clock, run=run_dir.name)
+
+    def end(_: str) -> None:
+        Ending(source, machine, ledger, clock, print).run()
+        write_proof(run_dir, ledger)
+
+    sidecar = Sidecar(
+        folder=run_dir,
+        output=output or run_dir / "budget.json",
+        provider=source,
+        machine=machine,
+        ceiling_usd=Decimal(str(cap_usd)),
+        ledger=ledger,
+        clock=clock,
+        notifier=notifier,
+        left_s=lambda: pace.left_s(run_dir, clock.speed),
+        run_id=run_dir.name,
+        poll_s=every_s,
+        storage_usd_per_hr=hourly_storage_usd(source.storage_usd_per_gib_month, disk_gib),
+        tax=Decimal(str(tax)),
+        may_terminate=terminate,
+        terminate=end,
+    )
+    if once:
+        print(sidecar.poll().to_json(), end="")
+    else:
+        keep(sidecar, output or run_dir / "budget.json")
+    notifier.close(10.0)
+    return FINISHED
+
+
+def opened(name: str, clock: Clock, rate: Decimal | None) -> Provider:
+    """The provider; without its key, or without one at all, this machine at a stated rate."""
+    return Local(rate, clock) if name == "local" and rate is not None else open_provider(name, clock)
+
+
+def the_machine(
+    ledger: Ledger,
+    provider: Provider,
+    instance_id: str | None,
+    rate: Decimal | None,
+    since: str | None,
+    clock: Clock,
+) -> Rented:
+    """The machine as the ledger knows it; one that X1 did not launch is taken up into the ledger."""
+    rented = account(ledger.rows()).machines
+    wanted = instance_id or (provider.name if provider.name == "local" else None)
+    for machine in reversed(rented):
+        same = machine.machine_id == wanted if wanted else machine.open
+        if same and machine.provider == provider.name and machine.ended is None:
+            return machine
+    if rate is None:
+        raise UserError(
+            "--rate-usd-per-hr: is needed for a machine that the ledger does not know: what an hour of it "
+            "costs, all in"
+        )
+    if wanted is None:
+        raise UserError(f"--instance-id: is needed; {provider.label} lists several machines or none of ours")
+    begun = parse_since(since) if since else clock.now()
+    row: dict[str, Any] = {"tag": wanted, "provider": provider.name, "machine_id": wanted}
+    ledger.append("adopted", since_utc=stamp(begun), usd_per_hr=rate, **row)
+    return account(ledger.rows()).machines[-1]
+
+
+def parse_since(text: str) -> Any:
+    try:
+        return parse_stamp(text)
+    except ValueError:
+        raise UserError(f"--since {text}: expected a time such as 2026-05-23T02:00:00Z") from None
+
+
+def keep(sidecar: Sidecar, output: Path) -> None:
+    """Until SIGTERM or Ctrl-C."""
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    every = f"{sidecar.poll_s / 60:g} min"
+    print(f"sidecar: {output} every {every} from {sidecar.provider.label}", flush=True)
+    sidecar.run(stop)
+    try:
+        sidecar.poll()  # what the run's last minutes cost
+    except (OSError, UserError) as error:
+        print(f"sidecar: the last poll failed ({error})", flush=True)
+
+
+app = single(main)
+
+if __name__ == "__main__":
+    raise SystemExit(run_app(app, prog="python -m x1_pretrain.budget_guard"))

@@ -1,0 +1,293 @@
+"""`x1 supervise`: sidecar and trainer, kept alive; relaunched when it is safe, never when a limit stopped it.
+
+x1 supervise --provider local --rate-usd-per-hr 0.10 -- --config c.yaml --data-dir D --run-dir R \\
+    --budget-cap-usd 35 --budget-curr-cost-uri R/budget.json
+
+What follows `--` are the trainer's own options. Exit code 75 and a killed trainer are relaunched; 0, 1, 2,
+76, 77 and 78 end it. SIGTERM goes on to the trainer, which saves. When the supervisor is killed its children
+get SIGTERM from the kernel, so that nothing trains unwatched.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from x1_pretrain.command import run as run_app
+from x1_pretrain.config import load_config
+from x1_pretrain.errors import FAULT, FINISHED, INTERRUPTED, REFUSED, UserError
+from x1_pretrain.money import latch
+from x1_pretrain.money.clock import Clock
+from x1_pretrain.money.ledger import NAME, Ledger
+from x1_pretrain.records.run_folder import read_jsonl
+
+GRACE_S = 45.0  # real seconds a child gets after SIGTERM: a checkpoint, and some
+FIRST_READING_S = 60.0  # real seconds until the sidecar must have written its file
+SIDECAR_PAUSE_S = 2.0
+NO_PROGRESS = 3  # relaunches in a row that got no further
+
+
+@dataclass
+class Supervisor:
+    """Two children, one loop."""
+
+    folder: Path
+    budget: Path
+    trainer_command: Sequence[str]
+    sidecar_command: Sequence[str]
+    ledger: Ledger
+    clock: Clock
+    max_relaunches: int = 20
+    pause_s: float = 5.0
+    relaunches: int = 0
+    stuck: int = 0
+    asked: str | None = None
+    down_since_s: float | None = None
+    trainer: subprocess.Popen[bytes] | None = None
+    sidecar: subprocess.Popen[bytes] | None = None
+    sidecar_started: float = field(default_factory=time.monotonic)
+
+    def run(self) -> int:
+        """Until the run ends, a limit stops it, or somebody asks. The trainer's last exit code."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_request)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        try:
+            if not self._first_reading():
+                return REFUSED
+            return self._until_done()
+        finally:
+            self._end(self.trainer)
+            self._end(self.sidecar)
+
+    def _until_done(self) -> int:
+        while True:
+            raised = "--raise-ceiling-to" in " ".join(self.trainer_command) and not self.relaunches
+            if (stop := latch.read(self.folder)) and not raised:
+                say(str(latch.refusal(self.folder, stop)))
+                return REFUSED
+            step = last_step(self.folder)
+            code = self._train()
+            if (last := self._verdict(code, last_step(self.folder) > step)) is not None:
+                return last
+            self.relaunches += 1
+            self._pause()
+
+    def _train(self) -> int:
+        """One session of the trainer; its exit code."""
+        self.trainer = start(self.trainer_command)
+        while (code := self._poll(self.trainer)) is None:
+            self._keep_sidecar()
+            self._note_return()
+            time.sleep(0.1)
+        self.down_since_s = self.clock.steady_s()
+        self.ledger.append("session_end", exit_code=code, step=last_step(self.folder))
+        return code
+
+    def _poll(self, process: subprocess.Popen[bytes]) -> int | None:
+        return process.poll()
+
+    def _verdict(self, code: int, moved: bool) -> int | None:
+        """The code to leave with, or None to relaunch."""
+        killed = code < 0
+        self.stuck = 0 if moved else self.stuck + 1
+        if self.asked:
+            return INTERRUPTED if killed else code
+        if code != INTERRUPTED and not killed:
+            return code
+        why = f"killed by {signal.Signals(-code).name}" if killed else f"exit code {code}"
+        if self.relaunches >= self.max_relaunches:
+            say(f"the trainer ended ({why}) and was relaunched {self.relaunches} times already: giving up")
+            return FAULT if killed else code
+        if self.stuck >= NO_PROGRESS:
+            say(f"the trainer ended ({why}); {self.stuck} sessions in a row made no step: giving up")
+            return FAULT if killed else code
+        said = f"the trainer ended ({why}): relaunch {self.relaunches + 1} of at most {self.max_relaunches}"
+        self.ledger.append("relaunch", said, exit_code=code)
+        say(said)
+        return None
+
+    def _pause(self) -> None:
+        end = time.monotonic() + self.clock.real_s(self.pause_s)
+        while time.monotonic() < end and not self.asked:
+            time.sleep(0.05)
+
+    def _note_return(self) -> None:
+        """How long nothing was learned: from the trainer's end to the first row of its next session."""
+        if self.down_since_s is None or not self.relaunches:
+            return
+        events = read_jsonl(self.folder / "events.jsonl").rows
+        batches = [e for e in events if e.get("event") == "batch"]
+        if len(batches) > self.relaunches:
+            down_s = self.clock.steady_s() - self.down_since_s
+            self.ledger.append("back", f"training again after {down_s:.0f} s", down_s=round(down_s, 1))
+            self.down_since_s = None
+
+    # --------------------------------------------------------------------------------------------------------
+    # The sidecar
+
+    def _first_reading(self) -> bool:
+        """Nothing trains before somebody counts."""
+        before = stamp_of(self.budget)
+        self._start_sidecar()
+        end = time.monotonic() + FIRST_READING_S
+        while stamp_of(self.budget) == before:
+            if self.sidecar is not None and self.sidecar.poll() is not None:
+                say(f"the sidecar ended with exit code {self.sidecar.returncode}, see above: nothing starts")
+                return False
+            if time.monotonic() > end or self.asked:
+                say(f"the sidecar wrote no {self.budget} in {FIRST_READING_S:.0f} s: nothing starts")
+                return False
+            time.sleep(0.05)
+        return True
+
+    def _start_sidecar(self) -> None:
+        self.sidecar = start(self.sidecar_command)
+        self.sidecar_started = time.monotonic()
+
+    def _keep_sidecar(self) -> None:
+        """A dead sidecar comes back; the guard counts on meanwhile."""
+        if self.sidecar is None or self.sidecar.poll() is None:
+            return
+        if time.monotonic() - self.sidecar_started < SIDECAR_PAUSE_S:
+            return
+        code = self.sidecar.returncode
+        self.ledger.append(
+            "sidecar", f"the sidecar ended with exit code {code}: started again", exit_code=code
+        )
+        self._start_sidecar()
+
+    # --------------------------------------------------------------------------------------------------------
+    # Signals and ends
+
+    def _on_request(self, number: int, _: object) -> None:
+        self.asked = signal.Signals(number).name
+        if self.trainer is not None and self.trainer.poll() is None:
+            self.trainer.send_signal(signal.SIGTERM)
+
+    def _end(self, process: subprocess.Popen[bytes] | None) -> None:
+        if process is None or process.poll() is not None:
+            return
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(GRACE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def start(command: Sequence[str]) -> subprocess.Popen[bytes]:
+    """A child in a group of its own (Ctrl-C reaches it through us), told to end when we are gone."""
+    return subprocess.Popen(command, start_new_session=True, preexec_fn=_end_with_parent)
+
+
+def _end_with_parent() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def last_step(folder: Path) -> int:
+    steps = [r.get("step", 0) for r in read_jsonl(folder / "metrics.jsonl").rows]
+    return max((s for s in steps if isinstance(s, int)), default=0)
+
+
+def stamp_of(file: Path) -> object:
+    try:
+        return json.loads(file.read_bytes()).get("last_update_utc"), file.stat().st_mtime_ns
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def say(text: str) -> None:
+    print(f"x1 supervise: {text}", file=sys.stderr, flush=True)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def trainer_option(arguments: Sequence[str], flag: str) -> str | None:
+    """The value of one of the trainer's options, given as `--flag value` or `--flag=value`."""
+    for place, word in enumerate(arguments):
+        if word == flag and place + 1 < len(arguments):
+            return arguments[place + 1]
+        if word.startswith(f"{flag}="):
+            return word.partition("=")[2]
+    return None
+
+
+def main(
+    context: typer.Context,
+    provider: Annotated[
+        str, typer.Option(help="who is asked for the price: lambda, runpod, local, fake")
+    ] = "local",
+    instance_id: Annotated[str | None, typer.Option(help="this machine, as the provider names it")] = None,
+    rate_usd_per_hr: Annotated[float | None, typer.Option(help="what an hour costs, all in")] = None,
+    since: Annotated[str | None, typer.Option(help="billed since, 2026-05-23T02:00:00Z")] = None,
+    every_s: Annotated[float, typer.Option(min=1, help="seconds between the sidecar's polls")] = 300.0,
+    disk_gib: Annotated[int, typer.Option(min=0, help="disk billed with the machine")] = 0,
+    tax: Annotated[float, typer.Option(min=0, max=1, help="on top of prices: 0.10 is 10 %")] = 0.0,
+    terminate: Annotated[
+        bool, typer.Option("--terminate", help="the sidecar may end this machine at the ceiling")
+    ] = False,
+    max_relaunches: Annotated[int, typer.Option(min=0, help="after exit code 75 or a kill")] = 20,
+    pause_s: Annotated[float, typer.Option(min=0, help="seconds before a relaunch")] = 5.0,
+) -> int:
+    """Sidecar and trainer, kept alive: x1 supervise [OPTIONS] -- TRAINER OPTIONS"""
+    arguments = list(context.args)
+    config = trainer_option(arguments, "--config")
+    cap, uri = (
+        trainer_option(arguments, "--budget-cap-usd"),
+        trainer_option(arguments, "--budget-curr-cost-uri"),
+    )
+    if config is None or cap is None:
+        raise UserError(
+            "x1 supervise [OPTIONS] -- TRAINER OPTIONS: the trainer's options need --config FILE and "
+            "--budget-cap-usd USD"
+        )
+    loaded = load_config(Path(config))
+    folder = Path(trainer_option(arguments, "--run-dir") or loaded.folder)
+    budget = Path(uri.removeprefix("file://")) if uri else folder / "budget.json"
+    if uri is None:
+        arguments += ["--budget-curr-cost-uri", str(budget)]
+    clock = Clock.from_environment()
+    raised = trainer_option(arguments, "--raise-ceiling-to")
+    sidecar = [sys.executable, "-m", "x1_pretrain.budget_guard", "--run-dir", str(folder)]
+    sidecar += ["--output", str(budget), "--cap-usd", raised or cap, "--provider", provider]
+    sidecar += ["--every-s", str(every_s), "--disk-gib", str(disk_gib), "--tax", str(tax)]
+    for flag, value in (("--instance-id", instance_id), ("--since", since)):
+        sidecar += [flag, value] if value is not None else []
+    if rate_usd_per_hr is not None:
+        sidecar += ["--rate-usd-per-hr", str(rate_usd_per_hr)]
+    sidecar += ["--terminate"] if terminate else []
+    supervisor = Supervisor(
+        folder=folder,
+        budget=budget,
+        trainer_command=[sys.executable, "-m", "x1_pretrain.train", *arguments],
+        sidecar_command=sidecar,
+        ledger=Ledger(folder / NAME, clock),
+        clock=clock,
+        max_relaunches=max_relaunches,
+        pause_s=pause_s,
+    )
+    code = supervisor.run()
+    if code == FINISHED:
+        say("the run is finished")
+    return code
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": False})(main)
+
+if __name__ == "__main__":
+    raise SystemExit(run_app(app, prog="x1 supervise"))

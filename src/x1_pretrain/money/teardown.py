@@ -1,0 +1,263 @@
+"""`x1 teardown RUN`: end a run's machines, and see that they are gone.
+
+A provider's "terminated" is a promise. A machine counts as gone when two reads, some time apart, do not find
+it any more; the proof goes into the run folder. What can't be confirmed stays open in the ledger, loudly.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from x1_pretrain.command import run as run_app
+from x1_pretrain.command import single
+from x1_pretrain.errors import FAULT, FINISHED, UserError
+from x1_pretrain.money import budget_file
+from x1_pretrain.money.account import Rented, account
+from x1_pretrain.money.clock import Clock, stamp
+from x1_pretrain.money.guard import dollars
+from x1_pretrain.money.ledger import NAME, Ledger
+from x1_pretrain.money.notify import Notifier, addresses
+from x1_pretrain.money.providers.base import Machine, Provider, ProviderError, Status
+from x1_pretrain.money.providers.opened import open_provider
+
+PROOF = "termination.json"
+READ_EVERY_S = 10.0
+APART_S = 10.0  # between the two reads that count
+ASK_AGAIN_S = 60.0  # still there: the first request may have been ignored
+LISTED_BY_S = 120.0  # a machine just launched may not be listed before
+PATIENCE_S = 900.0
+
+
+@dataclass
+class Ending:
+    """One machine on its way out."""
+
+    provider: Provider
+    machine: Rented
+    ledger: Ledger
+    clock: Clock
+    say: Callable[[str], None]
+    apart_s: float = APART_S
+    patience_s: float = PATIENCE_S
+
+    def run(self) -> bool:
+        """Ask, look, ask again; whether it is confirmed gone."""
+        if self.machine.machine_id is None and not self.resolve():
+            return True
+        if self.machine.machine_id is None:
+            self._not_confirmed()
+            return False
+        begun, asked, gone = self.clock.steady_s(), -ASK_AGAIN_S, list[str]()
+        while self.clock.steady_s() - begun < self.patience_s:
+            if self.clock.steady_s() - asked >= ASK_AGAIN_S:
+                self._ask()
+                asked = self.clock.steady_s()
+            gone = self._look(gone)
+            if len(gone) >= 2 and self._old_enough():
+                self._confirm(gone)
+                return True
+            self.clock.sleep(self.apart_s if gone else READ_EVERY_S)
+        self._not_confirmed()
+        return False
+
+    def _ask(self) -> None:
+        assert self.machine.machine_id is not None
+        self.ledger.append("terminate_sent", tag=self.machine.tag, machine_id=self.machine.machine_id)
+        try:
+            self.provider.terminate(self.machine.machine_id)
+        except ProviderError as error:
+            self.say(f"terminate {self.machine.machine_id}: {error}")
+
+    def _look(self, gone: list[str]) -> list[str]:
+        """The reads in a row that did not find it."""
+        try:
+            found = self._read()
+        except ProviderError as error:
+            self.say(f"{self.machine.machine_id}: {error}")
+            return gone  # no answer says nothing, either way
+        if found is None or found.status is Status.GONE:
+            said = "not found" if found is None else found.said
+            self.say(f"{self.machine.machine_id}: {said} (read {len(gone) + 1} of 2)")
+            return [*gone, f"{stamp(self.clock.now())} {said}"]
+        self.say(f"{self.machine.machine_id}: {found.said}")
+        return []
+
+    def _read(self) -> Machine | None:
+        """As the single read and the list agree; where they don't, it is there."""
+        assert self.machine.machine_id is not None
+        single_read = self.provider.machine(self.machine.machine_id)
+        if single_read is not None and single_read.status is not Status.GONE:
+            return single_read
+        listed = [m for m in self.provider.machines() if m.id == self.machine.machine_id]
+        return listed[0] if listed and listed[0].status is not Status.GONE else single_read
+
+    def _old_enough(self) -> bool:
+        return (self.clock.now() - self.machine.since).total_seconds() >= LISTED_BY_S
+
+    def _found_by_tag(self) -> bool | None:
+        """A launch whose answer was lost: its tag tells whether there is a machine. None: no answer."""
+        begun, absent = self.clock.steady_s(), 0
+        while self.clock.steady_s() - begun < self.patience_s:
+            try:
+                found = [m for m in self.provider.machines() if m.tag == self.machine.tag]
+                absent += not found
+            except ProviderError as error:
+                self.say(f"{self.machine.tag}: {error}")
+                found = []
+            if found:
+                self._adopt(found[0].id)
+                return True
+            if absent >= 2 and self._old_enough():
+                return False
+            self.clock.sleep(self.apart_s)
+        return None
+
+    def _adopt(self, machine_id: str) -> None:
+        self.machine.machine_id = machine_id
+        self.ledger.append("launched", "found by its tag", tag=self.machine.tag, machine_id=machine_id)
+
+    def resolve(self) -> bool:
+        """Whether there is a machine, after a launch without an answer; what is not there is closed."""
+        found = self._found_by_tag()
+        if found is False:
+            said = "no machine with this tag is listed: the launch made none"
+            self.ledger.append("launch_failed", said, tag=self.machine.tag)
+            self.machine.ended = self.clock.now()
+            self.say(f"{self.machine.tag}: {said}")
+        return found is not False
+
+    def _confirm(self, reads: list[str]) -> None:
+        billed = self._billed()
+        self.ledger.append(
+            "terminate_confirmed",
+            f"{self.machine.machine_id} is gone",
+            tag=self.machine.tag,
+            machine_id=self.machine.machine_id,
+            provider=self.provider.name,
+            reads=reads,
+            billed_usd=billed,
+        )
+        self.machine.ended = self.clock.now()
+
+    def _billed(self) -> Any:
+        assert self.machine.machine_id is not None
+        try:
+            return self.provider.billed_usd(self.machine.machine_id, self.machine.since)
+        except ProviderError:
+            return None  # the bill comes later than the end
+
+    def _not_confirmed(self) -> None:
+        self.ledger.append(
+            "terminate_unconfirmed",
+            f"{self.machine.machine_id or self.machine.tag} was not seen to end",
+            tag=self.machine.tag,
+            machine_id=self.machine.machine_id,
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A run's machines
+
+
+def end_all(
+    folder: Path, clock: Clock, say: Callable[[str], None], patience_s: float = PATIENCE_S
+) -> list[Rented]:
+    """End every machine that the run's ledger has open; those that could not be confirmed."""
+    ledger = Ledger(folder / NAME, clock)
+    unconfirmed = []
+    for machine in account(ledger.rows()).open_machines():
+        provider = open_provider(machine.provider, clock)
+        say(f"ending {machine.machine_id or machine.tag} at {provider.label}")
+        if not Ending(provider, machine, ledger, clock, say, patience_s=patience_s).run():
+            unconfirmed.append(machine)
+    write_proof(folder, ledger)
+    _final_budget(folder, ledger, clock)
+    return unconfirmed
+
+
+def write_proof(folder: Path, ledger: Ledger) -> None:
+    """What was seen, for whoever asks later: no screenshot needed."""
+    rows = [r for r in ledger.rows() if r["event"] == "terminate_confirmed"]
+    if rows:
+        (folder / PROOF).write_text(json.dumps({"confirmed": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+def _final_budget(folder: Path, ledger: Ledger, clock: Clock) -> None:
+    """The last word of budget.json: nothing is left to come."""
+    known, now = account(ledger.rows()), clock.now()
+    if not known.machines:
+        return
+    spent = max(known.known_usd, known.spent_by(now))
+    said = budget_file.BudgetFile(
+        spent_usd=spent,
+        rate_usd_per_hr=None,
+        hours_elapsed=None,
+        projected_total_usd=spent if not known.open_machines() else None,
+        last_update=now,
+        ceiling_usd=known.ceiling_usd,
+        source="metered",
+    )
+    budget_file.write(folder / "budget.json", said)
+
+
+def disks_line(provider: Provider) -> str | None:
+    """Disks that go on billing, by name, with their price a day."""
+    try:
+        disks = provider.disks()
+    except ProviderError as error:
+        return f"{provider.label}: its disks could not be read ({error})"
+    if not disks:
+        return None
+    listed = ", ".join(f"{d.name} ({d.gib:.0f} GiB) ${d.usd_per_day:.2f} a day" for d in disks)
+    return f"still billing at {provider.label}: {listed}"
+
+
+def main(
+    run: Annotated[Path, typer.Argument(help="the run folder")],
+    patience: Annotated[float, typer.Option(min=1, help="minutes to wait for the proof")] = PATIENCE_S / 60,
+) -> int:
+    """End a run's machines, and see that they are gone."""
+    if not (run / NAME).exists():
+        raise UserError(f"{run}: no {NAME} in it; `x1 reconcile` lists what is running at the providers")
+    clock = Clock.from_environment()
+    ledger = Ledger(run / NAME, clock)
+    before = account(ledger.rows())
+    if not before.open_machines():
+        print(f"{run}: no machine is open in its ledger")
+        return FINISHED
+    unconfirmed = end_all(run, clock, print, patience * 60)
+    for name in sorted({m.provider for m in before.open_machines()}):
+        if line := disks_line(open_provider(name, clock)):
+            print(line)
+    if unconfirmed:
+        return _loud(run, unconfirmed, ledger, clock)
+    spent = account(ledger.rows()).spent_by(clock.now())
+    print(f"confirmed: no machine of {run} is left; about {dollars(spent)} in all; proof in {run / PROOF}")
+    return FINISHED
+
+
+def _loud(run: Path, unconfirmed: list[Rented], ledger: Ledger, clock: Clock) -> int:
+    names = ", ".join(f"{m.machine_id or m.tag} at {m.provider}" for m in unconfirmed)
+    hourly = sum(m.usd_per_hr for m in unconfirmed)
+    body = (
+        f"{names} was asked to end and could not be seen to be gone; it may bill ${hourly:.2f}/h. Look at "
+        f"the provider's own page now, then run `x1 teardown {run}` again."
+    )
+    print(f"NOT CONFIRMED: {body}")
+    notifier = Notifier(addresses(os.environ), ledger, clock, run=run.name)
+    notifier.alert(f"unconfirmed-{stamp(clock.now())}", f"X1 {run.name}: a machine may still run", body)
+    notifier.close(20.0)
+    return FAULT
+
+
+app = single(main)
+
+if __name__ == "__main__":
+    raise SystemExit(run_app(app, prog="x1 teardown"))
