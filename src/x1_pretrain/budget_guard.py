@@ -12,9 +12,10 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -29,7 +30,7 @@ from x1_pretrain.money.ledger import NAME, Ledger
 from x1_pretrain.money.meter import hourly_storage_usd
 from x1_pretrain.money.notify import Notifier, addresses
 from x1_pretrain.money.providers.base import Provider
-from x1_pretrain.money.providers.local import Local
+from x1_pretrain.money.providers.local import MACHINE_ID, Local
 from x1_pretrain.money.providers.opened import open_provider
 from x1_pretrain.money.sidecar import Sidecar
 from x1_pretrain.money.teardown import Ending, write_proof
@@ -47,6 +48,7 @@ def main(
     ] = None,
     provider: Annotated[str, Flag(help="lambda, runpod, local or fake")] = "local",
     instance_id: Annotated[str | None, Flag(help="the machine, as the provider names it")] = None,
+    tag: Annotated[str | None, Flag(help="the name it was launched under, instead of its id")] = None,
     rate_usd_per_hr: Annotated[
         float | None, Flag(help="what an hour costs, all in; the least that is counted")
     ] = None,
@@ -65,8 +67,9 @@ def main(
     clock = Clock.from_environment()
     ledger = Ledger(run_dir / NAME, clock)
     rate = None if rate_usd_per_hr is None else Decimal(str(rate_usd_per_hr))
-    source = opened(provider, clock, rate)
-    machine = the_machine(ledger, source, instance_id, rate, since, clock)
+    begun = parse_since(since)
+    source = opened(provider, clock, rate, tag)
+    machine = the_machine(ledger, source, instance_id, tag, rate, begun, clock)
     notifier = Notifier(addresses(os.environ), ledger, clock, run=run_dir.name)
 
     def end(_: str) -> None:
@@ -98,40 +101,62 @@ def main(
     return FINISHED
 
 
-def opened(name: str, clock: Clock, rate: Decimal | None) -> Provider:
-    """The provider; without its key, or without one at all, this machine at a stated rate."""
-    return Local(rate, clock) if name == "local" and rate is not None else open_provider(name, clock)
+def opened(name: str, clock: Clock, rate: Decimal | None, tag: str | None) -> Provider:
+    """The provider; on a machine without its key, only the stated rate can be counted."""
+    if name == "local" and rate is not None:
+        return Local(rate, clock)
+    try:
+        return open_provider(name, clock)
+    except UserError as error:
+        if tag is None or rate is None:
+            raise
+        print(f"sidecar: {error}. Counting at the stated {rate} USD/h from here", flush=True)
+        return Local(rate, clock)
 
 
 def the_machine(
     ledger: Ledger,
     provider: Provider,
     instance_id: str | None,
+    tag: str | None,
     rate: Decimal | None,
-    since: str | None,
+    since: datetime | None,
     clock: Clock,
 ) -> Rented:
-    """The machine as the ledger knows it; one that X1 did not launch is taken up into the ledger."""
-    rented = account(ledger.rows()).machines
-    wanted = instance_id or (provider.name if provider.name == "local" else None)
-    for machine in reversed(rented):
-        same = machine.machine_id == wanted if wanted else machine.open
-        if same and machine.provider == provider.name and machine.ended is None:
+    """The machine as the ledger knows it; one that X1 did not launch from here is taken up into it."""
+    if provider.name == "local":
+        instance_id = MACHINE_ID
+    found = next((m for m in provider.machines() if tag is not None and m.tag == tag), None)
+    instance_id = instance_id or (found.id if found else None)
+    for machine in reversed(account(ledger.rows()).machines):
+        named = machine.machine_id == instance_id if instance_id else machine.open
+        if named and machine.provider == provider.name and machine.ended is None:
             return machine
     if rate is None:
         raise UserError(
             "--rate-usd-per-hr: is needed for a machine that the ledger does not know: what an hour of it "
             "costs, all in"
         )
-    if wanted is None:
-        raise UserError(f"--instance-id: is needed; {provider.label} lists several machines or none of ours")
-    begun = parse_since(since) if since else clock.now()
-    row: dict[str, Any] = {"tag": wanted, "provider": provider.name, "machine_id": wanted}
+    if instance_id is None:
+        raise UserError(
+            f"--instance-id: is needed: {provider.label} lists no machine under the tag {tag or '(none)'}"
+        )
+    begun = since or (found.started if found else None) or (born() if tag else clock.now())
+    row = {"tag": tag or instance_id, "provider": provider.name, "machine_id": instance_id}
     ledger.append("adopted", since_utc=stamp(begun), usd_per_hr=rate, **row)
     return account(ledger.rows()).machines[-1]
 
 
-def parse_since(text: str) -> Any:
+def born() -> datetime:
+    """When this machine or container was started: the age of its first process."""
+    import psutil
+
+    return datetime.fromtimestamp(psutil.Process(1).create_time(), UTC)
+
+
+def parse_since(text: str | None) -> datetime | None:
+    if text is None:
+        return None
     try:
         return parse_stamp(text)
     except ValueError:

@@ -11,6 +11,13 @@ from x1_pretrain import __version__
 VERBS: dict[str, tuple[str, str]] = {
     "tokenize": ("x1_pretrain.tokenize_data", "raw text (parquet, jsonl, plain files) -> a corpus folder"),
     "train": ("x1_pretrain.train", "train from a config; the same command resumes"),
+    "launch": ("x1_pretrain.money.launch", "price a run, rent its machine, watch it until it is gone"),
+    "supervise": ("x1_pretrain.money.supervise", "sidecar and trainer on this machine, kept alive"),
+    "budget": ("x1_pretrain.money.budget_command", "what a run cost; a person's word to its guard"),
+    "watch": ("x1_pretrain.money.watch", "from off the machine: what it costs, and that it ends"),
+    "teardown": ("x1_pretrain.money.teardown", "end a run's machines, and see that they are gone"),
+    "reconcile": ("x1_pretrain.money.reconcile", "providers against ledgers; end orphans"),
+    "fake-provider": ("x1_pretrain.money.providers.fake_server", "a provider of our own, to rehearse with"),
     "export": ("x1_pretrain.export_run", "a run -> the folder of artifacts to show others"),
     "verify": ("x1_pretrain.records.verify", "check a run as a careful reviewer would"),
     "demo": ("x1_pretrain.demo", "the whole way in minutes, on this machine's own Python as text"),

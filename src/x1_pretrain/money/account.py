@@ -43,6 +43,7 @@ class Account:
 
     machines: list[Rented] = field(default_factory=list)
     known_usd: Decimal = ZERO  # the most that any row says was spent, since the last correction
+    adjusted_usd: Decimal = ZERO  # what a person's correction adds to the machines' sum
     ceiling_usd: Decimal | None = None
     raised: bool = False  # by a person, above what the command says
 
@@ -50,7 +51,7 @@ class Account:
         return [m for m in self.machines if m.open]
 
     def spent_by(self, now: datetime) -> Decimal:
-        return sum((m.spent_by(now) for m in self.machines), ZERO)
+        return sum((m.spent_by(now) for m in self.machines), self.adjusted_usd)
 
 
 def account(rows: Iterable[Row]) -> Account:
@@ -68,8 +69,8 @@ def _take(found: Account, row: Row) -> None:
     if event in ("intent", "adopted"):
         found.machines.append(_rented(row))
     elif event == "correction":
-        found.known_usd = usd(row, "spent_usd")
-    elif event == "ceiling":
+        found.known_usd, found.adjusted_usd = usd(row, "spent_usd"), usd(row, "adjusted_usd")
+    elif event == "ceiling" or (event == "gate" and row.get("verdict") == "passed"):
         found.ceiling_usd = found.ceiling_usd if found.raised else usd(row, "ceiling_usd")
     elif event == "raised":
         found.ceiling_usd, found.raised = usd(row, "ceiling_usd"), True

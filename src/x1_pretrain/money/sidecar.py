@@ -64,21 +64,24 @@ class Sidecar:
                 self.poll()
             except (OSError, ProviderError) as error:
                 self.notifier.alert("sidecar", "the sidecar has trouble", str(error))
-            stop.wait(self.clock.real_s(min(self.poll_s, self._until_the_end_s())))
+            stop.wait(self.clock.real_s(self.next_poll_s()))
 
-    def _until_the_end_s(self) -> float:
-        """When the machine must go, if it costs what it costs now: polled then, not five minutes later."""
+    def next_poll_s(self) -> float:
+        """Sooner than usual where the machine must go before: then, not five minutes later."""
         room = self.ceiling_usd - self.spent_usd - cost(self.meter.usd_per_hr, TEARDOWN_S)
         if not self.may_terminate or not self.meter.usd_per_hr:
             return self.poll_s
-        return max(1.0, float(room / self.meter.usd_per_hr) * 3600)
+        return min(self.poll_s, max(1.0, float(room / self.meter.usd_per_hr) * 3600))
 
     def poll(self) -> BudgetFile:
-        """Ask, count, write; then warn and end what must end."""
+        """Ask, count, write; then end what must end. Earlier machines of the run cost what they cost, and on,
+        until they are seen to be gone."""
         source = self._ask()
         now = self.clock.now()
-        others = sum((m.spent_by(now) for m in self._others()), ZERO)
-        spent = max(others + self.meter.usd, account(self.ledger.rows()).known_usd)
+        known = account(self.ledger.rows())
+        others = [m for m in known.machines if m.tag != self.machine.tag]
+        before = sum((m.spent_by(now) for m in others), known.adjusted_usd)
+        spent = max(before + self.meter.usd, known.known_usd)
         self.spent_usd, rate = spent, self.meter.usd_per_hr
         left_s = self._left_s()
         projected = spent + cost(rate, left_s + TEARDOWN_S) if left_s is not None else None
@@ -152,10 +155,6 @@ class Sidecar:
         )
         self.ledger.append("lost", body, tag=self.machine.tag, machine_id=self.machine.machine_id)
         self.notifier.alert(f"lost-{self.machine.tag}", "the machine is lost", body)
-
-    def _others(self) -> list[Rented]:
-        """Earlier machines of the run: they cost what they cost, and on, until they are seen to be gone."""
-        return [m for m in account(self.ledger.rows()).machines if m.tag != self.machine.tag]
 
     def _left_s(self) -> float | None:
         if (left_s := self.left_s()) is not None:

@@ -133,12 +133,12 @@ choose_build() {
 
 step_tools() {
     local missing=() tool
-    for tool in curl:curl cc:build-essential flock:util-linux; do
+    for tool in curl:curl cc:build-essential; do
         command -v "${tool%%:*}" >/dev/null || missing+=("${tool##*:}")
     done
     if [[ $SOURCE == *git+* ]] && ! command -v git >/dev/null; then missing+=(git); fi
     if ((${#missing[@]} == 0)); then
-        say "curl, flock and a C compiler are there"
+        say "curl and a C compiler are there"
         return
     fi
     command -v apt-get >/dev/null || die "missing: ${missing[*]}, and there is no apt-get to install them with"
@@ -209,6 +209,8 @@ uv_python() {
         curl -fsSL --retry 3 -o "$STATE/uv.sh" "https://astral.sh/uv/$UV_VERSION/install.sh"
         UV_INSTALL_DIR=$WORKSPACE/tools UV_NO_MODIFY_PATH=1 sh "$STATE/uv.sh" >&2
     fi
+    unset VIRTUAL_ENV # else uv would name that one
+    cd "$WORKSPACE"
     uv python install 3.12 >&2
     uv python find --python-preference only-managed 3.12
 }
@@ -378,14 +380,18 @@ refuse_after_many_failures() {
 }
 
 prepare() {
+    local tool step
+    for tool in flock timeout setsid; do # of every Debian and Ubuntu, also the smallest
+        command -v "$tool" >/dev/null || die "$tool is missing: this script needs util-linux and coreutils"
+    done
     mkdir -p "$WORKSPACE/logs" "$STATE" || die "$WORKSPACE can't be made: nothing can run here"
     refuse_after_many_failures
     exec 8>"$STATE/start.lock"
     flock -n 8 || die "another start.sh is at work here; see $LOG"
+    trap '' HUP # a dropped line, for all that is started from here on
     start_log
     trap stop TERM INT
     say "start of $RUN_NAME on $PROVIDER$([[ -z ${RUNPOD_POD_ID:-} ]] || echo " ($RUNPOD_POD_ID)")"
-    local step
     for step in "${STEPS[@]}"; do run_step "$step"; done
     if [[ -f $FAILED ]]; then mv -f "$FAILED" "$WORKSPACE/logs/START_FAILED.earlier"; fi
 }
@@ -489,12 +495,10 @@ main() {
         ;;
     supervise) supervise ;;
     prepare)
-        trap '' HUP # a dropped line
         prepare
         finish_log
         ;;
     all)
-        trap '' HUP
         prepare
         launch
         ;;

@@ -232,6 +232,7 @@ def main(
         str, typer.Option(help="who is asked for the price: lambda, runpod, local, fake")
     ] = "local",
     instance_id: Annotated[str | None, typer.Option(help="this machine, as the provider names it")] = None,
+    tag: Annotated[str | None, typer.Option(help="the name it was launched under, instead of its id")] = None,
     rate_usd_per_hr: Annotated[float | None, typer.Option(help="what an hour costs, all in")] = None,
     since: Annotated[str | None, typer.Option(help="billed since, 2026-05-23T02:00:00Z")] = None,
     every_s: Annotated[float, typer.Option(min=1, help="seconds between the sidecar's polls")] = 300.0,
@@ -265,7 +266,7 @@ def main(
     sidecar = [sys.executable, "-m", "x1_pretrain.budget_guard", "--run-dir", str(folder)]
     sidecar += ["--output", str(budget), "--cap-usd", raised or cap, "--provider", provider]
     sidecar += ["--every-s", str(every_s), "--disk-gib", str(disk_gib), "--tax", str(tax)]
-    for flag, value in (("--instance-id", instance_id), ("--since", since)):
+    for flag, value in (("--instance-id", instance_id), ("--tag", tag), ("--since", since)):
         sidecar += [flag, value] if value is not None else []
     if rate_usd_per_hr is not None:
         sidecar += ["--rate-usd-per-hr", str(rate_usd_per_hr)]

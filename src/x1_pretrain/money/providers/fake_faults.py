@@ -4,8 +4,9 @@
     {"kind": "price_jump", "factor": "1.25", "after_s": 600}
     {"kind": "terminate_ignored", "machine": "pod-0001"}
 
-Three families. *Answers* spoil the answer to one request. *Events* happen to a machine at a moment. *Lies* hold
-for a while: what is said, or done, is not what is so. All seconds are virtual but `hold_s`, a real socket's.
+Three families. *Answers* spoil the answer to one request. *Events* happen to a machine at a moment. *Lies*
+hold for a while: what is said, or done, is not what is so. All seconds are virtual but `hold_s`, a real
+socket's.
 """
 
 from __future__ import annotations
@@ -68,7 +69,9 @@ class Fault:
     times: int | None = None
     factor: Decimal = Decimal("1.25")
     skew_s: Decimal = Decimal(3600)
-    hold_s: float = 30.0  # real seconds: how long a socket is held (`timeout`) or an answer kept back (`slow`)
+    hold_s: float = (
+        30.0  # real seconds: how long a socket is held (`timeout`) or an answer kept back (`slow`)
+    )
     retry_after_s: int = 2
     given_s: Decimal = Decimal(0)  # when it was scripted, set by the world
     fired: int = 0
@@ -105,12 +108,14 @@ class Fault:
 
 
 def read_fault(raw: object) -> Fault:
-    """A fault from its plain fields; a slip in a script is refused, or a test would pass for want of its fault."""
+    """A fault from its plain fields. A slip is refused, or a test would pass for want of its fault."""
     if not isinstance(raw, Mapping):
         raise UserError(f"fault {raw!r}: expected fields such as {{kind: 429, on: list, times: 3}}")
     known = {f.name for f in fields(Fault)} - {"given_s", "fired", "hit"}
     if unknown := sorted(set(map(str, raw)) - known):
-        raise UserError(f"fault {dict(raw)}: unknown field {unknown[0]}; there are {', '.join(sorted(known))}")
+        raise UserError(
+            f"fault {dict(raw)}: unknown field {unknown[0]}; there are {', '.join(sorted(known))}"
+        )
     values = {name: _value(name, value) for name, value in raw.items() if value is not None}
     kind = values.get("kind", "")
     if kind not in KINDS:

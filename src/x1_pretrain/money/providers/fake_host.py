@@ -2,8 +2,8 @@
 
 `python -P fake_host.py MODE COMMAND...` runs the command and stands over all that comes of it, also what put
 itself into a session of its own (a daemon, tmux): as a subreaper it inherits every orphan below it. Standard
-input is its line to the provider: `t SECONDS` asks for an end (SIGTERM, after so long SIGKILL), and end of file,
-which a provider killed at any instant leaves behind, is the plug pulled out.
+input is its line to the provider: `t SECONDS` asks for an end (SIGTERM, after so long SIGKILL), and end of
+file, which a provider killed at any instant leaves behind, is the plug pulled out.
 
 MODE `container`: the machine ends with its command, whose exit code it returns. `host`: it stays up.
 Only Linux has subreapers; elsewhere a process that left the command's session is missed.
@@ -30,7 +30,7 @@ def main(mode: str, command: list[str]) -> int:
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # only the provider ends it
-    script = subprocess.Popen(  # noqa: S603
+    script = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_usual_signals
     )
     kill_at_s: float | None = None

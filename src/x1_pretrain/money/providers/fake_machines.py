@@ -8,12 +8,14 @@ Nothing happens between two looks: `advance` walks from event to event (a boot t
 due, a balance that reaches 0) up to the clock's now, and charges each stretch at the prices that held in it.
 So the bill is exact to the microsecond however seldom anyone looks.
 
-What bills: at RunPod a machine from its creation, at Lambda from when it runs; both until they are really gone.
-A RunPod disk comes on top, and a stopped pod bills its volume at twice the price. At balance 0 all machines end.
+What bills: at RunPod a machine from its creation, at Lambda from when it runs; both until they are really
+gone. A RunPod disk comes on top, and a stopped pod bills its volume at twice the price. At balance 0 all
+machines end. A Lambda machine that was preempted bills nothing; one that is unhealthy does.
 """
 
 from __future__ import annotations
 
+import secrets
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -124,7 +126,7 @@ def _total_usd(hours: Mapping[int, Amounts]) -> Decimal:
 
 
 class World:
-    """All that is true at the fake provider. Every method takes the lock; hold it yourself to read several."""
+    """All that is true at the fake provider. Methods take the lock; hold it yourself around several."""
 
     def __init__(
         self,
@@ -147,7 +149,7 @@ class World:
         self._epoch_s = Decimal(str(clock.now().timestamp())).quantize(MICROSECOND)
         self._ordinal = 0
 
-    # --- time ------------------------------------------------------------------------------------------------
+    # --- time -------------------------------------------------------------------------------------
 
     def advance(self) -> None:
         """Play the world up to the clock's now."""
@@ -162,7 +164,9 @@ class World:
 
     def moment(self, at_s: Decimal) -> datetime:
         """The true wall clock at a moment of this world."""
-        return datetime.fromtimestamp(0, UTC) + timedelta(microseconds=int((self._epoch_s + at_s) * 1_000_000))
+        return datetime.fromtimestamp(0, UTC) + timedelta(
+            microseconds=int((self._epoch_s + at_s) * 1_000_000)
+        )
 
     def stated(self, at_s: Decimal) -> datetime:
         """The same moment as this provider's own clock tells it."""
@@ -189,9 +193,9 @@ class World:
         for machine in self.machines.values():
             if machine.due_s is not None and machine.due_s <= self.at_s:
                 self._arrive(machine)
-        for fault, machine, due in list(self._events()):
+        for fault, whose, due in list(self._events()):
             if due <= self.at_s and not fault.spent():
-                self._happen(fault, machine)
+                self._happen(fault, whose)
         if (self._epoch_s + self.at_s) % BILLING_EVERY_S == 0:
             for machine in self.machines.values():
                 machine.told = deepcopy(machine.hours)
@@ -206,7 +210,7 @@ class World:
             machine.become(State.GONE)
             machine.gone_s = self.at_s
 
-    # --- money -----------------------------------------------------------------------------------------------
+    # --- money ------------------------------------------------------------------------------------
 
     def _charge(self, seconds: Decimal) -> None:
         hour = int((self._epoch_s + self.at_s) // HOUR_S)
@@ -239,7 +243,7 @@ class World:
         with self.lock:
             return self.loaded_usd - sum((m.told_usd() for m in self.machines.values()), Decimal(0))
 
-    # --- machines --------------------------------------------------------------------------------------------
+    # --- machines ---------------------------------------------------------------------------------
 
     def launch(self, api: str, name: str, sku: str, **details: Any) -> Machine:
         """A new machine, booting. `details` are Machine's own fields."""
@@ -247,7 +251,7 @@ class World:
             self._ordinal += 1
             prefix = "pod" if api == "runpod" else "inst"
             machine = Machine(
-                id=f"{prefix}-{self._ordinal:04d}",
+                id=f"{prefix}-{self._ordinal:04d}-{secrets.token_hex(3)}",  # no other server ever gives it
                 api=api,
                 name=name,
                 sku=sku,
@@ -274,7 +278,9 @@ class World:
     def terminate(self, machine: Machine) -> None:
         """Begin its end, or whatever a fault makes of that. Asked again, nothing changes."""
         with self.lock:
-            if machine.state in (State.ENDING, State.GONE) or self.lie("terminate_ignored", machine, fire=True):
+            if machine.state in (State.ENDING, State.GONE) or self.lie(
+                "terminate_ignored", machine, fire=True
+            ):
                 return
             stuck = self.lie("stuck_terminating", machine, fire=True)
             lasts = self.term_s if stuck is None else stuck.for_s
@@ -306,7 +312,7 @@ class World:
             machine.become(State.BOOTING, self.at_s + self.boot_s)
             self._settle()
 
-    # --- faults ----------------------------------------------------------------------------------------------
+    # --- faults -----------------------------------------------------------------------------------
 
     def add(self, fault: Fault) -> None:
         """Script a fault, from now on."""
@@ -327,9 +333,7 @@ class World:
     def lie(self, kind: str, machine: Machine | None = None, *, fire: bool = False) -> Fault | None:
         """The fault of this kind that holds now, for a machine."""
         for fault in self.faults:
-            of_it = machine is None or (
-                fault.api in ("any", machine.api) and fault.concerns(machine.names)
-            )
+            of_it = machine is None or (fault.api in ("any", machine.api) and fault.concerns(machine.names))
             if fault.kind == kind and of_it and fault.active(self.at_s):
                 return fault.fire() if fire else fault
         return None

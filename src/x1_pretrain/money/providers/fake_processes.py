@@ -1,4 +1,4 @@
-"""The fake provider's machines as real processes: what a machine was launched with is run, and really ends."""
+"""The fake provider's machines as real processes: what they were launched with runs, and really ends."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from decimal import Decimal
 from pathlib import Path
 from typing import IO
 
@@ -31,7 +30,6 @@ class Processes:
         """Start what has come up, end what goes down, and report the pods whose command is over."""
         with world.lock:
             machines = [(m, (m.id, m.boots), m.state) for m in world.machines.values()]
-            now = world.moment(world.at_s).timestamp()
         for machine, key, state in machines:
             if state is State.RUNNING and key not in self._hosts:
                 self._hosts[key] = self._start(machine)
@@ -45,7 +43,6 @@ class Processes:
                 self._unplug(key)
             elif machine.api == "runpod" and host.poll() is not None:
                 world.exited(*key)
-        del now
 
     def _end_earlier_boots(self, machine_id: str, boots: int) -> None:
         for key in list(self._hosts):
@@ -57,7 +54,7 @@ class Processes:
         home.mkdir(parents=True, exist_ok=True)
         mode = "container" if machine.api == "runpod" else "host"
         with (home / "log").open("ab") as log:
-            return subprocess.Popen(  # noqa: S603
+            return subprocess.Popen(
                 [sys.executable, "-P", str(HOST), mode, *_command(machine, home, log)],
                 cwd=home,
                 env={**os.environ, **_environment(machine), "X1_INSTANCE_ID": machine.id},
@@ -109,8 +106,3 @@ def _command(machine: Machine, home: Path, log: IO[bytes]) -> list[str]:
 
 def _environment(machine: Machine) -> dict[str, str]:
     return {str(k): str(v) for k, v in (machine.asked.get("env") or {}).items()}
-
-
-def no_clock(seconds: float | Decimal) -> float:
-    """Virtual seconds of a clock that does not say how fast it is."""
-    return float(seconds)

@@ -48,7 +48,7 @@ KINDS = (
     _kind("l40", "L40", "NVIDIA L40", "L40"),
     _kind("l40s", "L40S", "NVIDIA L40S", "L40S"),
     _kind("rtx6000ada", "RTX 6000 Ada", "NVIDIA RTX 6000 Ada Generation", "6000 ADA"),
-    _kind("rtx3090", "RTX 3090", "NVIDIA GeForce RTX 3090", "3090"),
+    _kind("rtx3090", "RTX 3090", "NVIDIA GeForce RTX 3090", "3090", "TI"),
     _kind("rtx4090", "RTX 4090", "NVIDIA GeForce RTX 4090", "4090", "D"),
     _kind("rtx5090", "RTX 5090", "NVIDIA GeForce RTX 5090", "5090", "D"),
     _kind("mi300x", "MI300X", "AMD Instinct MI300X OAM", "MI300X"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from decimal import Decimal
 
@@ -86,6 +87,7 @@ def _url(environment: Mapping[str, str], variable: str, default: str, *, secret:
     except httpx2.InvalidURL:
         url = httpx2.URL("")
     plain_is_fine = not secret or url.host in web.THIS_MACHINE
-    if url.host and (url.scheme == "https" or (url.scheme == "http" and plain_is_fine)):
+    named = re.fullmatch(r"[A-Za-z0-9.:-]+", url.host)
+    if named and (url.scheme == "https" or (url.scheme == "http" and plain_is_fine)):
         return found
     raise UserError(f"{variable}={found}: expected https://..., or http://127.0.0.1:PORT on this machine")

@@ -1,0 +1,208 @@
+"""`x1 budget show|continue|stop|correct RUN`: what a run has cost, and a person's word to the guard."""
+
+from __future__ import annotations
+
+import os
+from decimal import Decimal
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from x1_pretrain.command import run as run_app
+from x1_pretrain.errors import FINISHED, UserError
+from x1_pretrain.money import latch
+from x1_pretrain.money.account import Account, account
+from x1_pretrain.money.clock import Clock, stamp
+from x1_pretrain.money.guard import dollars
+from x1_pretrain.money.ledger import NAME, Ledger, Row
+from x1_pretrain.records.run_folder import is_number, read_jsonl
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    help="What a run has cost, and a person's word to its guard.",
+)
+RunArgument = Annotated[Path, typer.Argument(help="the run folder")]
+SHOWN = (
+    "gate",
+    "intent",
+    "launched",
+    "active",
+    "lost",
+    "stop",
+    "raised",
+    "answer",
+    "correction",
+    "relaunch",
+    "back",
+    "sidecar",
+    "terminate_confirmed",
+    "terminate_unconfirmed",
+    "launch_failed",
+    "repaired",
+)
+
+
+def opened(run: Path) -> tuple[Ledger, list[Row]]:
+    if not (run / NAME).exists():
+        raise UserError(f"{run}: no {NAME} in it: this run has no ceiling, or this is not its folder")
+    ledger = Ledger(run / NAME, Clock.from_environment())
+    return ledger, ledger.rows()
+
+
+@app.command()
+def show(
+    run: RunArgument,
+    picture: Annotated[
+        Path | None, typer.Option(help="where the picture goes [RUN/budget.png]", show_default=False)
+    ] = None,
+) -> int:
+    """The table of what happened to its money, and a picture."""
+    ledger, rows = opened(run)
+    known, now = account(rows), ledger.clock.now()
+    say = Console(highlight=False, soft_wrap=True).print
+    say(_machines(known, now))
+    say(_events(rows))
+    for line in summary(run, rows, known, now):
+        print(line)
+    from x1_pretrain.money.picture import draw
+
+    file = picture or run / "budget.png"
+    if draw(run.name, rows, known.ceiling_usd, file):
+        print(f"picture: {file}")
+    return FINISHED
+
+
+def _machines(known: Account, now: Any) -> Table:
+    table = Table("machine", "provider", "since", "until", "$/h", "cost", box=None, pad_edge=False)
+    for m in known.machines:
+        until = stamp(m.ended) if m.ended else ("still open" if m.open else "-")
+        cost = dollars(m.spent_by(now) if m.open else m.spent_usd)
+        table.add_row(m.machine_id or m.tag, m.provider, stamp(m.since), until, f"{m.usd_per_hr:.2f}", cost)
+    return table
+
+
+def _events(rows: list[Row]) -> Table:
+    table = Table("when", "what", "", box=None, pad_edge=False)
+    for row in rows:
+        if row["event"] in SHOWN:
+            table.add_row(row["time_utc"], row["event"], row.get("message", ""))
+        elif row["event"] == "alert_due":
+            table.add_row(row["time_utc"], "alert", f"{row.get('title', '')} ({_delivery(row, rows)})")
+    return table
+
+
+def _delivery(due: Row, rows: list[Row]) -> str:
+    tries = [r for r in rows if r["event"] == "alert" and r.get("due") == due.get("due")]
+    ways = {str(r.get("channel")): str(r.get("result")) for r in tries}
+    return ", ".join(f"{channel}: {result}" for channel, result in ways.items()) or "not delivered yet"
+
+
+def summary(run: Path, rows: list[Row], known: Account, now: Any) -> list[str]:
+    """Dollars, dollars per billion tokens, dollars per hundredth of a nat."""
+    spent = known.known_usd if not known.open_machines() else max(known.known_usd, known.spent_by(now))
+    of = f" of {dollars(known.ceiling_usd)}" if known.ceiling_usd is not None else ""
+    projected = next((r["projected_usd"] for r in reversed(rows) if r.get("projected_usd")), None)
+    more = f", projected {dollars(Decimal(projected))}" if projected else ""
+    lines = [f"spent {dollars(spent)}{of}{more}"]
+    metrics = read_jsonl(run / "metrics.jsonl").rows
+    tokens = max((r["tokens"] for r in metrics if is_number(r.get("tokens"))), default=0)
+    if tokens:
+        lines.append(f"{dollars(spent / tokens * 10**9)} per billion tokens ({tokens:,} trained)")
+    if (price := per_hundredth_nat(metrics, rows)) is not None:
+        lines.append(f"{price} for the last 0.01 nat of validation loss, between its last two evaluations")
+    down = [r["down_s"] for r in rows if r["event"] == "back"]
+    if down:
+        lines.append(
+            f"{len(down)} relaunches, {sum(down) / 60:.1f} min not training ({max(down):.0f} s at most)"
+        )
+    if stop := latch.read(run):
+        lines.append(f"{latch.NAME}: {stop.reason}")
+    return lines
+
+
+def per_hundredth_nat(metrics: list[dict[str, Any]], rows: list[Row]) -> str | None:
+    """What the last improvement cost: dollars between the last two evaluations over the loss they are apart."""
+    evaluated = [r for r in metrics if is_number(r.get("val/loss")) and "time_utc" in r]
+    if len(evaluated) < 2:
+        return None
+    one, other = evaluated[-2:]
+    gained = one["val/loss"] - other["val/loss"]
+    begun, ended = spent_at(rows, one["time_utc"]), spent_at(rows, other["time_utc"])
+    if begun is None or ended is None:
+        return None
+    if gained <= 0:
+        return f"nothing gained for {dollars(ended - begun)}: no price"
+    return f"${(ended - begun) / Decimal(str(gained)) / 100:.4f}"
+
+
+def spent_at(rows: list[Row], time_utc: str) -> Decimal | None:
+    """By the ledger at that time, between two polls in proportion."""
+    polls = [(r["time_utc"], Decimal(r["spent_usd"])) for r in rows if r["event"] == "poll"]
+    before = [p for p in polls if p[0] <= time_utc]
+    after = [p for p in polls if p[0] > time_utc]
+    if not before:
+        return after[0][1] if after else None
+    if not after:
+        return before[-1][1]
+    from x1_pretrain.money.clock import parse_stamp
+
+    first, last, at = parse_stamp(before[-1][0]), parse_stamp(after[0][0]), parse_stamp(time_utc)
+    share = Decimal(repr((at - first) / (last - first)))
+    return before[-1][1] + share * (after[0][1] - before[-1][1])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A person's word
+
+
+def _who() -> str:
+    return os.environ.get("USER") or "a person"
+
+
+@app.command("continue")
+def go_on(run: RunArgument) -> int:
+    """Agree to what it costs an hour now; the ceiling still holds."""
+    ledger, _ = opened(run)
+    if stop := latch.read(run):
+        raise UserError(
+            f"{run}: it was stopped already ({stop.reason}); start it again with --raise-ceiling-to USD"
+        )
+    ledger.append("answer", f"{_who()} agreed to go on", answer="continue")
+    print(f"{run}: noted; its guard reads this within a second")
+    return FINISHED
+
+
+@app.command()
+def stop(run: RunArgument) -> int:
+    """Save a checkpoint and stop; the run resumes only with --raise-ceiling-to."""
+    ledger, _ = opened(run)
+    ledger.append("answer", f"{_who()} decided to stop", answer="stop")
+    print(f"{run}: noted; its guard reads this within a second, then it saves and leaves with exit code 76")
+    return FINISHED
+
+
+@app.command()
+def correct(
+    run: RunArgument,
+    spent_usd: Annotated[float, typer.Option(min=0, help="what was really spent")],
+    why: Annotated[str, typer.Option(help="how you know: the provider's bill")],
+) -> int:
+    """Put a wrong amount right; the guard otherwise never believes a lower one."""
+    ledger, rows = opened(run)
+    known, amount = account(rows), Decimal(str(spent_usd))
+    before, counted = known.known_usd, known.spent_by(ledger.clock.now()) - known.adjusted_usd
+    ledger.append(
+        "correction", f"{_who()}: {why}", spent_usd=amount, before_usd=before, adjusted_usd=amount - counted
+    )
+    print(f"{run}: {dollars(before)} -> {dollars(amount)}; from the next start on")
+    return FINISHED
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_app(app, prog="x1 budget"))

@@ -1,0 +1,145 @@
+"""From a run and an offer to what the provider is asked to start, and to files for other launchers."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+
+from x1_pretrain import config as cfg
+from x1_pretrain.config import RunConfig
+from x1_pretrain.errors import FINISHED, UserError
+from x1_pretrain.money import bootstrap
+from x1_pretrain.money.clock import VARIABLE as CLOCK_VARIABLE
+from x1_pretrain.money.job import Job, fineweb_edu_commands
+from x1_pretrain.money.notify import VARIABLE as ALERTS_VARIABLE
+from x1_pretrain.money.providers.base import LaunchRequest, Offer
+from x1_pretrain.money.providers.opened import FAKE_VARIABLE
+from x1_pretrain.money.skypilot import skypilot_task
+from x1_pretrain.records.run_manifest import source_state
+
+ALWAYS_PASSED = (ALERTS_VARIABLE, "HF_TOKEN")
+
+
+@dataclass(frozen=True)
+class JobOptions:
+    """What the user said about the machine's side."""
+
+    source: str | None
+    data_commands: tuple[str, ...]
+    data_dir: str | None
+    workspace: str
+    ssh_key: str | None
+    passed: tuple[str, ...]
+    assignments: tuple[str, ...]
+
+
+def job_for(
+    config: RunConfig,
+    provider: str,
+    tag: str,
+    usd_per_hr: Decimal,
+    cap_usd: Decimal,
+    gpus: int,
+    options: JobOptions,
+) -> Job:
+    """The run as a bare machine starts it."""
+    tree = config.model_copy(update={"run_dir": None, "data": cfg.DataConfig()})
+    return Job(
+        run_name=config.name,
+        tag=tag,
+        config_text=cfg.to_yaml(tree),
+        source=options.source or this_checkout(),
+        provider=provider,
+        rate_usd_per_hr=usd_per_hr,
+        cap_usd=cap_usd,
+        data_commands=options.data_commands or fineweb_edu_commands(options.workspace),
+        workspace=options.workspace,
+        corpus=options.data_dir or "",
+        passed_variables=(*ALWAYS_PASSED, *options.passed),
+        gpus=gpus,
+    )
+
+
+def this_checkout() -> str:
+    """This checkout's commit, as pip installs it from where it was cloned."""
+    import subprocess
+
+    state, here = source_state(), Path(__file__).resolve().parent
+    asked = subprocess.run(
+        ["git", "config", "--get", "remote.origin.url"], cwd=here, capture_output=True, text=True, check=False
+    )
+    url = asked.stdout.strip()
+    if not state["commit"] or not url.startswith(("https://", "ssh://", "git@")):
+        raise UserError(
+            "--source: is needed, nothing says where the machine can install X1 from; for example "
+            "--source 'x1-pretrain @ git+https://github.com/YOU/x1@COMMIT', or a wheel's address"
+        )
+    address = url if "://" in url else "ssh://" + url.replace(":", "/", 1)
+    return f"x1-pretrain @ git+{address}@{state['commit']}"
+
+
+def request_for(
+    config: RunConfig,
+    offer: Offer,
+    tag: str,
+    usd_per_hr: Decimal,
+    cap_usd: Decimal,
+    disk_gib: int,
+    options: JobOptions,
+) -> LaunchRequest:
+    """What the provider is asked for. Values of passed variables are in it: it is sent, never kept."""
+    environment = {name: os.environ[name] for name in (*ALWAYS_PASSED, *options.passed) if name in os.environ}
+    if offer.provider == "fake":
+        script, image = on_this_computer(config, tag, usd_per_hr, cap_usd, options), "none:1"
+        environment |= {k: os.environ[k] for k in (FAKE_VARIABLE, CLOCK_VARIABLE) if k in os.environ}
+        return LaunchRequest(offer, tag, script, image, disk_gib, environment)
+    job = job_for(config, offer.provider, tag, usd_per_hr, cap_usd, offer.gpu_count, options)
+    if offer.provider == "lambda":
+        script = bootstrap.cloud_init(job, environment)
+        return LaunchRequest(offer, tag, script, None, disk_gib, {}, options.ssh_key)
+    environment |= {"X1_START_MODE": "foreground"}
+    return LaunchRequest(offer, tag, bootstrap.start_script(job), job.image, disk_gib, environment)
+
+
+def on_this_computer(
+    config: RunConfig, tag: str, usd_per_hr: Decimal, cap_usd: Decimal, options: JobOptions
+) -> str:
+    """The fake provider's machines are processes here: the supervisor starts in this very installation."""
+    folder = config.folder.absolute()
+    words = [sys.executable, "-m", "x1_pretrain.money.supervise", "--provider", "fake", "--tag", tag]
+    words += ["--rate-usd-per-hr", str(usd_per_hr), "--every-s", "60", "--"]
+    words += ["--config", str(folder / "launch.yaml"), "--run-dir", str(folder)]
+    words += ["--budget-cap-usd", str(cap_usd)]
+    words += ["--data-dir", str(Path(options.data_dir).absolute())] if options.data_dir else []
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "launch.yaml").write_text(cfg.to_yaml(config), encoding="utf-8")
+    return f"#!/bin/bash\nexec {shlex.join(words)}\n"
+
+
+def write_files(
+    folder: Path,
+    config: RunConfig,
+    gpu: str,
+    cap_usd: Decimal,
+    max_usd_per_hr: Decimal | None,
+    options: JobOptions,
+) -> int:
+    """The launch as files, for SkyPilot or for a person's own hands."""
+    rate = max_usd_per_hr or Decimal("1.40")
+    job = job_for(config, "local", f"x1-{config.name.lower()}", rate, cap_usd, 1, options)
+    files: Mapping[str, str] = {
+        "start.sh": bootstrap.start_script(job),
+        "cloud-init.yaml": bootstrap.cloud_init(job),
+        f"x1-{config.name}.service": bootstrap.systemd_unit(job),
+        "skypilot.yaml": skypilot_task(job, gpu, rate),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+        print(folder / name)
+    return FINISHED

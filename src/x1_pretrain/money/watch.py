@@ -1,0 +1,153 @@
+"""`x1 watch RUN`: from off the machine, see what it costs and that it ends.
+
+The same counting as the sidecar's, with the provider's own word, on a laptop, a cron job or a small server.
+It ends the machine before the ceiling is passed, and one that stopped working after a while, whatever runs
+there. Its numbers are in watch.json; budget.json is the sidecar's.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from x1_pretrain.command import run as run_app
+from x1_pretrain.command import single
+from x1_pretrain.errors import FAULT, FINISHED, INTERRUPTED, UserError
+from x1_pretrain.money import pace
+from x1_pretrain.money.account import account
+from x1_pretrain.money.clock import Clock
+from x1_pretrain.money.guard import ZERO, dollars, minutes
+from x1_pretrain.money.ledger import NAME, Ledger, Row
+from x1_pretrain.money.notify import Notifier, addresses
+from x1_pretrain.money.providers.base import ProviderError
+from x1_pretrain.money.providers.opened import open_provider
+from x1_pretrain.money.sidecar import Sidecar
+from x1_pretrain.money.teardown import end_all
+
+LINGER_S = 3600.0
+
+
+@dataclass
+class Watch:
+    """Poll until the machine is gone; then say what it came to."""
+
+    folder: Path
+    sidecar: Sidecar
+    clock: Clock
+    linger_s: float
+    lost_since_s: float | None = None
+
+    def run(self, stop: threading.Event) -> int:
+        while not stop.is_set():
+            self._turn()
+            if not account(self.sidecar.ledger.rows()).open_machines():
+                return FINISHED
+            if self._over():
+                return FAULT if end_all(self.folder, self.clock, print) else FINISHED
+            stop.wait(self.clock.real_s(self.sidecar.next_poll_s()))
+        print(f"the watch ends; the machine goes on and is billed: x1 watch {self.folder} goes on watching")
+        return INTERRUPTED
+
+    def _turn(self) -> None:
+        try:
+            said = self.sidecar.poll()
+        except (OSError, ProviderError) as error:
+            print(f"watch: {error}", flush=True)
+            return
+        projected = f", {dollars(said.projected_total_usd)} projected" if said.projected_total_usd else ""
+        print(
+            f"{self.clock.now():%H:%MZ}  {dollars(said.spent_usd)} of {dollars(self.sidecar.ceiling_usd)}"
+            f"{projected}  {dollars(said.rate_usd_per_hr or ZERO)}/h  {said.source}",
+            flush=True,
+        )
+
+    def _over(self) -> bool:
+        """It stopped working so long ago that nobody will fetch anything from it."""
+        if not self.sidecar.lost:
+            self.lost_since_s = None
+            return False
+        if self.lost_since_s is None:
+            self.lost_since_s = self.clock.steady_s()
+            print(f"it works no more; it will be ended in {minutes(self.linger_s)}", flush=True)
+        return self.clock.steady_s() - self.lost_since_s >= self.linger_s
+
+
+def watch(folder: Path, clock: Clock, ceiling_usd: Decimal, poll_s: float, linger_s: float) -> int:
+    """Until the run's machine is gone."""
+    ledger = Ledger(folder / NAME, clock)
+    rows = ledger.rows()
+    machines = account(rows).open_machines()
+    if not machines:
+        print(f"{folder}: no machine is open in its ledger")
+        return FINISHED
+    machine = machines[-1]
+    notifier = Notifier(addresses(os.environ), ledger, clock, run=folder.name)
+    sidecar = Sidecar(
+        folder=folder,
+        output=folder / "watch.json",
+        provider=open_provider(machine.provider, clock),
+        machine=machine,
+        ceiling_usd=ceiling_usd,
+        ledger=ledger,
+        clock=clock,
+        notifier=notifier,
+        left_s=lambda: pace.left_s(folder, clock.speed),
+        run_id=folder.name,
+        poll_s=poll_s,
+        tax=ZERO,
+        planned_s=planned_s(rows),
+        may_terminate=True,
+        terminate=lambda _: _end(folder, clock),
+    )
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    code = Watch(folder, sidecar, clock, linger_s).run(stop)
+    spent = account(ledger.rows()).spent_by(clock.now())
+    print(
+        f"{dollars(spent)} in all" + (f"; proof in {folder / 'termination.json'}" if code == FINISHED else "")
+    )
+    notifier.close(20.0)
+    return code
+
+
+def _end(folder: Path, clock: Clock) -> None:
+    end_all(folder, clock, print)
+
+
+def planned_s(rows: list[Row]) -> float | None:
+    """How long the gate said it takes."""
+    hours = [
+        r["hours"] for r in rows if r["event"] == "gate" and r.get("verdict") == "passed" and r.get("hours")
+    ]
+    return float(hours[-1]) * 3600 if hours else None
+
+
+def main(
+    run: Annotated[Path, typer.Argument(help="the run folder that was launched from here")],
+    every_s: Annotated[float, typer.Option(min=1, help="seconds between polls")] = 300.0,
+    linger_min: Annotated[
+        float, typer.Option(min=0, help="end a machine that stopped working after so many minutes")
+    ] = LINGER_S / 60,
+) -> int:
+    """From off the machine: see what it costs, and that it ends."""
+    clock = Clock.from_environment()
+    if not (run / NAME).exists():
+        raise UserError(f"{run}: no {NAME} in it; name the folder of a run that was launched from here")
+    ceiling = account(Ledger(run / NAME, clock).rows()).ceiling_usd
+    if ceiling is None:
+        raise UserError(f"{run / NAME}: no ceiling on record; launch the run with x1 launch")
+    return watch(run, clock, ceiling, every_s, linger_min * 60)
+
+
+app = single(main)
+
+if __name__ == "__main__":
+    raise SystemExit(run_app(app, prog="x1 watch"))
