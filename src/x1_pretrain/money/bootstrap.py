@@ -1,4 +1,4 @@
-"""From a job to the texts that start it: a script, cloud-init data, a container's arguments, a systemd unit.
+"""From a job to the texts that start it: a script, cloud-init data, a systemd unit.
 
 `start.sh` beside this module does the work; here its job section is filled in. No text holds a secret but the
 one that `cloud_init` makes when it is given values: that goes to the provider and is not kept.
@@ -6,8 +6,6 @@ one that `cloud_init` makes when it is given values: that goes to the provider a
 
 from __future__ import annotations
 
-import base64
-import gzip
 import json
 import shlex
 from collections.abc import Iterable, Mapping
@@ -162,19 +160,3 @@ def _systemd_word(word: str) -> str:
     """systemd expands % and $, and splits at blanks."""
     word = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
     return f'"{word}"' if any(char in word for char in " '\";") or not word else word
-
-
-# ------------------------------------------------------------------------------------------------------------
-# A container: RunPod
-
-
-def pod_args(job: Job) -> tuple[str, dict[str, str]]:
-    """A container's arguments, and the variables they need besides the job's passed ones.
-
-    The script travels in a variable: the arguments stay one short line, whoever splits it into words.
-    """
-    script = base64.b64encode(gzip.compress(start_script(job).encode(), mtime=0)).decode()
-    place = '"${TMPDIR:-/tmp}/x1-start.sh"'
-    unpack = f'printf %s "$X1_START" | base64 -d | gunzip >{place}'
-    run = f"X1_START_MODE=foreground exec bash {place}"
-    return f"bash -c '{unpack} && {run}'", {"X1_START": script}

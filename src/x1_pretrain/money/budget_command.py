@@ -127,7 +127,7 @@ def summary(run: Path, rows: list[Row], known: Account, now: Any) -> list[str]:
 
 
 def per_hundredth_nat(metrics: list[dict[str, Any]], rows: list[Row]) -> str | None:
-    """What the last improvement cost: dollars between the last two evaluations over the loss they are apart."""
+    """Dollars between the last two evaluations, over the loss they are apart."""
     evaluated = [r for r in metrics if is_number(r.get("val/loss")) and "time_utc" in r]
     if len(evaluated) < 2:
         return None

@@ -122,7 +122,7 @@ def sentence(quote: Quote, verb: str = "start") -> str:
     )
     return (
         f"This will {verb} {price.what} on {price.where} at {dollars(price.usd_per_hr)}/h ({price.known}), "
-        f"run about {work.hours:.1f} h for {billions(work.tokens)} tokens ({work.basis}) = "
+        f"run about {_long(work.hours)} for {billions(work.tokens)} tokens ({work.basis}) = "
         f"{_up(quote.compute_usd)}, + disk {_up(quote.disk_usd)} + reserve{tax} {_up(quote.reserve_usd)} = "
         f"{before}{_up(quote.total_usd)} of your {dollars(quote.ceiling_usd)} ceiling; {room}."
     )
@@ -142,6 +142,10 @@ def broken(quote: Quote, max_usd_per_hr: Decimal | None) -> list[str]:
             f"{_what_fits(quote)}"
         )
     return found
+
+
+def _long(hours: Decimal) -> str:
+    return f"{hours:.1f} h" if hours >= 1 else f"{hours * 60:.0f} min"
 
 
 def _what_fits(quote: Quote) -> str:

@@ -33,6 +33,7 @@ class Job:
     cap_usd: Decimal
     data_commands: tuple[str, ...] = ()  # bash, one after the other; skipped where the corpus is there
     train_flags: tuple[str, ...] = ()
+    supervise_flags: tuple[str, ...] = ()  # more for the supervisor: --disk-gib 200, --tax 0.10, ...
     workspace: str = "/workspace"
     corpus: str = ""  # the folder that data_commands make; "" = <workspace>/data/tokenized
     image: str = NGC_IMAGE
@@ -61,7 +62,7 @@ class Job:
         """What is started in the end: the supervisor, and after `--` what the trainer gets."""
         return [
             *(f"{self.venv}/bin/x1", "supervise", "--provider", self.provider),
-            *("--rate-usd-per-hr", str(self.rate_usd_per_hr), "--tag", self.tag, "--"),
+            *("--rate-usd-per-hr", str(self.rate_usd_per_hr), "--tag", self.tag, *self.supervise_flags, "--"),
             *("--config", self.config_path, "--data-dir", self.corpus_dir),
             *("--run-dir", f"{self.workspace}/runs/{self.run_name}"),
             *("--budget-cap-usd", str(self.cap_usd)),
@@ -96,8 +97,12 @@ class Job:
             raise UserError(
                 f"the config has a line {CONFIG_END}, which ends it in the start script: remove it"
             )
-        if several := [text for text in self.train_flags if "\n" in text]:
-            raise UserError(f"train_flags {several[0]!r}: expected one line each")
+        if several := [text for text in (*self.train_flags, *self.supervise_flags) if "\n" in text]:
+            raise UserError(f"the flag {several[0]!r}: expected one line")
+        if "--" in self.supervise_flags:
+            raise UserError(
+                "supervise_flags has `--`, which begins the trainer's: put those into train_flags"
+            )
         if not self.source.strip() or "\n" in self.source:
             raise UserError(f"source {self.source!r}: expected one pip requirement or a wheel")
 

@@ -69,6 +69,7 @@ class Wanted:
     like: Path | None
     wait_s: float
     poll_s: float
+    tier: str
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -124,6 +125,8 @@ def work(wanted: Wanted, tokens: int) -> gate.Work:
 def best_offer(wanted: Wanted, provider: Provider) -> Offer | None:
     """The cheapest machine that is free now."""
     offers = provider.offers(wanted.gpu, wanted.gpus)
+    if wanted.tier != "any":
+        offers = [o for o in offers if o.tier not in ("secure", "community") or o.tier == wanted.tier]
     if not offers:
         raise RefusedError(
             f"{provider.label} has no price for {wanted.gpus}x {wanted.gpu}: without one nothing starts"
@@ -278,6 +281,7 @@ def main(
     provider: Annotated[str, Flag(help="lambda, runpod, local or fake")],
     gpu: Annotated[str, Flag(help="a100-80gb, h100, rtx4090, ...")] = "a100-80gb",
     gpu_count: Annotated[int, Flag("--gpus", min=1, help="GPUs of one machine")] = 1,
+    tier: Annotated[str, Flag(help="RunPod: secure, community or any")] = "secure",
     budget_cap_usd: Annotated[float | None, Flag(help="the ceiling [budget.cap_usd]")] = None,
     max_price: Annotated[
         float | None, Flag(help="refuse a dearer hour [budget.max_usd_per_hr]", show_default=False)
@@ -334,6 +338,7 @@ def main(
         like=like,
         wait_s=duration_s(wait, "--wait"),
         poll_s=poll_s,
+        tier=tier,
     )
     options = JobOptions(
         source, tuple(data_command), data_dir, workspace, ssh_key, tuple(pass_variable), tuple(set_)

@@ -63,7 +63,7 @@ class Sidecar:
             try:
                 self.poll()
             except (OSError, ProviderError) as error:
-                self.notifier.alert("sidecar", "the sidecar has trouble", str(error))
+                self._alert("sidecar", "the sidecar has trouble", str(error))
             stop.wait(self.clock.real_s(self.next_poll_s()))
 
     def next_poll_s(self) -> float:
@@ -138,7 +138,7 @@ class Sidecar:
                 f"{error}. {self.failures} polls in a row failed; counting on at "
                 f"{dollars(self.meter.usd_per_hr)}/h. Look at the provider's own page."
             )
-            self.notifier.alert("provider", f"{self.provider.label} does not answer", body)
+            self._alert("provider", f"{self.provider.label} does not answer", body)
 
     def _notice(self, found: Machine | None) -> None:
         """Say once that a machine is no longer well."""
@@ -154,7 +154,10 @@ class Sidecar:
             "counts until its end is confirmed (`x1 teardown RUN`)."
         )
         self.ledger.append("lost", body, tag=self.machine.tag, machine_id=self.machine.machine_id)
-        self.notifier.alert(f"lost-{self.machine.tag}", "the machine is lost", body)
+        self._alert(f"lost-{self.machine.tag}", "the machine is lost", body)
+
+    def _alert(self, key: str, title: str, body: str) -> None:
+        self.notifier.alert(key, f"X1 {self.run_id or self.folder.name}: {title}", body)
 
     def _left_s(self) -> float | None:
         if (left_s := self.left_s()) is not None:
@@ -188,5 +191,5 @@ class Sidecar:
         latch.write(
             self.folder, latch.Stop(reason, "sidecar", 77, when, f"{spent:.2f}", f"{self.ceiling_usd:.2f}")
         )
-        self.notifier.alert("end", "ending the machine at the ceiling", reason)
+        self._alert("end", "ending the machine at the ceiling", reason)
         self.terminate(reason)

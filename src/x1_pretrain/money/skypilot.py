@@ -1,6 +1,6 @@
 """A SkyPilot task for a job: for who already rents through SkyPilot. Written here, never imported.
 
-`sky jobs launch x1.sky.yaml --secret X1_ALERTS` finds a machine, and another when that one is lost.
+`sky jobs launch skypilot.yaml --secret X1_ALERTS` finds a machine, and another when that one is lost.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _SCRIPT_END = "X1_START_END"
 
 _CAN_NOT = """\
 # Written by X1 for SkyPilot 0.14. Start it with:
-#   sky jobs launch {file}{secrets}
+#   sky jobs launch skypilot.yaml{secrets}
 #
 # What SkyPilot does here: finds the cheapest machine below max_hourly_cost, starts the job, and starts it
 # again on another machine when this one is lost or the job exits with {again}.
@@ -51,7 +51,7 @@ def skypilot_task(job: Job, gpu: str, max_hourly_cost: Decimal, disk_gib: int = 
 
 def _head(job: Job) -> str:
     secrets = "".join(f" --secret {name}" for name in job.passed_variables)
-    text = _CAN_NOT.format(file=f"{job.run_name}.sky.yaml", secrets=secrets, again=INTERRUPTED)
+    text = _CAN_NOT.format(secrets=secrets, again=INTERRUPTED)
     return f"{text}\nname: {json.dumps(job.tag)}\n"
 
 

@@ -418,6 +418,8 @@ supervise() { # holds the lock as long as it lives: a second one is not started 
 
 how() {
     if [[ -n ${X1_START_MODE:-} ]]; then
+        [[ $X1_START_MODE =~ ^(foreground|systemd|tmux|nohup)$ ]] ||
+            die "X1_START_MODE=$X1_START_MODE: expected foreground, systemd, tmux or nohup"
         echo "$X1_START_MODE"
     elif [[ -d /run/systemd/system && -w $UNIT_FOLDER ]]; then
         echo systemd
@@ -467,8 +469,7 @@ step_nohup() {
 }
 
 launch() {
-    local mode
-    mode=$(how)
+    local mode=$1
     if supervised; then
         say "the job is running already"
         mode=none
@@ -476,8 +477,7 @@ launch() {
     case $mode in
     none) ;;
     foreground) say "the job runs in the foreground" ;;
-    systemd | tmux | nohup) run_step "$mode" ;;
-    *) fail "X1_START_MODE=$mode" 2 0 ;;
+    *) run_step "$mode" ;;
     esac
     finish_log
     trap - TERM INT
@@ -499,8 +499,10 @@ main() {
         finish_log
         ;;
     all)
+        local mode
+        mode=$(how)
         prepare
-        launch
+        launch "$mode"
         ;;
     *) die "$1: expected nothing, prepare, supervise or step NAME" ;;
     esac

@@ -42,6 +42,19 @@ POD_FIELDS: dict[str, type | tuple[type, ...]] = {
     "startSsh": bool,
 }
 GPU_FIELDS = {"id", "count", "allowedCudaVersions", "minCudaVersion"}
+OTHER_AMOUNTS = (  # of an account: nothing else is rented here
+    "podCpuAmount",
+    "serverlessGpuAmount",
+    "serverlessCpuAmount",
+    "serverlessDiskAmount",
+    "serverlessFeeAmount",
+    "storageStandardAmount",
+    "storageHighPerformanceAmount",
+    "endpointAmount",
+    "clusterGpuAmount",
+    "clusterDiskAmount",
+    "clusterNetworkingAmount",
+)
 STOPPED = (State.EXITED, State.PREEMPTED)
 
 
@@ -352,21 +365,8 @@ def _amounts(gpu: Decimal, disk: Decimal, pod: str) -> dict[str, Any]:
     if pod:
         split = {"gpuAmount": float(gpu), "cpuAmount": 0.0, "diskAmount": float(disk)}
         return {"podId": pod, "totalAmount": float(gpu + disk), **split}
-    nothing = [
-        "podCpuAmount",
-        "serverlessGpuAmount",
-        "serverlessCpuAmount",
-        "serverlessDiskAmount",
-        "serverlessFeeAmount",
-        "storageStandardAmount",
-        "storageHighPerformanceAmount",
-        "endpointAmount",
-        "clusterGpuAmount",
-        "clusterDiskAmount",
-        "clusterNetworkingAmount",
-    ]
     pods = {"podGpuAmount": float(gpu), "podDiskAmount": float(disk)}
-    return {"totalAmount": float(gpu + disk), **pods, **dict.fromkeys(nothing, 0.0)}
+    return {"totalAmount": float(gpu + disk), **pods, **dict.fromkeys(OTHER_AMOUNTS, 0.0)}
 
 
 def _metadata(
