@@ -69,6 +69,7 @@ class TrainerGuard:
     _stop: threading.Event = field(default_factory=threading.Event)
     _leaving: Action = Action.GO
     _thread: threading.Thread | None = None
+    _timer: threading.Timer | None = None
 
     _began: datetime = field(init=False)
 
@@ -232,10 +233,16 @@ class TrainerGuard:
         self.ledger.append("stop", reason, exit_code=code, spent_usd=round(decision.memory.spent_usd, 6))
         self._news.put(News("budget_stop", f"budget: {action}: {reason}", {"exit_code": code}))
         patience_s = LEAVE_NOW_S if action is Action.STOP_NOW else LEAVE_SAVING_S
-        last = threading.Timer(patience_s, _end_this_process)
-        last.daemon = True
-        last.start()
+        self._last_resort(patience_s)
         self.ask_to_leave(f"the budget guard: {reason}", code)
+
+    def _last_resort(self, patience_s: float) -> None:
+        """End the process if the loop has not left by then."""
+        if self._timer:
+            self._timer.cancel()
+        self._timer = threading.Timer(patience_s, _end_this_process)
+        self._timer.daemon = True
+        self._timer.start()
 
     # --------------------------------------------------------------------------------------------------------
     # The thread
@@ -276,6 +283,8 @@ class TrainerGuard:
 
     def close(self, drain_s: float = 10.0) -> None:
         self._stop.set()
+        if self._timer:
+            self._timer.cancel()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(2.0)
         self.notifier.close(drain_s)

@@ -51,6 +51,10 @@ def _raise_ceiling(config: RunConfig, ceiling: Decimal, ledger: Ledger) -> None:
         )
     stop = latch.read(config.folder)
     before = known.ceiling_usd or Decimal(str(config.budget.cap_usd or 0))
+    if ceiling < before:
+        raise RefusedError(
+            f"--raise-ceiling-to {ceiling}: the ceiling is {dollars(before)}; name that or a higher one"
+        )
     if stop is None and known.raised and ceiling == before:
         return  # the same command once more: a relaunch
     said = f"a person set the ceiling to {dollars(ceiling)}" + (f" after: {stop.reason}" if stop else "")
