@@ -10,7 +10,7 @@ from typing import Literal
 
 from x1_pretrain.money.clock import parse_stamp
 from x1_pretrain.money.guard import ZERO, cost
-from x1_pretrain.money.ledger import Row, usd
+from x1_pretrain.money.ledger import LedgerError, Row, usd
 
 
 @dataclass
@@ -46,6 +46,7 @@ class Account:
     adjusted_usd: Decimal = ZERO  # what a person's correction adds to the machines' sum
     ceiling_usd: Decimal | None = None
     raised: bool = False  # by a person, above what the command says
+    corrected: bool = False  # and no trainer has started since: the one that runs still counts as before
 
     def open_machines(self) -> list[Rented]:
         return [m for m in self.machines if m.open]
@@ -58,18 +59,28 @@ def account(rows: Iterable[Row]) -> Account:
     """Fold the rows of a ledger, in order."""
     found = Account()
     for row in rows:
-        _take(found, row)
+        try:
+            _take(found, row)
+        except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+            raise LedgerError(
+                f"ledger row {row.get('seq', '?')} ({row['event']}): a field is missing or damaged ({error!r}),"
+                " and sums without it would be wrong. Put it right from a copy, or remove the row, and run "
+                "`x1 reconcile`"
+            ) from None
     return found
 
 
 def _take(found: Account, row: Row) -> None:
     event = row["event"]
-    if "spent_usd" in row:
+    found.corrected = found.corrected and event != "gate"  # a start writes one, and counts from what it finds
+    outdated = found.corrected and event in ("reading", "stop")
+    if "spent_usd" in row and not outdated:
         found.known_usd = max(found.known_usd, usd(row, "spent_usd"))
     if event in ("intent", "adopted"):
         found.machines.append(_rented(row))
     elif event == "correction":
         found.known_usd, found.adjusted_usd = usd(row, "spent_usd"), usd(row, "adjusted_usd")
+        found.corrected = True
     elif event == "ceiling" or (event == "gate" and row.get("verdict") == "passed"):
         found.ceiling_usd = found.ceiling_usd if found.raised else usd(row, "ceiling_usd")
     elif event == "raised":

@@ -12,7 +12,10 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import re
+import threading
+import time
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
@@ -26,7 +29,8 @@ from x1_pretrain.money.clock import parse_stamp, stamp
 SCHEMA_VERSION = 1
 FUTURE_S = 60  # clocks of two machines differ by less
 MAX_BYTES = 1 << 20
-HTTP_TIMEOUT_S = 5.0
+HTTP_TIMEOUT_S = 5.0  # for one step of a request ...
+HTTP_TOTAL_S = 10.0  # ... and for all of it
 
 
 class NoReadingError(Exception):
@@ -117,12 +121,22 @@ def parse(data: bytes, now: datetime) -> BudgetFile:
 def _tree(data: bytes) -> dict[str, Any]:
     if not data.strip():
         raise NoReadingError("the file is empty")
+    if len(data) > MAX_BYTES:
+        raise NoReadingError(f"larger than {MAX_BYTES >> 10} KiB: not a budget.json")
     try:
-        tree = json.loads(data, parse_float=Decimal)
-    except (ValueError, RecursionError):  # half a file, not JSON, not UTF-8
+        tree = json.loads(data, parse_float=Decimal, object_pairs_hook=_once)
+    except (ValueError, ArithmeticError, RecursionError):  # half a file, not JSON, not UTF-8
         raise NoReadingError("not valid JSON, or half a file") from None
     if not isinstance(tree, dict):
         raise NoReadingError(f"expected a JSON object, found {type(tree).__name__}")
+    return tree
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A field that is there twice has no one value."""
+    tree = dict(pairs)
+    if len(tree) < len(pairs):
+        raise NoReadingError("a field is there twice")
     return tree
 
 
@@ -142,7 +156,7 @@ def _amount(tree: dict[str, Any], key: str) -> Decimal | None:
 def _moment(text: object, now: datetime) -> datetime:
     try:
         updated = parse_stamp(text)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise NoReadingError(f"last_update_utc: {error}"[:120]) from None
     ahead_s = (updated - now).total_seconds()
     if ahead_s > FUTURE_S:
@@ -159,7 +173,11 @@ class Address:
     """Where the file is. `fetch` never raises anything but `NoReadingError` and never waits for long."""
 
     def __init__(self, uri: str) -> None:
-        parts = urlsplit(uri)
+        try:
+            parts = urlsplit(uri)
+            parts.port  # noqa: B018  (raises where it is no number)
+        except ValueError as error:
+            raise UserError(f"--budget-curr-cost-uri {shown(uri)}: not a valid address ({error})") from None
         self.uri = uri
         self.path: Path | None = None
         if parts.scheme == "file":
@@ -169,7 +187,7 @@ class Address:
         elif parts.scheme in ("http", "https"):
             if not parts.hostname:
                 raise UserError(f"--budget-curr-cost-uri {shown(uri)}: the address names no host")
-        elif re.match(r"[a-z][a-z0-9+.-]+://", uri):
+        elif re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", uri):
             raise UserError(
                 f"--budget-curr-cost-uri {shown(uri)}: expected a path, file:// or http(s)://, found "
                 f"{parts.scheme}://"
@@ -185,29 +203,52 @@ class Address:
 
     def _read(self, path: Path) -> bytes:
         try:
-            with path.open("rb") as file:
-                return file.read(MAX_BYTES)
+            with open(path, "rb", opener=_at_once) as file:
+                return file.read(MAX_BYTES + 1)
         except OSError as error:
             raise NoReadingError(f"{path}: {error.strerror}") from None
+        except ValueError as error:
+            raise NoReadingError(f"{path}: {error}") from None
 
     def _get(self) -> bytes:
+        """In a thread of its own: neither a server that drips bytes nor a name that does not resolve runs
+        into the timeout of one step."""
+        said: queue.SimpleQueue[bytes | NoReadingError] = queue.SimpleQueue()
+        threading.Thread(target=lambda: said.put(self._answer()), name="x1-budget-uri", daemon=True).start()
+        try:
+            found = said.get(timeout=HTTP_TOTAL_S)
+        except queue.Empty:
+            raise NoReadingError(f"{self} gave no whole answer within {HTTP_TOTAL_S:g} s") from None
+        if isinstance(found, NoReadingError):
+            raise found
+        return found
+
+    def _answer(self) -> bytes | NoReadingError:
         import httpx2
 
+        end, data = time.monotonic() + HTTP_TOTAL_S, b""
         try:
             with httpx2.stream("GET", self.uri, timeout=HTTP_TIMEOUT_S) as answer:
                 if answer.status_code != 200:
-                    raise NoReadingError(f"{self} answered {answer.status_code}")
-                return next(answer.iter_bytes(MAX_BYTES), b"")
-        except httpx2.HTTPError as error:
-            raise NoReadingError(f"{self} can't be reached ({type(error).__name__})") from None
-        except httpx2.InvalidURL:
-            raise NoReadingError(f"{self} is not a valid address") from None
+                    return NoReadingError(f"{self} answered {answer.status_code}, expected 200")
+                for chunk in answer.iter_bytes():
+                    data += chunk
+                    if len(data) > MAX_BYTES or time.monotonic() > end:
+                        break
+        except Exception as error:  # whatever it was, it must reach the one who waits
+            return NoReadingError(f"{self} can't be reached ({type(error).__name__})")
+        return data
+
+
+def _at_once(path: str, flags: int) -> int:
+    """A pipe that nobody writes to is no reason to wait."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def shown(uri: str) -> str:
     """An address without its password and query: others read logs."""
-    parts = urlsplit(uri)
-    if parts.scheme not in ("http", "https"):
+    scheme, separator, rest = uri.partition("://")
+    if not separator or scheme.lower() == "file":
         return uri
-    port = f":{parts.port}" if parts.port else ""
-    return f"{parts.scheme}://{parts.hostname}{port}{parts.path}"
+    host, slash, path = re.split(r"[?#]", rest)[0].partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"

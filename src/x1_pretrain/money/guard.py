@@ -127,13 +127,14 @@ def decide(
 ) -> Decision:
     """`reading`: a new one, or None between readings; `left_s`: what the run still needs, by its own pace;
     `answer`: a person's, given since the last decision; `problem`: why there is no new reading."""
-    memory = _agreed(_remembered(memory, reading, limits), limits, now_s, answer)
+    known_at_s = memory.at_s
+    memory = _agreed(_remembered(memory, reading, limits, now_s), limits, now_s, answer)
     rate = _counted_rate(memory, limits)
-    age_s = max(0.0, now_s - memory.at_s) if memory.at_s is not None else 0.0
+    age_s = max(0.0, now_s - (memory.since_s if memory.at_s is None else memory.at_s))
     spent = memory.spent_usd + cost(rate, age_s)
     own = spent + cost(rate, left_s) if left_s is not None else None
     projected = max((p for p in (memory.projected_usd, own) if p is not None), default=None)
-    if reading is not None:
+    if memory.at_s != known_at_s:  # the same reading again confirms nothing
         warm = now_s - memory.since_s >= limits.warmup_s
         over = warm and projected is not None and projected > limits.ceiling_usd
         memory = replace(memory, breaches=memory.breaches + 1 if over else 0)
@@ -142,13 +143,14 @@ def decide(
     return Decision(action, reason, _notices(at, action, reason), spent, projected, age_s, memory)
 
 
-def _remembered(memory: Memory, reading: Reading | None, limits: Limits) -> Memory:
+def _remembered(memory: Memory, reading: Reading | None, limits: Limits, now_s: float) -> Memory:
     """What is known after a reading: never less than before, never slower than its own rate says."""
     if reading is None:
         return memory
-    at_s, least = reading.at_s, memory.spent_usd
+    at_s, least = min(reading.at_s, now_s), memory.spent_usd
     if memory.at_s is not None:
-        at_s = max(at_s, memory.at_s)
+        if at_s < memory.at_s:  # overtaken by a newer one: only its amount still says something
+            return replace(memory, spent_usd=max(least, reading.spent_usd))
         gate = limits.gate_usd_per_hr
         least += cost(min(memory.usd_per_hr or gate, reading.usd_per_hr or gate), at_s - memory.at_s)
     spent = max(reading.spent_usd, least)
@@ -223,11 +225,12 @@ def _notices(at: _Standing, action: Action, reason: str) -> tuple[Notice, ...]:
     spent = f"{dollars(at.spent_usd)} of {ceiling} spent"
     projected = f", {dollars(at.projected_usd)} projected" if at.projected_usd is not None else ""
     if at.spent_usd > limits.warn_usd:
-        body = f"{spent}{projected}. It goes on, and stops by itself below {ceiling}."
+        on = f" It goes on, and stops by itself below {ceiling}." if action is Action.GO else ""
+        body = f"{spent}{projected}.{on}"
         found.append(Notice("warn", f"more than {dollars(limits.warn_usd)} spent", body))
     if at.age_s > limits.quiet_s:
         found.append(Notice("quiet", "nobody says what is spent", _quiet(at, spent)))
-    if at.memory.breaches == 1:
+    if at.memory.breaches == 1 and action is Action.GO:
         body = f"{spent}{projected}. If the next reading says so too, it saves and stops."
         found.append(Notice("projection", f"projected to pass {ceiling}", body))
     if at.memory.drift_since_s is not None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ class Stop:
 def read(folder: Path) -> Stop | None:
     """The latch of a run; a damaged one is a stop all the same."""
     file = folder / NAME
-    if not file.exists():
+    if not os.path.lexists(file):
         return None
     try:
         tree: dict[str, Any] = read_json(file)
@@ -48,15 +49,39 @@ def read(folder: Path) -> Stop | None:
 def write(folder: Path, stop: Stop) -> None:
     """Latch, on the disk when this returns. The first reason stays: a later stop does not cover it."""
     file = folder / NAME
-    if file.exists():
+    if os.path.lexists(file):
         return
     folder.mkdir(parents=True, exist_ok=True)
-    new = file.with_name(f".{NAME}.{os.getpid()}.new")
-    with new.open("w", encoding="utf-8") as out:
-        out.write(json.dumps(asdict(stop), indent=1) + "\n")
-        out.flush()
-        os.fsync(out.fileno())
-    new.replace(file)
+    new = file.with_name(f".{NAME}.{os.getpid()}-{threading.get_ident()}.new")
+    try:
+        with new.open("w", encoding="utf-8") as out:
+            out.write(json.dumps(asdict(stop), indent=1) + "\n")
+            out.flush()
+            os.fsync(out.fileno())
+        _name(new, file)
+    except OSError:
+        file.touch()  # a full disk still takes an empty file, and that is a stop too
+    finally:
+        new.unlink(missing_ok=True)
+    _sync(folder)
+
+
+def _name(new: Path, file: Path) -> None:
+    """Give it its name unless another process was first."""
+    try:
+        os.link(new, file)
+    except FileExistsError:
+        return
+    except OSError:  # no hard links here (some network and FUSE disks)
+        new.replace(file)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def clear(folder: Path) -> None:

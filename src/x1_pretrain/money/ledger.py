@@ -77,7 +77,7 @@ class Ledger:
     def _cut_torn_end(self, descriptor: int) -> tuple[int, int]:
         """Where the next row goes, and the number of the last one."""
         size = os.fstat(descriptor).st_size
-        tail = os.pread(descriptor, TAIL_BYTES, max(0, size - TAIL_BYTES))
+        tail = _tail(descriptor, size)
         whole = tail.rfind(b"\n") + 1
         number = _last_number(tail[:whole])
         torn = len(tail) - whole
@@ -89,7 +89,7 @@ class Ledger:
         return self._write(descriptor, row | {"message": said}, size - torn), number + 1
 
     def _write(self, descriptor: int, row: Row, end: int) -> int:
-        data = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+        data = json.dumps(row, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
         try:
             written = os.pwrite(descriptor, data, end)
             if written != len(data):
@@ -128,6 +128,14 @@ def read_rows(file: Path) -> list[Row]:
             )
         rows.append(row)
     return rows
+
+
+def _tail(descriptor: int, size: int) -> bytes:
+    """The end of the file, with its last whole row in it, however long that is."""
+    length = TAIL_BYTES
+    while (tail := os.pread(descriptor, length, max(0, size - length))).count(b"\n") < 2 and length < size:
+        length *= 2
+    return tail
 
 
 def _last_number(data: bytes) -> int:

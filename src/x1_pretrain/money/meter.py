@@ -1,12 +1,13 @@
 """What one machine has cost so far: its price times the time it was there, never less than was billed.
 
 Time comes from the steady clock while this computer stays up, so that a wall clock that jumps changes
-nothing; between two polls the dearer of the two prices counts.
+nothing; between two polls the dearer of the two prices counts. So it does for a time in which the provider
+stated no price, once it does again.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
 from typing import Any
@@ -24,6 +25,10 @@ class Meter:
     usd: Decimal
     usd_per_hr: Decimal
     at_s: float
+    _said: tuple[Decimal, Decimal, float] = field(init=False)  # the same, when a price was last stated
+
+    def __post_init__(self) -> None:
+        self._said = self.usd, self.usd_per_hr, self.at_s
 
     @classmethod
     def resumed(cls, machine: Rented, rows: list[Row], clock: Clock) -> Meter:
@@ -38,10 +43,14 @@ class Meter:
         meter.count(machine.usd_per_hr, now_s)
         return meter
 
-    def count(self, usd_per_hr: Decimal, now_s: float) -> None:
-        """Up to now, at the dearer of the price then and now."""
+    def count(self, usd_per_hr: Decimal, now_s: float, *, said: bool = True) -> None:
+        """Up to now, at the dearer of the price then and now; `said`: by the provider, just now."""
         self.usd += cost(max(self.usd_per_hr, usd_per_hr), now_s - self.at_s)
         self.usd_per_hr, self.at_s = usd_per_hr, max(self.at_s, now_s)
+        if said:
+            usd, before, since_s = self._said
+            self.usd = max(self.usd, usd + cost(max(before, usd_per_hr), self.at_s - since_s))
+            self._said = self.usd, self.usd_per_hr, self.at_s
 
     def at_least(self, billed_usd: Decimal | None) -> bool:
         """Take over what the provider billed, where it is more; whether it was."""

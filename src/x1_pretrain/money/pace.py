@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from x1_pretrain.config import parse_config, parse_yaml
 from x1_pretrain.errors import UserError
-from x1_pretrain.records.run_folder import is_train, read_jsonl
+from x1_pretrain.records.run_folder import is_number, is_train, read_jsonl
 
 Row = dict[str, Any]
 FEWEST_ROWS = 3  # of one session, the first of which is still warming up
@@ -17,7 +18,7 @@ FEWEST_ROWS = 3  # of one session, the first of which is still warming up
 
 def tokens_per_sec(rows: Sequence[Row]) -> float | None:
     """Of the newest session that is long enough, from its first row to its last."""
-    own = [row for row in rows if is_train(row) and "elapsed_s" in row]
+    own = [row for row in rows if is_train(row) and _has(row, "elapsed_s") and _has(row, "tokens")]
     for _, group in reversed([(k, list(g)) for k, g in groupby(own, key=lambda r: r.get("session"))]):
         if len(group) < FEWEST_ROWS:
             continue
@@ -28,6 +29,11 @@ def tokens_per_sec(rows: Sequence[Row]) -> float | None:
     return None
 
 
+def _has(row: Row, name: str) -> bool:
+    value = row.get(name)
+    return is_number(value) and math.isfinite(value)
+
+
 def left_s(folder: Path, speed: float = 1.0) -> float | None:
     """Seconds that a run folder's run still needs, on a clock of that speed; None while nothing can be
     said."""
@@ -36,7 +42,7 @@ def left_s(folder: Path, speed: float = 1.0) -> float | None:
     total = _total_tokens(folder)
     if rate is None or total is None:
         return None
-    done = max((row.get("tokens", 0) for row in rows), default=0)
+    done = next(row["tokens"] for row in reversed(rows) if _has(row, "tokens"))  # a resume goes back a little
     return max(0.0, (total - done) / rate) * speed
 
 

@@ -112,14 +112,14 @@ class Sidecar:
             billed = self._billed()
         except ProviderError as error:
             self._trouble(error)
-            self.meter.count(max(self.meter.usd_per_hr, floor), self.clock.steady_s())
+            self.meter.count(max(self.meter.usd_per_hr, floor), self.clock.steady_s(), said=False)
             return "estimated"
         self.failures = 0
         self._notice(found)
         price = found.usd_per_hr if found else None
         all_in = (price + self.storage_usd_per_hr) * (1 + self.tax) if price else ZERO
         counted = all_in or max(self.meter.usd_per_hr, floor)  # no price is no news
-        self.meter.count(counted, self.clock.steady_s())
+        self.meter.count(counted, self.clock.steady_s(), said=bool(all_in))
         return "billed" if self.meter.at_least(billed) else "metered"
 
     def _machine(self) -> Machine | None:

@@ -100,17 +100,17 @@ class Fault:
 
     def row(self) -> dict[str, Any]:
         """For people: what was scripted, and how often it happened."""
-        shown = ("kind", "on", "api", "machine", "after_s", "for_s", "times", "fired")
-        return {
-            name: str(value) if isinstance(value, Decimal) else value
-            for name, value in ((name, getattr(self, name)) for name in shown)
-        }
+        shown = ("kind", "on", "api", "machine", "after_s", "for_s", "times")
+        values = {name: getattr(self, name) for name in shown}
+        told = {name: str(value) if isinstance(value, Decimal) else value for name, value in values.items()}
+        return {**told, "fired": max(self.fired, len(self.hit))}
 
 
 def read_fault(raw: object) -> Fault:
     """A fault from its plain fields. A slip is refused, or a test would pass for want of its fault."""
     if not isinstance(raw, Mapping):
         raise UserError(f"fault {raw!r}: expected fields such as {{kind: 429, on: list, times: 3}}")
+    raw = {"on" if name is True else name: value for name, value in raw.items()}  # YAML reads `on` as true
     known = {f.name for f in fields(Fault)} - {"given_s", "fired", "hit"}
     if unknown := sorted(set(map(str, raw)) - known):
         raise UserError(

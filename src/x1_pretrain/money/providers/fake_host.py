@@ -21,34 +21,47 @@ import time
 
 import psutil
 
-PR_SET_CHILD_SUBREAPER = 36
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 TICK_S = 0.05
 
 
 def main(mode: str, command: list[str]) -> int:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    _prctl(PR_SET_CHILD_SUBREAPER, 1)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # only the provider ends it
     script = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_usual_signals
     )
+    try:
+        _stand_over(script, mode)
+    finally:
+        kill_until_none()
+    code = script.wait()
+    return code if code >= 0 else 128 - code
+
+
+def _stand_over(script: subprocess.Popen[bytes], mode: str) -> None:
+    """Until the machine is to end."""
     kill_at_s: float | None = None
-    while True:
-        order = _order()
-        if order is not None and kill_at_s is None:
+    while kill_at_s is None or time.monotonic() < kill_at_s:
+        grace_s = _order()
+        if grace_s is not None and kill_at_s is None:
             end_all(signal.SIGTERM)
-            kill_at_s = time.monotonic() + order
+            kill_at_s = time.monotonic() + grace_s
         over = script.poll() is not None
         _reap(script.pid)
-        ended = over and (mode == "container" or (kill_at_s is not None and not _below()))
-        if ended or order == 0.0 or (kill_at_s is not None and time.monotonic() >= kill_at_s):
-            kill_until_none()
-            code = script.wait()
-            return code if code >= 0 else 128 - code
+        if grace_s == 0.0 or (over and (mode == "container" or (kill_at_s is not None and not _below()))):
+            return
+
+
+def _prctl(option: int, value: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
 def _usual_signals() -> None:
+    """In the script, before it begins: it takes signals, and goes down with a host that is itself killed."""
+    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 
@@ -63,7 +76,15 @@ def _order() -> float | None:
 
 
 def _below() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+    """All that runs under this machine; what ended while we looked is not."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    return found
 
 
 def _reap(keep: int) -> None:
@@ -86,13 +107,7 @@ def end_all(number: int) -> None:
 
 def kill_until_none() -> None:
     """Again and again: what was being forked while we looked is there at the next look."""
-    while True:
-        try:
-            left = _below()
-        except psutil.NoSuchProcess:
-            continue
-        if not left:
-            return
+    while _below():
         end_all(signal.SIGKILL)
         time.sleep(0.005)
 

@@ -170,7 +170,8 @@ class World:
 
     def stated(self, at_s: Decimal) -> datetime:
         """The same moment as this provider's own clock tells it."""
-        skew = next((f.skew_s for f in self.faults if f.kind == "clock_skew" and f.active(self.at_s)), 0)
+        wrong = self.lie("clock_skew", fire=True)
+        skew = wrong.skew_s if wrong else 0
         return self.moment(at_s + skew)
 
     def _coming(self) -> Iterator[Decimal]:

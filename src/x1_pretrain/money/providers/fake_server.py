@@ -16,17 +16,14 @@ from __future__ import annotations
 import base64
 import json
 import signal
-import sys
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from datetime import datetime
 from decimal import Decimal, InvalidOperation
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType, TracebackType
-from typing import Annotated, Any, NamedTuple
-from urllib.parse import parse_qsl, unquote, urlsplit
+from typing import Annotated, Any
 
 import typer
 
@@ -39,17 +36,11 @@ from x1_pretrain.money.providers.fake_catalog import Answer, Call, Prices
 from x1_pretrain.money.providers.fake_faults import ANSWERS, Fault, read_fault, read_faults
 from x1_pretrain.money.providers.fake_machines import Machine, Time, World
 from x1_pretrain.money.providers.fake_processes import Processes
+from x1_pretrain.money.providers.fake_sockets import LATE, Server, Silence
 
-TICK_S = 0.05  # real seconds between two looks at the clock and the processes
+TICK_S = 0.02  # real seconds between two looks at the clock and the processes
 QUOTA = 6000  # requests a virtual minute, as the RateLimit headers of RunPod tell it
-LARGEST_BODY_BYTES = 4_000_000
 KEY = "fake"
-
-
-class Silence(NamedTuple):
-    """No answer: the socket is held for so many real seconds, then closed."""
-
-    hold_s: float
 
 
 class FakeProvider:
@@ -84,7 +75,7 @@ class FakeProvider:
         self._processes = Processes(run_in.resolve(), grace_s, real_s) if run_in else None
         for fault in faults:
             self.world.add(fault if isinstance(fault, Fault) else read_fault(fault))
-        self._server = _Server(("127.0.0.1", port), self)
+        self._server = Server(port, self.answer, self._stated, self.leaving)
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
         # processes are started by one thread that outlives them all
         self._threads = [threading.Thread(target=self._keep), threading.Thread(target=self._serve)]
@@ -109,6 +100,10 @@ class FakeProvider:
             thread.join()
         self.world.advance()
         self._server.server_close()
+
+    def _stated(self) -> datetime:
+        """What this provider's clock says, right or wrong."""
+        return self.world.stated(self.world.at_s)
 
     def _serve(self) -> None:
         self._server.serve_forever(poll_interval=TICK_S)
@@ -179,7 +174,7 @@ class FakeProvider:
             whole = json.dumps(answer.body if answer.body is not None else {"status": "ok"})
             return Answer(200 if answer.status == 204 else answer.status, whole[: len(whole) // 2])
         if fault and kind == "slow":
-            return replace(answer, headers={**answer.headers, "X-Fake-Slow": str(fault.hold_s)})
+            return replace(answer, headers={**answer.headers, LATE: str(fault.hold_s)})
         return answer
 
     def _honest(self, side: ModuleType, root: str, operation: str, call: Call, authorization: str) -> Answer:
@@ -287,86 +282,6 @@ def _truth(machine: Machine) -> dict[str, Any]:
         "running_s": None if machine.running_s is None else str(machine.running_s),
         "gone_s": None if machine.gone_s is None else str(machine.gone_s),
     }
-
-
-# --- sockets --------------------------------------------------------------------------------------
-
-
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 64
-
-    def __init__(self, address: tuple[str, int], provider: FakeProvider) -> None:
-        self.provider = provider
-        super().__init__(address, _Handler)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hangs up in mid-answer is everyday here; anything else is a fault of ours."""
-        if not isinstance(sys.exception(), ConnectionError):
-            super().handle_error(request, client_address)
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: _Server
-    protocol_version = "HTTP/1.1"
-    server_version, sys_version = "x1-fake", ""
-
-    def do_GET(self) -> None:
-        self._handle()
-
-    do_POST = do_DELETE = do_PATCH = do_PUT = do_GET
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: `state` counts requests, and a URL in a log helps nobody."""
-
-    def date_time_string(self, timestamp: float | None = None) -> str:
-        """The Date header goes by the provider's clock, right or wrong."""
-        world = self.server.provider.world
-        moment: datetime = world.stated(world.at_s)
-        return super().date_time_string(moment.timestamp())
-
-    def _handle(self) -> None:
-        url = urlsplit(self.path)
-        length = int(self.headers.get("Content-Length") or 0)
-        raw = self.rfile.read(min(length, LARGEST_BODY_BYTES))
-        try:
-            body = json.loads(raw) if raw else None
-        except ValueError:
-            body = None  # which no route takes for what it needs
-        root, parts = _below_root([unquote(part) for part in url.path.split("/") if part])
-        if not root:
-            return self._send(Answer(404, {"error": "there are /api/v1, /v2, /graphql and /fake"}))
-        call = Call(self.command, parts, dict(parse_qsl(url.query)), body)
-        answer = self.server.provider.answer(root, call, self.headers.get("Authorization", ""))
-        if isinstance(answer, Silence):
-            self.server.provider.leaving.wait(answer.hold_s)
-            self.close_connection = True
-            return None
-        return self._send(answer)
-
-    def _send(self, answer: Answer) -> None:
-        headers = dict(answer.headers)
-        self.server.provider.leaving.wait(float(headers.pop("X-Fake-Slow", 0)))
-        text = answer.body if isinstance(answer.body, str) else json.dumps(answer.body)
-        data = b"" if answer.body is None else text.encode()
-        self.send_response(answer.status)
-        if data:
-            headers["Content-Type"] = answer.content_type
-        if answer.status != 204:
-            headers["Content-Length"] = str(len(data))
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(data)
-
-
-def _below_root(parts: list[str]) -> tuple[str, tuple[str, ...]]:
-    """Which API a path is of, and what of it: instances/abc."""
-    for root in ("api/v1", "v2", "graphql", "fake"):
-        depth = root.count("/") + 1
-        if "/".join(parts[:depth]) == root:
-            return root, tuple(parts[depth:])
-    return "", ()
 
 
 # --- the command ----------------------------------------------------------------------------------
