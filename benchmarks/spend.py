@@ -100,11 +100,14 @@ class Guards:
 
     def __post_init__(self) -> None:
         self.since_s, self.spent_usd = np.zeros(self.runs), np.zeros(self.runs)
-        self.restart(np.ones(self.runs, dtype=bool), 0.0, create=True)
+        self.restart(np.ones(self.runs, dtype=bool), 0.0)
 
-    def restart(self, which: Flags, now_s: float, *, create: bool = False) -> None:
-        """A new process: only what was spent is remembered, by the ledger."""
-        for name in ("at_s", "usd_per_hr", "projected_usd", "hour_at_s", "drift_since_s"):
+    def restart(self, which: Flags, now_s: float, shown_at_s: Floats | None = None) -> None:
+        """A new process: only what was spent is remembered, and when that was known, by the ledger."""
+        create = shown_at_s is None
+        known_s = np.nan if create else np.minimum(np.maximum(self.at_s, now_s - HOUR_S), shown_at_s)
+        self.at_s = np.where(which, known_s, 0.0 if create else self.at_s)
+        for name in ("usd_per_hr", "projected_usd", "hour_at_s", "drift_since_s"):
             setattr(self, name, np.where(which, np.nan, 0.0 if create else getattr(self, name)))
         for name in ("hour_from_usd", "hour_usd", "breaches"):
             setattr(self, name, np.where(which, 0.0, 0.0 if create else getattr(self, name)))
@@ -291,7 +294,7 @@ class World:
         """Trainers that run read when a reading is due, and before a checkpoint; then all of them decide."""
         going = going & (self.ended == "")
         starts = going & (now_s == self.back_s) & (now_s > 0)
-        self.guards.restart(starts, now_s)
+        self.guards.restart(starts, now_s, self.file.at_s)
         here = going & (now_s >= self.back_s)
         old = now_s - self.file.at_s > self.limits.stale_s
         self._end(starts & old, "refused", saved=True)

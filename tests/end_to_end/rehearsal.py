@@ -109,7 +109,7 @@ class Rehearsal:
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 words = process.cmdline()
-                if f"x1_pretrain.{module}" in words and str(self.run) in words:
+                if words[1:3] == ["-m", f"x1_pretrain.{module}"] and str(self.run) in words:
                     found.append(process)
         return found
 
@@ -122,17 +122,18 @@ class Rehearsal:
         return False
 
     def harass(
-        self, launched: subprocess.Popen[str], seed: int, pause_s: float, modules: list[str]
+        self, launched: subprocess.Popen[str], seed: int, modules: list[str], kills: int = 6
     ) -> list[str]:
-        """kill -9 random processes at random moments until the launch ends or the run is nearly done."""
-        dice, killed = random.Random(seed), []
-        while launched.poll() is None and not (self.run / "termination.json").exists():
-            time.sleep(dice.uniform(0.5, 1.5) * pause_s)
+        """kill -9 random processes at random moments of a training that gets on between two of them."""
+        dice, killed, reached = random.Random(seed), list[str](), 0
+        while launched.poll() is None and len(killed) < kills:
+            time.sleep(0.02)
+            if self.step() < reached + dice.randint(30, 300):
+                continue
             module = dice.choice(modules)
             if self.kill(module):
                 killed.append(module)
-            if len(killed) >= 6:
-                break
+                reached = self.step()
         return killed
 
 

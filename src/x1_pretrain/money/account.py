@@ -63,9 +63,9 @@ def account(rows: Iterable[Row]) -> Account:
             _take(found, row)
         except (KeyError, TypeError, ValueError, ArithmeticError) as error:
             raise LedgerError(
-                f"ledger row {row.get('seq', '?')} ({row['event']}): a field is missing or damaged ({error!r}),"
-                " and sums without it would be wrong. Put it right from a copy, or remove the row, and run "
-                "`x1 reconcile`"
+                f"ledger row {row.get('seq', '?')} ({row['event']}): a field is missing or damaged "
+                f"({error!r}), and sums without it would be wrong. Put it right from a copy, or remove the "
+                "row, and run `x1 reconcile`"
             ) from None
     return found
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,12 +14,13 @@ from rich.console import Console
 from rich.table import Table
 
 from x1_pretrain.command import run as run_app
-from x1_pretrain.errors import FINISHED, UserError
+from x1_pretrain.errors import BUDGET_CHECKPOINTED, FINISHED, UserError
 from x1_pretrain.money import latch
-from x1_pretrain.money.account import Account, account
-from x1_pretrain.money.clock import Clock, stamp
+from x1_pretrain.money.account import Account, Rented, account
+from x1_pretrain.money.clock import Clock, parse_stamp, stamp
 from x1_pretrain.money.guard import dollars
 from x1_pretrain.money.ledger import NAME, Ledger, Row
+from x1_pretrain.money.picture import amounts
 from x1_pretrain.records.run_folder import is_number, read_jsonl
 
 app = typer.Typer(
@@ -27,7 +30,7 @@ app = typer.Typer(
     no_args_is_help=True,
     help="What a run has cost, and a person's word to its guard.",
 )
-RunArgument = Annotated[Path, typer.Argument(help="the run folder")]
+RunArgument = Annotated[Path, typer.Argument(help="the run: its folder, or its name under runs/")]
 SHOWN = (
     "gate",
     "intent",
@@ -48,11 +51,14 @@ SHOWN = (
 )
 
 
-def opened(run: Path) -> tuple[Ledger, list[Row]]:
-    if not (run / NAME).exists():
-        raise UserError(f"{run}: no {NAME} in it: this run has no ceiling, or this is not its folder")
-    ledger = Ledger(run / NAME, Clock.from_environment())
-    return ledger, ledger.rows()
+def opened(run: Path) -> tuple[Path, Ledger, list[Row]]:
+    """The run's folder, and what is written in its ledger."""
+    folder = next((f for f in (run, Path("runs") / run) if (f / NAME).is_file()), None)
+    if folder is None:
+        why = f"no {NAME} in it: this run has no ceiling, or this is not its folder"
+        raise UserError(f"{run}: {why if run.is_dir() else 'no such run folder, and none under runs/'}")
+    ledger = Ledger(folder / NAME, Clock.from_environment())
+    return folder, ledger, ledger.rows()
 
 
 @app.command()
@@ -63,27 +69,42 @@ def show(
     ] = None,
 ) -> int:
     """The table of what happened to its money, and a picture."""
-    ledger, rows = opened(run)
+    folder, ledger, rows = opened(run)
     known, now = account(rows), ledger.clock.now()
-    say = Console(highlight=False, soft_wrap=True).print
-    say(_machines(known, now))
-    say(_events(rows))
-    for line in summary(run, rows, known, now):
+    console = Console(highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        console.width = 200  # a file or a pipe has no width to fit
+    for table in (_machines(known, now), _events(rows)):
+        if table.row_count:
+            console.print(table)
+            print()
+    for line in summary(folder, rows, known, now):
         print(line)
-    from x1_pretrain.money.picture import draw
-
-    file = picture or run / "budget.png"
-    if draw(run.name, rows, known.ceiling_usd, file):
-        print(f"picture: {file}")
+    _draw(folder, rows, known, picture or folder / "budget.png")
     return FINISHED
 
 
-def _machines(known: Account, now: Any) -> Table:
+def _draw(folder: Path, rows: list[Row], known: Account, file: Path) -> None:
+    from x1_pretrain.money.picture import draw
+
+    try:
+        drawn = draw(folder.resolve().name, rows, known.ceiling_usd, file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--picture {file}: can't be written ({error}); name a .png, .svg or .pdf") from None
+    print(f"picture: {file}" if drawn else "no picture: nobody has said yet what it costs")
+
+
+def cost(machine: Rented, now: datetime) -> Decimal:
+    """Until its end, or until now where it still bills; this computer's own up to its last poll."""
+    return machine.spent_by(now) if machine.open or machine.ended else machine.spent_usd
+
+
+def _machines(known: Account, now: datetime) -> Table:
     table = Table("machine", "provider", "since", "until", "$/h", "cost", box=None, pad_edge=False)
     for m in known.machines:
         until = stamp(m.ended) if m.ended else ("still open" if m.open else "-")
-        cost = dollars(m.spent_by(now) if m.open else m.spent_usd)
-        table.add_row(m.machine_id or m.tag, m.provider, stamp(m.since), until, f"{m.usd_per_hr:.2f}", cost)
+        name, rate, usd = m.machine_id or m.tag, f"{m.usd_per_hr:.2f}", dollars(cost(m, now))
+        table.add_row(name, m.provider, stamp(m.since), until, rate, usd)
     return table
 
 
@@ -103,9 +124,9 @@ def _delivery(due: Row, rows: list[Row]) -> str:
     return ", ".join(f"{channel}: {result}" for channel, result in ways.items()) or "not delivered yet"
 
 
-def summary(run: Path, rows: list[Row], known: Account, now: Any) -> list[str]:
+def summary(run: Path, rows: list[Row], known: Account, now: datetime) -> list[str]:
     """Dollars, dollars per billion tokens, dollars per hundredth of a nat."""
-    spent = known.known_usd if not known.open_machines() else max(known.known_usd, known.spent_by(now))
+    spent = max(known.known_usd, sum((cost(m, now) for m in known.machines), known.adjusted_usd))
     of = f" of {dollars(known.ceiling_usd)}" if known.ceiling_usd is not None else ""
     projected = next((r["projected_usd"] for r in reversed(rows) if r.get("projected_usd")), None)
     more = f", projected {dollars(Decimal(projected))}" if projected else ""
@@ -143,18 +164,15 @@ def per_hundredth_nat(metrics: list[dict[str, Any]], rows: list[Row]) -> str | N
 
 def spent_at(rows: list[Row], time_utc: str) -> Decimal | None:
     """By the ledger at that time, between two polls in proportion."""
-    polls = [(r["time_utc"], Decimal(r["spent_usd"])) for r in rows if r["event"] == "poll"]
-    before = [p for p in polls if p[0] <= time_utc]
-    after = [p for p in polls if p[0] > time_utc]
+    said, at = amounts(rows), parse_stamp(time_utc)
+    before = [p for p in said if p[0] <= at]
+    after = [p for p in said if p[0] > at]
     if not before:
         return after[0][1] if after else None
     if not after:
         return before[-1][1]
-    from x1_pretrain.money.clock import parse_stamp
-
-    first, last, at = parse_stamp(before[-1][0]), parse_stamp(after[0][0]), parse_stamp(time_utc)
-    share = Decimal(repr((at - first) / (last - first)))
-    return before[-1][1] + share * (after[0][1] - before[-1][1])
+    (first, begun), (last, ended) = before[-1], after[0]
+    return begun + Decimal(repr((at - first) / (last - first))) * (ended - begun)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -168,22 +186,30 @@ def _who() -> str:
 @app.command("continue")
 def go_on(run: RunArgument) -> int:
     """Agree to what it costs an hour now; the ceiling still holds."""
-    ledger, _ = opened(run)
-    if stop := latch.read(run):
+    folder, ledger, _ = opened(run)
+    if stop := latch.read(folder):
         raise UserError(
-            f"{run}: it was stopped already ({stop.reason}); start it again with --raise-ceiling-to USD"
+            f"{folder}: it was stopped already ({stop.reason}); start it again with --raise-ceiling-to USD"
         )
     ledger.append("answer", f"{_who()} agreed to go on", answer="continue")
-    print(f"{run}: noted; its guard reads this within a second")
+    print(f"{folder}: noted; the guard of a running trainer reads this within a second")
     return FINISHED
 
 
 @app.command()
 def stop(run: RunArgument) -> int:
     """Save a checkpoint and stop; the run resumes only with --raise-ceiling-to."""
-    ledger, _ = opened(run)
-    ledger.append("answer", f"{_who()} decided to stop", answer="stop")
-    print(f"{run}: noted; its guard reads this within a second, then it saves and leaves with exit code 76")
+    folder, ledger, rows = opened(run)
+    if earlier := latch.read(folder):
+        print(f"{folder}: it was stopped already ({earlier.reason})")
+        return FINISHED
+    known, said = account(rows), f"{_who()} decided to stop"
+    ceiling = None if known.ceiling_usd is None else f"{known.ceiling_usd:.2f}"
+    now, spent = stamp(ledger.clock.now()), f"{known.known_usd:.2f}"
+    # the latch first: it also holds where no trainer runs just now that could read the answer
+    latch.write(folder, latch.Stop(said, "person", BUDGET_CHECKPOINTED, now, spent, ceiling))
+    ledger.append("answer", said, answer="stop")
+    print(f"{folder}: stopped; a running trainer saves and leaves with exit code 76, none starts again")
     return FINISHED
 
 
@@ -194,13 +220,15 @@ def correct(
     why: Annotated[str, typer.Option(help="how you know: the provider's bill")],
 ) -> int:
     """Put a wrong amount right; the guard otherwise never believes a lower one."""
-    ledger, rows = opened(run)
+    if not math.isfinite(spent_usd):
+        raise UserError(f"--spent-usd {spent_usd}: expected dollars, such as 14.20")
+    folder, ledger, rows = opened(run)
     known, amount = account(rows), Decimal(str(spent_usd))
     before, counted = known.known_usd, known.spent_by(ledger.clock.now()) - known.adjusted_usd
     ledger.append(
         "correction", f"{_who()}: {why}", spent_usd=amount, before_usd=before, adjusted_usd=amount - counted
     )
-    print(f"{run}: {dollars(before)} -> {dollars(amount)}; from the next start on")
+    print(f"{folder}: {dollars(before)} -> {dollars(amount)}; the trainer counts so from its next start on")
     return FINISHED
 
 

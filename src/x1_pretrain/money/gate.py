@@ -1,16 +1,19 @@
 """The sentence that prices a run before anything is billed, and the reasons to refuse it. Pure.
 
+Each amount is rounded up to the cent before it is added, so that what is printed adds up.
+
 Hours come from measured tokens a second where there are any, else from a GPU's peak and an assumed share of
 it, and then the sentence says so. What is not known (hours, price) is a reason to refuse a launch.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from decimal import ROUND_UP, Decimal
 from typing import Any
 
-from x1_pretrain.money.guard import ZERO, dollars
+from x1_pretrain.money.guard import ZERO
 
 ASSUMED_MFU = 0.35  # small models on one A100 or H100 were seen at 0.35 to 0.45 (PaLM convention)
 SETUP_H = Decimal("0.5")  # a bare machine to its first step: drivers, torch, data
@@ -43,14 +46,14 @@ class Work:
 
     @property
     def hours(self) -> Decimal | None:
-        if self.tokens_per_sec is None or self.tokens_per_sec <= 0:
+        if self.tokens_per_sec is None or not 0 < self.tokens_per_sec < math.inf:
             return None
         return Decimal(repr(self.tokens / self.tokens_per_sec)) / 3600
 
 
 @dataclass(frozen=True)
 class Quote:
-    """A run, priced. `spent_usd`: what it has cost before."""
+    """A run, priced, in whole cents. `spent_usd`: what it has cost before."""
 
     price: Price
     work: Work
@@ -59,22 +62,31 @@ class Quote:
     spent_usd: Decimal = ZERO
 
     @property
+    def hours(self) -> Decimal:
+        """From the first to the last hour that is paid."""
+        return (self.work.hours or ZERO) + self.reserve_h
+
+    @property
     def compute_usd(self) -> Decimal:
-        return self.price.usd_per_hr * (self.work.hours or ZERO)
+        return cents(self.price.usd_per_hr * (self.work.hours or ZERO))
 
     @property
     def disk_usd(self) -> Decimal:
-        return self.price.storage_usd_per_hr * ((self.work.hours or ZERO) + self.reserve_h)
+        return cents(self.price.storage_usd_per_hr * self.hours)
 
     @property
     def reserve_usd(self) -> Decimal:
-        """Tax on everything, and the hours that are paid but not trained."""
-        idle = self.price.usd_per_hr * self.reserve_h
-        return idle + self.price.tax * (self.compute_usd + self.disk_usd + idle)
+        """The hours that are paid but not trained, and tax on everything."""
+        tax = self.price.tax * (self.price.usd_per_hr + self.price.storage_usd_per_hr) * self.hours
+        return cents(self.price.usd_per_hr * self.reserve_h + tax)
+
+    @property
+    def before_usd(self) -> Decimal:
+        return cents(self.spent_usd)
 
     @property
     def total_usd(self) -> Decimal:
-        return self.spent_usd + self.compute_usd + self.disk_usd + self.reserve_usd
+        return self.before_usd + self.compute_usd + self.disk_usd + self.reserve_usd
 
     @property
     def buffer_usd(self) -> Decimal:
@@ -87,11 +99,11 @@ class Quote:
             "hours": None if self.work.hours is None else round(self.work.hours, 3),
             "tokens": self.work.tokens,
             "basis": self.work.basis,
-            "compute_usd": round(self.compute_usd, 4),
-            "disk_usd": round(self.disk_usd, 4),
-            "reserve_usd": round(self.reserve_usd, 4),
-            "before_usd": round(self.spent_usd, 4),
-            "total_usd": round(self.total_usd, 4),
+            "compute_usd": self.compute_usd,
+            "disk_usd": self.disk_usd,
+            "reserve_usd": self.reserve_usd,
+            "before_usd": self.before_usd,
+            "total_usd": self.total_usd,
             "ceiling_usd": self.ceiling_usd,
         }
 
@@ -107,24 +119,22 @@ def assumed_rate(peak_flops_per_sec: float | None, palm_flops: float, gpus: int)
 
 
 def sentence(quote: Quote, verb: str = "start") -> str:
-    """The price of a run in one sentence; each amount rounded up to the cent."""
-    price, work = quote.price, quote.work
-    tax = " incl. tax" if price.tax else ""
-    before = f"{_up(quote.spent_usd)} spent before + " if quote.spent_usd else ""
+    """The price of a run in one sentence."""
+    price, work, ceiling = quote.price, quote.work, exact(quote.ceiling_usd)
+    begin = f"This will {verb} {price.what} on {price.where} at {exact(price.usd_per_hr)}/h ({price.known})"
     if work.hours is None:
         return (
-            f"This will {verb} {price.what} on {price.where} at {dollars(price.usd_per_hr)}/h ({price.known})"
-            f" for {billions(work.tokens)} tokens in hours not known yet ({work.basis}); "
-            f"{dollars(quote.spent_usd)} of your {dollars(quote.ceiling_usd)} ceiling spent before."
+            f"{begin} for {billions(work.tokens)} tokens in hours not known yet ({work.basis}); "
+            f"{exact(quote.before_usd)} of your {ceiling} ceiling spent before."
         )
-    room = (
-        f"{_down(quote.buffer_usd)} buffer" if quote.buffer_usd >= 0 else f"{_up(-quote.buffer_usd)} too much"
-    )
+    tax = "tax/" if price.tax else ""
+    before = f" + {exact(quote.before_usd)} spent before" if quote.before_usd else ""
+    buffer = quote.buffer_usd
+    room = f"{exact(buffer)} buffer" if buffer >= 0 else f"{exact(-buffer)} too much"
     return (
-        f"This will {verb} {price.what} on {price.where} at {dollars(price.usd_per_hr)}/h ({price.known}), "
-        f"run about {_long(work.hours)} for {billions(work.tokens)} tokens ({work.basis}) = "
-        f"{_up(quote.compute_usd)}, + disk {_up(quote.disk_usd)} + reserve{tax} {_up(quote.reserve_usd)} = "
-        f"{before}{_up(quote.total_usd)} of your {dollars(quote.ceiling_usd)} ceiling; {room}."
+        f"{begin}, run about {_long(work.hours)} for {billions(work.tokens)} tokens ({work.basis}) = "
+        f"{exact(quote.compute_usd)}, + disk {exact(quote.disk_usd)} + {tax}reserve "
+        f"{exact(quote.reserve_usd)}{before} = {exact(quote.total_usd)} of your {ceiling} ceiling; {room}."
     )
 
 
@@ -133,12 +143,12 @@ def broken(quote: Quote, max_usd_per_hr: Decimal | None) -> list[str]:
     found = []
     if max_usd_per_hr is not None and quote.price.usd_per_hr > max_usd_per_hr:
         found.append(
-            f"the price: {dollars(quote.price.usd_per_hr)}/h is above --max-price "
-            f"{dollars(max_usd_per_hr)}/h (--wait 4h looks again for so long)"
+            f"the price: {exact(quote.price.usd_per_hr)}/h is above --max-price "
+            f"{exact(max_usd_per_hr)}/h (--wait 4h looks again for so long)"
         )
     if quote.buffer_usd < 0:
         found.append(
-            f"the total: {_up(quote.total_usd)} is above the ceiling of {dollars(quote.ceiling_usd)}"
+            f"the total: {exact(quote.total_usd)} is above the ceiling of {exact(quote.ceiling_usd)}"
             f"{_what_fits(quote)}"
         )
     return found
@@ -153,21 +163,27 @@ def _what_fits(quote: Quote) -> str:
     if not quote.work.hours or quote.buffer_usd >= 0:
         return ""
     hourly = quote.price.all_in_usd_per_hr
-    fixed = quote.spent_usd + hourly * quote.reserve_h
-    hours = (quote.ceiling_usd - fixed) / hourly if hourly else ZERO
+    room_usd = quote.ceiling_usd - quote.before_usd - 3 * CENT  # the three other amounts are rounded up
+    hours = room_usd / hourly - quote.reserve_h if hourly else ZERO
     if hours <= 0:
         return "; not even the reserve fits"
     tokens = int(hours / quote.work.hours * quote.work.tokens)
-    return f"; it pays for about {billions(tokens)} tokens"
+    unit = next(u for u in (10**8, 10**4, 1) if tokens >= u or u == 1)  # as `billions` shows it, rounded down
+    return f"; it pays for {billions(tokens - tokens % unit)} tokens"
 
 
 def billions(tokens: int) -> str:
+    if tokens < 10**4:
+        return f"{tokens:,}"
     return f"{tokens / 1e9:.1f} B" if tokens >= 10**8 else f"{tokens / 1e6:.2f} M"
 
 
-def _up(amount: Decimal) -> str:
-    return dollars(amount.quantize(CENT, rounding=ROUND_UP))
+def cents(amount: Decimal) -> Decimal:
+    """Up to the next whole cent."""
+    return amount.quantize(CENT, rounding=ROUND_UP)
 
 
-def _down(amount: Decimal) -> str:
-    return dollars(amount.quantize(CENT, rounding="ROUND_DOWN"))
+def exact(amount: Decimal) -> str:
+    """$1.19, and $0.345 where the price is finer than a cent."""
+    whole, _, part = f"{amount:,.4f}".rstrip("0").partition(".")
+    return f"${whole}.{part:0<2}"

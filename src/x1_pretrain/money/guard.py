@@ -143,6 +143,14 @@ def decide(
     return Decision(action, reason, _notices(at, action, reason), spent, projected, age_s, memory)
 
 
+def relaunched(now_s: float, spent_usd: Decimal, gap_s: float | None, reading_at_s: float) -> Memory:
+    """What a new process knows from the ledger: so much was known to be spent `gap_s` ago. Up to an hour of
+    that time counts; longer than that, the machine was surely away."""
+    if gap_s is None:
+        return Memory(now_s, spent_usd)
+    return Memory(now_s, spent_usd, at_s=min(now_s - min(gap_s, HOUR_S), reading_at_s))
+
+
 def _remembered(memory: Memory, reading: Reading | None, limits: Limits, now_s: float) -> Memory:
     """What is known after a reading: never less than before, never slower than its own rate says."""
     if reading is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -30,8 +29,8 @@ def tokens_per_sec(rows: Sequence[Row]) -> float | None:
 
 
 def _has(row: Row, name: str) -> bool:
-    value = row.get(name)
-    return is_number(value) and math.isfinite(value)
+    value: Any = row.get(name)
+    return is_number(value) and -1e18 < value < 1e18  # neither NaN nor infinite
 
 
 def left_s(folder: Path, speed: float = 1.0) -> float | None:
@@ -43,7 +42,7 @@ def left_s(folder: Path, speed: float = 1.0) -> float | None:
     if rate is None or total is None:
         return None
     done = next(row["tokens"] for row in reversed(rows) if _has(row, "tokens"))  # a resume goes back a little
-    return max(0.0, (total - done) / rate) * speed
+    return max(0.0, float(total - done) / rate) * speed
 
 
 def _total_tokens(folder: Path) -> int | None:

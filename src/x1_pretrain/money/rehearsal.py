@@ -6,19 +6,20 @@ nothing of the run is touched.
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from decimal import Decimal
+from decimal import ROUND_DOWN, Decimal
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from x1_pretrain.config import RunConfig
+from x1_pretrain.config import BudgetConfig, RunConfig
 from x1_pretrain.errors import FINISHED, REFUSED, UserError
 from x1_pretrain.money import budget_file, guard, latch
 from x1_pretrain.money.budget_file import Address, BudgetFile, NoReadingError
@@ -29,6 +30,7 @@ from x1_pretrain.money.notify import Notifier, addresses
 from x1_pretrain.money.trainer_guard import limits_from
 
 MINUTE_S = 60.0
+STEPS = 20  # decisions in a branch
 
 
 @dataclass(frozen=True)
@@ -43,54 +45,91 @@ class Branch:
     answer: Any = None
 
 
+def pace(budget: BudgetConfig) -> Decimal:
+    """A made-up price, low enough that the ceiling lasts longer than the longest wait that is played."""
+    longest_s = max(budget.warmup_s, budget.answer_s, budget.stop_after_s, budget.alert_after_s)
+    hours = math.ceil(4 * budget.drift * (1 + longest_s / guard.HOUR_S))
+    # in whole millionths, as budget.json holds it: rounded, it would be dearer than agreed
+    return (Decimal(str(budget.cap_usd)) / max(35, hours)).quantize(Decimal("1e-6"), rounding=ROUND_DOWN)
+
+
 def branches(limits: Limits) -> list[Branch]:
     """All that can happen to a run's money, at this run's own limits."""
-    cap, rate = limits.ceiling_usd, Decimal(1)
-    half, warn = cap / 2, (limits.warn_usd + cap) / 2 if limits.warn_usd < cap else cap
-    warm = limits.warmup_s / MINUTE_S + 1
-    calm = {"spent_usd": half, "rate_usd_per_hr": rate, "projected_total_usd": half}
+    return _by_amount(limits) + _by_rate(limits) + _by_silence(limits)
+
+
+def _calm(limits: Limits) -> dict[str, Any]:
+    half = limits.ceiling_usd / 2
+    return {"spent_usd": half, "rate_usd_per_hr": limits.gate_usd_per_hr, "projected_total_usd": half}
+
+
+def _close(limits: Limits) -> Decimal:
+    """Spent, when there is only a minute more than saving and ending the machine take."""
+    return limits.ceiling_usd - guard.cost(limits.gate_usd_per_hr, limits.save_s + limits.end_s + MINUTE_S)
+
+
+def _by_amount(limits: Limits) -> list[Branch]:
+    """What was spent, and what will be."""
+    cap, calm = limits.ceiling_usd, _calm(limits)
     over = calm | {"projected_total_usd": cap * 2}
-    dear = calm | {"rate_usd_per_hr": rate * limits.drift * Decimal("1.1")}
-    wait = limits.answer_s / MINUTE_S
-    stale, quiet = limits.stale_s / MINUTE_S, limits.quiet_s / MINUTE_S
+    above = calm | {"spent_usd": cap + limits.gate_usd_per_hr}
+    warm = limits.warmup_s / MINUTE_S
+    once, twice = ((0, calm), (warm + 1, over)), ((0, calm), (warm + 1, over), (warm + 6, over))
+    found = [
+        Branch("all is well", ((0, calm),), 0, Action.GO),
+        Branch("projected above the ceiling, once", once, warm + 1, Action.GO, "projection"),
+        Branch("projected above it, twice", twice, warm + 6, Action.SAVE_AND_STOP, "stop"),
+        Branch("spent above the ceiling", ((0, above),), 0, Action.STOP_NOW, "stop"),
+        Branch("a lower reading lowers nothing", ((0, above), (1, calm)), 1, Action.STOP_NOW, "stop"),
+    ]
+    if warm > 0:
+        early = ((0, over), (warm / 3, over), (warm / 2, over))
+        found.append(Branch("projected above it while warming up", early, warm / 2, Action.GO))
+    if limits.warn_usd < _close(limits):
+        warned = calm | {"spent_usd": (limits.warn_usd + _close(limits)) / 2}
+        found.insert(1, Branch("spent above the warning", ((0, warned),), 0, Action.GO, "warn"))
+    return found
+
+
+def _by_rate(limits: Limits) -> list[Branch]:
+    """Dearer an hour than agreed, and a person's word."""
+    calm, late = _calm(limits), limits.answer_s / MINUTE_S + 1
+    dear = calm | {"rate_usd_per_hr": limits.gate_usd_per_hr * limits.drift * Decimal("1.1")}
     default = Action.SAVE_AND_STOP if limits.no_answer == "stop" else Action.GO
-    steady = tuple((m, dear) for m in _every(5, wait + 2))
+    still = ((0, dear), (late, dear))
     return [
-        Branch("all is well", ((0, calm),), 1, Action.GO),
-        Branch("spent above the warning", ((0, calm | {"spent_usd": limits.warn_usd + (cap - warn) / 4}),),
-               0, Action.GO, "warn"),
-        Branch("projected above the ceiling, once", ((0, calm), (warm, over)), warm, Action.GO, "projection"),
-        Branch("projected above it, twice", ((0, calm), (warm, over), (warm + 5, over)), warm + 5,
-               Action.SAVE_AND_STOP, "stop"),
-        Branch("projected above it while warming up", ((0, over), (1, over), (2, over)), 2,
-               Action.SAVE_AND_STOP if limits.warmup_s <= 2 * MINUTE_S else Action.GO),
-        Branch("spent above the ceiling", ((0, calm | {"spent_usd": cap + 1}),), 0, Action.STOP_NOW, "stop"),
-        Branch("dearer an hour than agreed", ((0, dear),), 1, Action.GO, "drift"),
-        Branch(f"dearer, no answer ({limits.no_answer})", steady, wait + 1, default, "drift"),
-        Branch("dearer, a person says continue", steady, wait + 1, Action.GO, None, "continue"),
-        Branch("a person says stop", ((0, calm),), 1, Action.SAVE_AND_STOP, "stop", "stop"),
-        Branch("no reading, not yet long", ((0, calm),), quiet + 1, Action.GO, "quiet"),
-        Branch("no reading for too long", ((0, calm),), stale + 1, Action.SAVE_AND_STOP, "stop"),
-        Branch("no reading close to the ceiling", ((0, calm | {"spent_usd": cap - Decimal("0.11")}),), 5,
-               Action.SAVE_AND_STOP, "stop"),
-        Branch("rate 0: counted at the agreed rate",
-               ((0, calm | {"rate_usd_per_hr": 0, "spent_usd": cap - Decimal("0.11")}),), 5,
-               Action.SAVE_AND_STOP, "stop"),
-        Branch("a lower reading lowers nothing", ((0, calm | {"spent_usd": cap + 1}), (1, calm)), 1,
-               Action.STOP_NOW, "stop"),
-    ]  # fmt: skip
+        Branch("dearer an hour than agreed", ((0, dear),), 0, Action.GO, "drift"),
+        Branch(f"dearer, no answer ({limits.no_answer})", still, late, default, "drift"),
+        Branch("dearer, a person says continue", still, late, Action.GO, None, "continue"),
+        Branch("a person says stop", ((0, calm),), 0, Action.SAVE_AND_STOP, "stop", "stop"),
+    ]
 
 
-def _every(minutes: float, until: float) -> list[float]:
-    return [i * minutes for i in range(int(until / minutes) + 1)]
+def _by_silence(limits: Limits) -> list[Branch]:
+    """Nobody says what is spent: counting on."""
+    calm, stop = _calm(limits), Action.SAVE_AND_STOP
+    stale, quiet = limits.stale_s / MINUTE_S, limits.quiet_s / MINUTE_S
+    near = calm | {"spent_usd": _close(limits)}
+    free = near | {"rate_usd_per_hr": 0}
+    found = [
+        Branch("no reading for too long", ((0, calm),), stale + 1, stop, "stop"),
+        Branch("no reading close to the ceiling", ((0, near),), 2, stop, "stop"),
+        Branch("rate 0: counted at the agreed rate", ((0, free),), 2, stop, "stop"),
+    ]
+    if quiet < stale:
+        found.insert(
+            0, Branch("no reading, not yet long", ((0, calm),), (quiet + stale) / 2, Action.GO, "quiet")
+        )
+    return found
 
 
 def play(branch: Branch, limits: Limits, folder: Path, clock: Clock) -> Decision:
-    """Minute by minute, each reading through a real file."""
+    """Step by step, each reading through a real file."""
     file, start = folder / "budget.json", clock.now()
     memory, decision = Memory(0.0), None
     readings = dict(branch.readings)
-    moments = sorted({*readings, *(float(m) for m in range(int(branch.until_min) + 1)), branch.until_min})
+    steps = (branch.until_min * i / STEPS for i in range(STEPS + 1))
+    moments = sorted({*readings, *steps})
     for minute in moments:
         reading = None
         if minute in readings:
@@ -100,8 +139,7 @@ def play(branch: Branch, limits: Limits, folder: Path, clock: Clock) -> Decision
             reading = Reading(
                 seen.spent_usd, seen.rate_usd_per_hr, seen.projected_total_usd, minute * MINUTE_S
             )
-        answer = branch.answer if minute == moments[-1] or branch.answer == "continue" else None
-        decision = guard.decide(reading, limits, minute * MINUTE_S, memory, answer=answer)
+        decision = guard.decide(reading, limits, minute * MINUTE_S, memory, answer=branch.answer)
         memory = decision.memory
     assert decision is not None
     return decision
@@ -117,7 +155,8 @@ def _file(fields: dict[str, Any], now: Any) -> BudgetFile:
     )
 
 
-DAMAGED: tuple[tuple[str, bytes], ...] = (
+DAMAGED: tuple[tuple[str, bytes | None], ...] = (
+    ("not there", None),
     ("half a file", b'{"spent_usd": 14.2, "rate_usd'),
     ("an empty file", b""),
     ("NaN", b'{"spent_usd": NaN, "last_update_utc": "%s"}'),
@@ -132,28 +171,33 @@ def refused_files(folder: Path, clock: Clock) -> list[tuple[str, str, bool]]:
     """Each kind of damage: what the reader says of it, and whether it refused it."""
     file, now, found = folder / "damaged.json", clock.now(), []
     for name, text in DAMAGED:
-        file.write_bytes(text.replace(b"%s", stamp(now).encode()))
+        file.unlink(missing_ok=True)
+        if text is not None:
+            file.write_bytes(text.replace(b"%s", stamp(now).encode()))
         try:
             budget_file.parse(Address(str(file)).fetch(), now)
             found.append((name, "taken for a reading", False))
         except NoReadingError as error:
-            found.append((name, str(error), True))
+            found.append((name, str(error).removeprefix(f"{file}: "), True))
     return found
 
 
 def latch_holds(folder: Path) -> bool:
-    """A written STOP.json is found again."""
+    """A written STOP.json is found again, also when it is damaged, and refuses."""
     latch.write(folder, latch.Stop("rehearsal", "guard", 76, stamp(Clock().now())))
-    return latch.read(folder) is not None
+    whole = latch.read(folder)
+    (folder / latch.NAME).write_text("{")
+    stops = [whole, latch.read(folder)]
+    return all(s is not None and latch.refusal(folder, s).exit_code == REFUSED for s in stops)
 
 
 def rehearse(config: RunConfig, say: Callable[[Any], None] | None = None) -> int:
     """Play all, send for real, print the table; 0 if everything came out as it must."""
     if config.budget.cap_usd is None:
         raise UserError("--dry-run-budget: needs --budget-cap-usd, the ceiling to rehearse")
-    say = say or Console(highlight=False, soft_wrap=True).print
+    say = say or Console(highlight=False, soft_wrap=True, markup=False, emoji=False).print
     clock = Clock.from_environment()
-    limits = limits_from(config.budget, Decimal(str(config.budget.cap_usd)), Decimal(1))
+    limits = limits_from(config.budget, Decimal(str(config.budget.cap_usd)), pace(config.budget))
     with tempfile.TemporaryDirectory(prefix="x1-rehearsal-") as name:
         folder = Path(name)
         notifier = Notifier(addresses(os.environ), Ledger(folder / "ledger.jsonl", clock), clock, config.name)
@@ -189,9 +233,8 @@ def _played(
         rows.append((branch.name, does, ", ".join(sorted(kinds)) or "-", "ok" if fine else "WRONG"))
     for name, said, fine in refused_files(folder, clock):
         rows.append((f"budget.json: {name}", said, "-", "ok" if fine else "WRONG"))
-    rows.append(
-        ("STOP.json holds", "refuses to start, exit 78", "-", "ok" if latch_holds(folder) else "WRONG")
-    )
+    latched = "ok" if latch_holds(folder) else "WRONG"
+    rows.append((f"{latch.NAME} holds", "refuses to start, exit 78", "-", latched))
     return rows
 
 
@@ -220,6 +263,8 @@ def _say_address(config: RunConfig, clock: Clock, say: Callable[[Any], None]) ->
     except NoReadingError as error:
         say(f"{address}: no reading ({error}); a start would be refused with exit 78")
         return False
-    age = guard.minutes((clock.now() - seen.last_update).total_seconds())
-    say(f"{address}: {dollars(seen.spent_usd)} spent, said {age} ago")
-    return True
+    age_s = (clock.now() - seen.last_update).total_seconds()
+    fresh = age_s <= config.budget.stop_after_s
+    said = f"{address}: {dollars(seen.spent_usd)} spent, said {guard.minutes(max(0.0, age_s))} ago"
+    say(said if fresh else f"{said}: too old, a start would be refused with exit 78; is the sidecar alive?")
+    return fresh

@@ -22,9 +22,9 @@ from x1_pretrain.errors import BUDGET_CHECKPOINTED, BUDGET_STOPPED, RefusedError
 from x1_pretrain.money import budget_file, guard, latch
 from x1_pretrain.money.account import account, person_said
 from x1_pretrain.money.budget_file import Address, BudgetFile, NoReadingError
-from x1_pretrain.money.clock import Clock, stamp
+from x1_pretrain.money.clock import Clock, parse_stamp, stamp
 from x1_pretrain.money.guard import Action, Decision, Limits, Memory, Reading
-from x1_pretrain.money.ledger import Ledger
+from x1_pretrain.money.ledger import Ledger, Row
 from x1_pretrain.money.notify import Notifier
 
 TICK_S = 0.25  # real seconds between decisions
@@ -75,8 +75,7 @@ class TrainerGuard:
 
     def __post_init__(self) -> None:
         self._began = self.clock.now()
-        known = account(self.ledger.rows())
-        self._memory = Memory(self.clock.steady_s(), spent_usd=known.known_usd)
+        self._memory = Memory(self.clock.steady_s())
         self._answered_seq = max((r.get("seq", 0) for r in self.ledger.rows()), default=0)
 
     # --------------------------------------------------------------------------------------------------------
@@ -107,7 +106,17 @@ class TrainerGuard:
             )
         self.limits = replace(self.limits, gate_usd_per_hr=min(rates))
         self._seen_at_s, self._read_at_s = now_s - age_s, now_s
+        rows = self.ledger.rows()
+        known_usd, gap_s = account(rows).known_usd, self._gap_s(rows)
+        self._memory = guard.relaunched(now_s, known_usd, gap_s, self._seen_at_s)
         return self._judge(self._reading())
+
+    def _gap_s(self, rows: list[Row]) -> float | None:
+        """Since an earlier process of this run last knew what was spent."""
+        last = next((r["true_utc"] for r in reversed(rows) if r["event"] == "reading"), None)
+        if last is None:
+            return None
+        return max(0.0, (self.clock.now() - parse_stamp(last)).total_seconds())
 
     @property
     def seen(self) -> BudgetFile | None:
@@ -188,8 +197,10 @@ class TrainerGuard:
 
     def _keep(self, decision: Decision) -> None:
         """What the guard knows outlives this process."""
+        assert self._seen is not None
         self.ledger.append(
             "reading",
+            true_utc=stamp(self._seen.last_update),
             spent_usd=round(decision.memory.spent_usd, 6),
             projected_usd=None if decision.projected_usd is None else round(decision.projected_usd, 6),
         )
