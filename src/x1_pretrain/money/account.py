@@ -108,7 +108,8 @@ def _machine(found: Account, row: Row) -> Rented | None:
 def _update(machine: Rented, row: Row) -> None:
     event = row["event"]
     if event == "launched":
-        machine.machine_id = row["machine_id"]
+        machine.machine_id, machine.ended = row["machine_id"], None  # also one that was held for not made
+        machine.polled = machine.polled if machine.spent_usd else None
     elif event in ("launch_failed", "terminate_confirmed"):
         machine.ended = parse_stamp(row["time_utc"])
         if event == "launch_failed":

@@ -129,7 +129,7 @@ def summary(run: Path, rows: list[Row], known: Account, now: datetime) -> list[s
     spent = max(known.known_usd, sum((cost(m, now) for m in known.machines), known.adjusted_usd))
     of = f" of {dollars(known.ceiling_usd)}" if known.ceiling_usd is not None else ""
     projected = next((r["projected_usd"] for r in reversed(rows) if r.get("projected_usd")), None)
-    more = f", projected {dollars(Decimal(projected))}" if projected else ""
+    more = f", projected {dollars(Decimal(projected))}" if projected and Decimal(projected) > spent else ""
     lines = [f"spent {dollars(spent)}{of}{more}"]
     metrics = read_jsonl(run / "metrics.jsonl").rows
     tokens = max((r["tokens"] for r in metrics if is_number(r.get("tokens"))), default=0)
@@ -140,7 +140,7 @@ def summary(run: Path, rows: list[Row], known: Account, now: datetime) -> list[s
     down = [r["down_s"] for r in rows if r["event"] == "back"]
     if down:
         lines.append(
-            f"{len(down)} relaunches, {sum(down) / 60:.1f} min not training ({max(down):.0f} s at most)"
+            f"{len(down)} relaunch{'es' * (len(down) > 1)}, {sum(down) / 60:.1f} min not training ({max(down):.0f} s at most)"
         )
     if stop := latch.read(run):
         lines.append(f"{latch.NAME}: {stop.reason}")

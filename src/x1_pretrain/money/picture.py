@@ -61,14 +61,14 @@ def draw(name: str, rows: list[Row], ceiling_usd: Decimal | None, file: Path) ->
     _marks(axes, marks, begun)
     top = max([float(usd) for _, usd in spent] + [usd for _, usd in ceilings])
     high = max(
-        [top, *(min(float(usd), 1.5 * top) for _, usd in told)]
+        [top, *(min(float(usd), 1.25 * top) for _, usd in told)]
     )  # a wild projection leaves the picture
     axes.set_ylim(0, high * 1.08 or 1)
     axes.set_xlim(-0.02 * (end or 1), 1.02 * (end or 1))
     axes.set_xlabel(f"hours since {stamp(begun)}")
     axes.set_ylabel("USD")
     axes.yaxis.set_major_formatter("${x:,.2f}")
-    axes.set_title(f"{name}: what it cost", loc="left", pad=16)
+    axes.set_title(f"{name}: what it cost", loc="left", pad=28)
     axes.grid(alpha=0.25)
     figure.legend(loc="outside right upper", frameon=False)
     figure.savefig(file, dpi=120)
@@ -101,11 +101,10 @@ def _ceilings(
 def _marks(axes: Axes, marks: list[tuple[datetime, str]], begun: datetime) -> None:
     """A thin line for each thing that happened, its sign above, named once in the legend."""
     above = axes.get_xaxis_transform()
-    for word, (color, sign) in MARKS.items():
+    for place, (word, (color, sign)) in enumerate(MARKS.items()):
         hours = [_hours(at, begun) for at, what in marks if what == word]
         for at in hours:
             axes.axvline(at, color=color, linewidth=0.8, alpha=0.5, zorder=1)
-        if hours:
-            axes.plot(
-                hours, [1.025] * len(hours), sign, color=color, transform=above, clip_on=False, label=word
-            )
+        if hours:  # on two heights: a raise and its resume come together
+            high = [1.025 + 0.04 * (place % 2)] * len(hours)
+            axes.plot(hours, high, sign, color=color, transform=above, clip_on=False, label=word)

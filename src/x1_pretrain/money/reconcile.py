@@ -18,12 +18,13 @@ from x1_pretrain.command import single
 from x1_pretrain.errors import FAULT, FINISHED, UserError
 from x1_pretrain.money.account import Rented, account
 from x1_pretrain.money.clock import Clock
-from x1_pretrain.money.ledger import NAME, Ledger
-from x1_pretrain.money.providers.base import Machine, Provider, ProviderError, Status
+from x1_pretrain.money.ledger import NAME, Ledger, LedgerError, read_rows
+from x1_pretrain.money.providers.base import Machine, Provider, Status
 from x1_pretrain.money.providers.opened import FAKE_VARIABLE, open_provider
-from x1_pretrain.money.teardown import Ending, disks_line, write_proof
+from x1_pretrain.money.teardown import Ending, disks_line, said_yes, write_proof
 
 KEYS = {"lambda": "LAMBDA_API_KEY", "runpod": "RUNPOD_API_KEY", "fake": FAKE_VARIABLE}
+ORPHAN = "orphan-"  # begins the name of the folder that keeps an orphan's proof
 OURS = "x1-"  # every machine that X1 launched carries such a tag
 
 
@@ -42,12 +43,16 @@ class Finding:
     rented: Rented | None = None
 
 
-def known_runs(runs: Path, clock: Clock) -> list[tuple[Path, Rented]]:
-    """Every machine in every ledger under `runs`."""
-    found = []
+def known_runs(runs: Path) -> tuple[list[tuple[Path, Rented]], list[str]]:
+    """Every machine in every ledger under `runs`, and what is wrong with the ledgers that can't be read."""
+    found: list[tuple[Path, Rented]] = []
+    damaged = []
     for file in sorted(runs.glob(f"*/{NAME}")):
-        found += [(file.parent, m) for m in account(Ledger(file, clock).rows()).machines]
-    return found
+        try:
+            found += [(file.parent, m) for m in account(read_rows(file)).machines]
+        except LedgerError as error:
+            damaged.append(str(error))
+    return found, damaged
 
 
 def findings(provider: Provider, known: list[tuple[Path, Rented]]) -> list[Finding]:
@@ -55,9 +60,9 @@ def findings(provider: Provider, known: list[tuple[Path, Rented]]) -> list[Findi
     own = [(run, m) for run, m in known if m.provider == provider.name]
     listed = [m for m in provider.machines() if m.status is not Status.GONE]
     rows = [_listed(provider, machine, own) for machine in listed]
-    there = {m.id for m in listed} | {m.tag for m in listed}
+    matched = [row.rented for row in rows if row.rented is not None]
     for run, rented in own:
-        if rented.open and rented.machine_id not in there and rented.tag not in there:
+        if rented.open and not any(rented is one for one in matched):
             name = rented.machine_id or "no id"
             rows.append(
                 Finding(provider, name, rented.tag, "not listed", None, run,
@@ -67,25 +72,38 @@ def findings(provider: Provider, known: list[tuple[Path, Rented]]) -> list[Findi
 
 
 def _listed(provider: Provider, machine: Machine, own: list[tuple[Path, Rented]]) -> Finding:
-    run, rented = next(
-        ((r, m) for r, m in own if m.machine_id == machine.id or m.tag == machine.tag), (None, None)
-    )
-    if rented is None:
-        ours = machine.tag.startswith(OURS)
-        verdict = "ORPHAN: launched by X1, in no ledger here" if ours else "not launched by X1"
-        trouble = ours
-    elif rented.open:
-        verdict, trouble = "running, and known", False
-    else:
-        verdict, trouble = "STILL THERE though the ledger says it is gone", True
+    run, rented = _known(machine, own)
+    verdict, trouble = _verdict(machine, run, rented)
     return Finding(
         provider, machine.id, machine.tag, machine.said, machine.usd_per_hr, run, verdict, trouble, rented
     )
 
 
+def _known(machine: Machine, own: list[tuple[Path, Rented]]) -> tuple[Path, Rented] | tuple[None, None]:
+    """By its id; by its tag only where the ledger has no id: one launch may have made two."""
+    for run, rented in own:
+        if rented.machine_id == machine.id or (rented.machine_id is None and rented.tag == machine.tag):
+            return run, rented
+    return None, None
+
+
+def _verdict(machine: Machine, run: Path | None, rented: Rented | None) -> tuple[str, bool]:
+    """In words, and whether it is to be ended."""
+    if rented is None or run is None:
+        ours = machine.tag.startswith(OURS)
+        return ("ORPHAN: launched by X1, in no ledger here" if ours else "not launched by X1"), ours
+    if not rented.open:
+        return "STILL THERE though the ledger says it is gone", True
+    if rented.machine_id is None:
+        return "LAUNCHED, but the launch was cut off: nobody watches it", True
+    if run.name.startswith(ORPHAN):
+        return "ORPHAN that was not seen to end", True
+    return "running, and known", False
+
+
 def end(finding: Finding, runs: Path, clock: Clock) -> bool:
     """End one, with its proof in its run's folder, or in a folder of its own where no run knows it."""
-    folder = finding.run or runs / f"orphan-{finding.machine_id}"
+    folder = finding.run or runs / f"{ORPHAN}{finding.machine_id}"
     ledger = Ledger(folder / NAME, clock)
     rented = finding.rented
     if rented is None:
@@ -104,36 +122,48 @@ def main(
 ) -> int:
     """What the providers list against what the ledgers know; offers to end orphans."""
     clock = Clock.from_environment()
-    known = known_runs(runs, clock)
-    names = [
-        n
-        for n, key in KEYS.items()
-        if os.environ.get(key) or any(m.provider == n for _, m in known if m.open)
-    ]
-    if not names:
+    if not runs.is_dir():
         raise UserError(
-            f"no provider to ask: set {' or '.join(k for k in KEYS.values() if k != FAKE_VARIABLE)}"
+            f"{runs}: no such folder; name the one that your runs are in, or every machine is an orphan"
         )
+    known, damaged = known_runs(runs)
+    for said in damaged:
+        print(said)
+    found, answered = _asked(known, clock)
+    if damaged:
+        print("nothing is ended while a ledger can't be read: its machines would pass for orphans")
+        return FAULT
+    left = [f for f in found if f.trouble and not (_agreed(f, end_them) and end(f, runs, clock))]
+    return FAULT if left or not answered else FINISHED
+
+
+def _asked(known: list[tuple[Path, Rented]], clock: Clock) -> tuple[list[Finding], bool]:
+    """What all providers say, shown; whether each of them answered."""
+    open_at = {m.provider for _, m in known if m.open}
+    names = [n for n, key in KEYS.items() if os.environ.get(key) or n in open_at]
+    if not names:
+        keys = " or ".join(key for key in KEYS.values() if key != FAKE_VARIABLE)
+        raise UserError(f"no provider to ask: set {keys}")
     found: list[Finding] = []
-    unanswered = False
+    answered = []
     for name in names:
-        provider = open_provider(name, clock)
         try:
+            provider = open_provider(name, clock)
             found += findings(provider, known)
-        except ProviderError as error:
-            print(f"{provider.label}: {error}")
-            unanswered = True
+        except UserError as error:
+            print(f"{name}: {error}")
             continue
+        answered.append(provider.label)
         if line := disks_line(provider):
             print(line)
-    _show(found, names)
-    left = [f for f in found if f.trouble and not (_agreed(f, end_them) and end(f, runs, clock))]
-    return FAULT if left or unanswered else FINISHED
+    _show(found, answered)
+    return found, len(answered) == len(names)
 
 
 def _show(found: list[Finding], names: list[str]) -> None:
     if not found:
-        print(f"nothing is listed at {', '.join(names)}, and no ledger has an open machine")
+        if names:
+            print(f"nothing is listed at {' or '.join(names)}, and no ledger has an open machine there")
         return
     table = Table("provider", "machine", "tag", "it says", "$/h", "run", "verdict", box=None, pad_edge=False)
     for f in found:
@@ -148,7 +178,7 @@ def _agreed(finding: Finding, end_them: bool) -> bool:
     if not sys.stdin.isatty():
         print(f"{finding.machine_id}: {finding.verdict}; `x1 reconcile --end` ends it")
         return False
-    return input(f"{finding.machine_id}: {finding.verdict}. End it? [y/N] ").strip().lower() in ("y", "yes")
+    return said_yes(f"{finding.machine_id}: {finding.verdict}. End it? [y/N] ")
 
 
 app = single(main)

@@ -19,17 +19,16 @@ import typer
 
 from x1_pretrain.command import run as run_app
 from x1_pretrain.command import single
-from x1_pretrain.errors import FAULT, FINISHED, INTERRUPTED, UserError
+from x1_pretrain.errors import FINISHED, INTERRUPTED, UserError
 from x1_pretrain.money import pace
 from x1_pretrain.money.account import account
 from x1_pretrain.money.clock import Clock
 from x1_pretrain.money.guard import ZERO, dollars, minutes
-from x1_pretrain.money.ledger import NAME, Ledger, Row
+from x1_pretrain.money.ledger import NAME, Ledger, LedgerError, Row
 from x1_pretrain.money.notify import Notifier, addresses
-from x1_pretrain.money.providers.base import ProviderError
 from x1_pretrain.money.providers.opened import open_provider
 from x1_pretrain.money.sidecar import Sidecar
-from x1_pretrain.money.teardown import end_all
+from x1_pretrain.money.teardown import PROOF, Ending, end_loudly
 
 LINGER_S = 3600.0
 
@@ -47,18 +46,22 @@ class Watch:
     def run(self, stop: threading.Event) -> int:
         while not stop.is_set():
             self._turn()
-            if not account(self.sidecar.ledger.rows()).open_machines():
+            if self.sidecar.machine.ended and not self.sidecar.known.open_machines():
                 return FINISHED
             if self._over():
-                return FAULT if end_all(self.folder, self.clock, print) else FINISHED
+                return end_loudly(self.folder, self.clock)
             stop.wait(self.clock.real_s(self.sidecar.next_poll_s()))
-        print(f"the watch ends; the machine goes on and is billed: x1 watch {self.folder} goes on watching")
+        print(
+            f"the watch ends; the machine goes on and is billed: `x1 watch {self.folder}` goes on watching, "
+            f"`x1 teardown {self.folder}` ends it",
+            flush=True,
+        )
         return INTERRUPTED
 
     def _turn(self) -> None:
         try:
             said = self.sidecar.poll()
-        except (OSError, ProviderError) as error:
+        except (OSError, UserError) as error:
             print(f"watch: {error}", flush=True)
             return
         projected = f", {dollars(said.projected_total_usd)} projected" if said.projected_total_usd else ""
@@ -69,7 +72,10 @@ class Watch:
         )
 
     def _over(self) -> bool:
-        """It stopped working so long ago that nobody will fetch anything from it."""
+        """It is gone, as two polls say, or stopped working so long ago that nobody will fetch anything from
+        it."""
+        if self.sidecar.absent >= 2:
+            return True
         if not self.sidecar.lost:
             self.lost_since_s = None
             return False
@@ -101,25 +107,35 @@ def watch(folder: Path, clock: Clock, ceiling_usd: Decimal, poll_s: float, linge
         left_s=lambda: pace.left_s(folder, clock.speed),
         run_id=folder.name,
         poll_s=poll_s,
-        tax=ZERO,
+        storage_usd_per_hr=launched_with(rows, machine.tag, "storage_usd_per_hr"),
+        tax=launched_with(rows, machine.tag, "tax"),
         planned_s=planned_s(rows),
         may_terminate=True,
-        terminate=lambda _: _end(folder, clock),
+        terminate=lambda _: _end(sidecar),
     )
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     code = Watch(folder, sidecar, clock, linger_s).run(stop)
-    spent = account(ledger.rows()).spent_by(clock.now())
-    print(
-        f"{dollars(spent)} in all" + (f"; proof in {folder / 'termination.json'}" if code == FINISHED else "")
-    )
+    proof = f"; proof in {folder / PROOF}" if code == FINISHED else ""
+    print(f"{dollars(sidecar.spent_usd)} in all{proof}", flush=True)
     notifier.close(20.0)
     return code
 
 
-def _end(folder: Path, clock: Clock) -> None:
-    end_all(folder, clock, print)
+def _end(sidecar: Sidecar) -> None:
+    """All of the run's machines; with a ledger that can't be read, at least the one that is watched."""
+    try:
+        end_loudly(sidecar.folder, sidecar.clock)
+    except LedgerError as error:
+        print(f"watch: {error}", flush=True)
+        Ending(sidecar.provider, sidecar.machine, sidecar.ledger, sidecar.clock, print).run()
+
+
+def launched_with(rows: list[Row], tag: str, name: str) -> Decimal:
+    """What the launch kept of its price's parts: tax and storage come on top of what a provider states."""
+    intent = next((r for r in rows if r["event"] == "intent" and r.get("tag") == tag), {})
+    return Decimal(str(intent.get(name, 0)))
 
 
 def planned_s(rows: list[Row]) -> float | None:
