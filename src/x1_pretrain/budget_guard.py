@@ -9,6 +9,7 @@ python -m x1_pretrain.budget_guard --run-dir runs/x1 --cap-usd 35 --provider loc
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -26,10 +27,10 @@ from x1_pretrain.money import pace
 from x1_pretrain.money.account import Rented, account
 from x1_pretrain.money.clock import Clock, parse_stamp, stamp
 from x1_pretrain.money.guard import Action, Decision, Limits, Memory, Reading, decide
-from x1_pretrain.money.ledger import NAME, Ledger
+from x1_pretrain.money.ledger import NAME, Ledger, Row
 from x1_pretrain.money.meter import hourly_storage_usd
 from x1_pretrain.money.notify import Notifier, addresses
-from x1_pretrain.money.providers.base import Provider
+from x1_pretrain.money.providers.base import Machine, Provider, ProviderError
 from x1_pretrain.money.providers.local import MACHINE_ID, Local
 from x1_pretrain.money.providers.opened import open_provider
 from x1_pretrain.money.sidecar import Sidecar
@@ -66,14 +67,23 @@ def main(
     """The sidecar: keeps budget.json, asking the provider every few minutes."""
     clock = Clock.from_environment()
     ledger = Ledger(run_dir / NAME, clock)
-    rate = None if rate_usd_per_hr is None else Decimal(str(rate_usd_per_hr))
+    rate = None if rate_usd_per_hr is None else amount("--rate-usd-per-hr", rate_usd_per_hr, zero=True)
     begun = parse_since(since)
     source = opened(provider, clock, rate, tag)
+    if terminate and source.name == "local":
+        raise UserError(
+            "--terminate: nobody can be asked to end this machine; give --provider and its key, or leave it out"
+        )
     machine = the_machine(ledger, source, instance_id, tag, rate, begun, clock)
     notifier = Notifier(addresses(os.environ), ledger, clock, run=run_dir.name)
 
     def end(_: str) -> None:
-        Ending(source, machine, ledger, clock, print).run()
+        if not Ending(source, machine, ledger, clock, print).run():
+            body = (
+                f"{machine.machine_id} could not be seen to be gone. Look at {source.label}'s own page now."
+            )
+            key = f"unconfirmed-{stamp(clock.now())}"
+            notifier.alert(key, f"X1 {run_dir.name}: a machine may still run", body)
         write_proof(run_dir, ledger)
 
     sidecar = Sidecar(
@@ -81,7 +91,7 @@ def main(
         output=output or run_dir / "budget.json",
         provider=source,
         machine=machine,
-        ceiling_usd=Decimal(str(cap_usd)),
+        ceiling_usd=amount("--cap-usd", cap_usd),
         ledger=ledger,
         clock=clock,
         notifier=notifier,
@@ -89,7 +99,7 @@ def main(
         run_id=run_dir.name,
         poll_s=every_s,
         storage_usd_per_hr=hourly_storage_usd(source.storage_usd_per_gib_month, disk_gib),
-        tax=Decimal(str(tax)),
+        tax=Decimal(0) if source.name == "local" else Decimal(str(tax)),  # a stated rate is all in
         may_terminate=terminate,
         terminate=end,
     )
@@ -103,7 +113,9 @@ def main(
 
 def opened(name: str, clock: Clock, rate: Decimal | None, tag: str | None) -> Provider:
     """The provider; on a machine without its key, only the stated rate can be counted."""
-    if name == "local" and rate is not None:
+    if name == "local":
+        if rate is None:
+            raise UserError("--rate-usd-per-hr: is needed with --provider local; for example 0.08, or 0")
         return Local(rate, clock)
     try:
         return open_provider(name, clock)
@@ -126,10 +138,11 @@ def the_machine(
     """The machine as the ledger knows it; one that X1 did not launch from here is taken up into it."""
     if provider.name == "local":
         instance_id = MACHINE_ID
-    found = next((m for m in provider.machines() if tag is not None and m.tag == tag), None)
+    found = listed(provider, tag)
     instance_id = instance_id or (found.id if found else None)
     for machine in reversed(account(ledger.rows()).machines):
-        named = machine.machine_id == instance_id if instance_id else machine.open
+        same_id = instance_id is not None and machine.machine_id == instance_id
+        named = same_id or (machine.tag == tag if tag else instance_id is None and machine.open)
         if named and machine.provider == provider.name and machine.ended is None:
             return machine
     if rate is None:
@@ -137,14 +150,33 @@ def the_machine(
             "--rate-usd-per-hr: is needed for a machine that the ledger does not know: what an hour of it "
             "costs, all in"
         )
-    if instance_id is None:
-        raise UserError(
-            f"--instance-id: is needed: {provider.label} lists no machine under the tag {tag or '(none)'}"
-        )
-    begun = since or (found.started if found else None) or (born() if tag else clock.now())
-    row = {"tag": tag or instance_id, "provider": provider.name, "machine_id": instance_id}
+    if instance_id is None and tag is None:
+        raise UserError("--instance-id: is needed, or --tag: which machine is it, as the provider names it?")
+    begun = since or began(found, provider, tag, clock)
+    row: Row = {"tag": tag or instance_id, "provider": provider.name, "machine_id": instance_id}
     ledger.append("adopted", since_utc=stamp(begun), usd_per_hr=rate, **row)
     return account(ledger.rows()).machines[-1]
+
+
+def listed(provider: Provider, tag: str | None) -> Machine | None:
+    """The machine under a tag. Where it can't be found yet, each poll looks again."""
+    if tag is None:
+        return None
+    try:
+        return next((m for m in provider.machines() if m.tag == tag), None)
+    except ProviderError as error:
+        print(f"sidecar: {error}", flush=True)
+        return None
+
+
+def began(found: Machine | None, provider: Provider, tag: str | None, clock: Clock) -> datetime:
+    """Since when it bills: as the provider says, unless its clock is ahead of ours; else since it is up."""
+    now = clock.now()
+    if found is not None and found.started is not None and found.started <= now:
+        return found.started
+    if tag is None or provider.name == "fake" or clock.speed != 1.0:  # its machines are processes here
+        return now
+    return min(now, born())
 
 
 def born() -> datetime:
@@ -152,6 +184,13 @@ def born() -> datetime:
     import psutil
 
     return datetime.fromtimestamp(psutil.Process(1).create_time(), UTC)
+
+
+def amount(flag: str, value: float, *, zero: bool = False) -> Decimal:
+    """Dollars out of an option."""
+    if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+        raise UserError(f"{flag} {value}: expected dollars, {'0 or more' if zero else 'more than 0'}")
+    return Decimal(str(value))
 
 
 def parse_since(text: str | None) -> datetime | None:
@@ -171,6 +210,9 @@ def keep(sidecar: Sidecar, output: Path) -> None:
     every = f"{sidecar.poll_s / 60:g} min"
     print(f"sidecar: {output} every {every} from {sidecar.provider.label}", flush=True)
     sidecar.run(stop)
+    if sidecar.machine.ended is not None:
+        print("sidecar: the machine is gone, nothing is left to count", flush=True)
+        return
     try:
         sidecar.poll()  # what the run's last minutes cost
     except (OSError, UserError) as error:

@@ -30,6 +30,7 @@ from rich.table import Table
 from x1_pretrain.command import run as run_app
 from x1_pretrain.command import single
 from x1_pretrain.config import RunConfig, parse_config
+from x1_pretrain.demo_budget import rented_run
 from x1_pretrain.errors import INTERRUPTED, UserError
 from x1_pretrain.records.console import compact, duration
 from x1_pretrain.records.metrics import read_rows
@@ -309,7 +310,10 @@ def main(
     say("   " + check_resume(run, steps))
     show_learning(run)
 
-    say("\n[bold]5. Artifacts[/bold]: what to show others, and a reviewer's checks")
+    say("\n[bold]5. Under a ceiling[/bold]: a rented machine, its hour in a minute, and a price that jumps")
+    rented_run(output / "rented", corpus, seconds_per_step)
+
+    say("\n[bold]6. Artifacts[/bold]: what to show others, and a reviewer's checks")
     _must(x1("export", run, "--output", artifacts), "export")
     _must(x1("verify", run, "--export", artifacts), "verify")
     last_words(output, artifacts, run, time.perf_counter() - begun)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import http.server
 import json
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +17,7 @@ from typing import Any
 import pytest
 from tests.corpora import write_config
 from tests.end_to_end.in_process import Outcome, train_here
-from tests.end_to_end.processes import Training, curve, last_step, rows, weights
+from tests.end_to_end.processes import REPOSITORY, Training, curve, last_step, rows, weights
 
 from x1_pretrain.command import run as run_app
 from x1_pretrain.money.budget_command import app as budget_app
@@ -390,6 +393,29 @@ def test_a_hanging_loop_is_ended(command: list[str | Path], budget: Path, tmp_pa
     assert code == 77, output
     assert "did not leave in time" in output
     assert json.loads((run / "STOP.json").read_text())["exit_code"] == 77
+
+
+def test_two_ranks_leave_together(command: list[str | Path], budget: Path, tmp_path: Path) -> None:
+    """The first rank's guard stops both, with a checkpoint."""
+    run = tmp_path / "run"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1"]
+    words = [*ranks, f"--master_port={port}", "-m", "x1_pretrain.train", *map(str, long(command))]
+    process = subprocess.Popen(
+        [sys.executable, *words], cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        with Watched(run, 20, lambda: say(budget, projected=36), repeat=True):
+            assert process.wait(90) == 1  # torchrun's own code for any that is not 0
+    finally:
+        process.kill()
+        process.wait()
+    assert json.loads((run / "STOP.json").read_text())["exit_code"] == 76
+    good, _ = newest_good(run / "checkpoints")
+    assert good is not None
+    assert 0 <= step_of(good) - last_step(run) < 10  # every tenth step is in the log
 
 
 # ------------------------------------------------------------------------------------------------------------

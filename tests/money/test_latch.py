@@ -25,7 +25,7 @@ def test_it_is_read_as_it_was_written_and_cleared(tmp_path: Path) -> None:
     assert latch.read(run) is None
     latch.write(run, OVER)
     assert latch.read(run) == OVER
-    assert os.listdir(run) == [NAME]
+    assert [f.name for f in run.iterdir()] == [NAME]
     latch.clear(run)
     latch.clear(run)
     assert latch.read(run) is None
@@ -49,7 +49,7 @@ def test_a_reason_written_in_between_stays_too(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(os, "fsync", other_first)
     latch.write(tmp_path, LATER)
     assert latch.read(tmp_path) == OVER
-    assert os.listdir(tmp_path) == [NAME]
+    assert [f.name for f in tmp_path.iterdir()] == [NAME]
 
 
 def test_a_disk_without_hard_links_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,7 +70,7 @@ def test_a_full_disk_still_latches(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     latch.write(tmp_path, OVER)
     stop = latch.read(tmp_path)
     assert stop is not None
-    assert os.listdir(tmp_path) == [NAME]
+    assert [f.name for f in tmp_path.iterdir()] == [NAME]
 
 
 @pytest.mark.parametrize(

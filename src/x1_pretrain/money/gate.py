@@ -127,13 +127,12 @@ def sentence(quote: Quote, verb: str = "start") -> str:
             f"{begin} for {billions(work.tokens)} tokens in hours not known yet ({work.basis}); "
             f"{exact(quote.before_usd)} of your {ceiling} ceiling spent before."
         )
-    tax = "tax/" if price.tax else ""
     before = f" + {exact(quote.before_usd)} spent before" if quote.before_usd else ""
     buffer = quote.buffer_usd
     room = f"{exact(buffer)} buffer" if buffer >= 0 else f"{exact(-buffer)} too much"
     return (
         f"{begin}, run about {_long(work.hours)} for {billions(work.tokens)} tokens ({work.basis}) = "
-        f"{exact(quote.compute_usd)}, + disk {exact(quote.disk_usd)} + {tax}reserve "
+        f"{exact(quote.compute_usd)}, + disk {exact(quote.disk_usd)} + tax/reserve "
         f"{exact(quote.reserve_usd)}{before} = {exact(quote.total_usd)} of your {ceiling} ceiling; {room}."
     )
 

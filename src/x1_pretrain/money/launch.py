@@ -9,6 +9,7 @@ once: its intent is in the ledger first, and when no clear answer comes the mach
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import secrets
@@ -38,12 +39,14 @@ from x1_pretrain.money.providers import gpus
 from x1_pretrain.money.providers.base import (
     Offer,
     Provider,
+    ProviderError,
     Status,
     UnknownOutcomeError,
+    UnreachableError,
 )
 from x1_pretrain.money.providers.opened import open_provider
 from x1_pretrain.money.sidecar import TEARDOWN_S
-from x1_pretrain.money.teardown import Ending, end_all
+from x1_pretrain.money.teardown import Ending, end_loudly, said_yes
 from x1_pretrain.money.watch import watch
 from x1_pretrain.records.run_folder import read_jsonl
 
@@ -153,37 +156,74 @@ def agree_on_price(
     """An offer that breaks no term; with --wait, the first one within that time."""
     begun = clock.steady_s()
     while True:
-        offer = best_offer(wanted, provider)
-        terms, priced = ["nothing of this kind is free now"], None
-        if offer is not None:
-            priced = quote(wanted, provider, offer, ledger, clock)
-            terms = refusals(wanted, priced)
+        offer, priced, terms = look(wanted, provider, ledger, clock)
         if offer is not None and priced is not None and not terms:
             return offer, priced
         left_s = wanted.wait_s - (clock.steady_s() - begun)
-        said = f"{'; '.join(terms)}. {gate.sentence(priced) if priced else ''}".strip()
         if left_s <= 0:
-            fields = priced.fields() if priced else {}
-            ledger.append("gate", said, verdict="refused", **fields)
-            raise RefusedError(f"refused: {said}")
+            raise refused("; ".join(terms), priced, ledger)
         print(f"waiting (up to {minutes(left_s)} more): {terms[0]}", flush=True)
         clock.sleep(min(ASK_PRICE_EVERY_S, left_s))
+
+
+def look(
+    wanted: Wanted, provider: Provider, ledger: Ledger, clock: Clock
+) -> tuple[Offer | None, gate.Quote | None, list[str]]:
+    """The cheapest machine that is free now, its price for this run, and the terms that break it."""
+    try:
+        offer = best_offer(wanted, provider)
+    except UnreachableError as error:
+        if not wanted.wait_s:
+            raise
+        return None, None, [str(error)]
+    if offer is None:
+        return None, None, [f"nothing of this kind is free at {provider.label} now (--wait 4h looks again)"]
+    priced = quote(wanted, provider, offer, ledger, clock)
+    return offer, priced, refusals(wanted, priced)
+
+
+def refused(terms: str, priced: gate.Quote | None, ledger: Ledger) -> RefusedError:
+    """The terms with the sentence; a run that has a ledger keeps them."""
+    said = f"{terms}. {gate.sentence(priced)}" if priced else terms
+    if ledger.file.exists():
+        ledger.append("gate", said, verdict="refused", **(priced.fields() if priced else {}))
+    return RefusedError(f"refused: {said}")
 
 
 # ------------------------------------------------------------------------------------------------------------
 # What must be true before anything is priced
 
 
-def refuse_unsafe(config: RunConfig, provider: Provider, ledger: Ledger, clock: Clock) -> None:
-    """No latch, no machine left over, alerts that arrive."""
-    if stop := latch.read(config.folder):
-        raise latch.refusal(config.folder, stop)
-    if left := open_machines(config.folder.parent):
+def refuse_unsafe(
+    wanted: Wanted, provider: Provider, ledger: Ledger, clock: Clock, raise_to_usd: Decimal | None
+) -> None:
+    """No latch, no machine left over, alerts that arrive; else the sentence with what breaks it."""
+    config = wanted.config
+    try:
+        if (stop := latch.read(config.folder)) and raise_to_usd is None:
+            raise latch.refusal(config.folder, stop)
+        refuse_left_over(config.folder.parent)
+        refuse_silence(config, provider, ledger, clock)
+    except RefusedError as error:
+        try:
+            priced = look(wanted, provider, ledger, clock)[1]
+        except UserError:
+            priced = None  # what is to be said is the refusal
+        raise refused(str(error), priced, ledger) from None
+
+
+def refuse_left_over(runs: Path) -> None:
+    """A machine of an earlier launch that may still bill."""
+    if left := open_machines(runs):
         listed = ", ".join(f"{m.machine_id or m.tag} at {m.provider} ({folder})" for folder, m in left)
         raise RefusedError(
             f"machines of earlier launches are open in the ledger: {listed}; `x1 reconcile` shows whether "
             "they run, `x1 teardown RUN` ends them"
         )
+
+
+def refuse_silence(config: RunConfig, provider: Provider, ledger: Ledger, clock: Clock) -> None:
+    """Alerts that do not get through. Rehearsals and runs at home may do without any."""
     notifier = Notifier(addresses(os.environ), ledger, clock, run=config.name)
     try:
         if not notifier.channels and provider.name in ("local", "fake"):
@@ -212,8 +252,21 @@ def confirmed(yes: bool) -> bool:
     if yes:
         return True
     if not sys.stdin.isatty():
-        raise UserError("nobody is there to agree to the price: add --yes")
-    return input("Start it? [y/N] ").strip().lower() in ("y", "yes")
+        raise UserError("--yes: is needed, nobody is at a terminal here to agree to the price")
+    return said_yes("Start it? [y/N] ")
+
+
+def raise_ceiling(config: RunConfig, ceiling: Decimal, ledger: Ledger) -> None:
+    """A person's own word: it clears the latch, and the ledger keeps it."""
+    known, stop = account(ledger.rows()), latch.read(config.folder)
+    before = known.ceiling_usd or Decimal(str(config.budget.cap_usd or 0))
+    if ceiling < before:
+        raise RefusedError(
+            f"--raise-ceiling-to {ceiling}: the ceiling is {dollars(before)}; name that or a higher one"
+        )
+    said = f"a person set the ceiling to {dollars(ceiling)}" + (f" after: {stop.reason}" if stop else "")
+    ledger.append("raised", said, ceiling_usd=ceiling, before_usd=before)
+    latch.clear(config.folder)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -233,9 +286,12 @@ def rent(
     """Intent, one request, and whatever became of it."""
     tag = new_tag(wanted.config.name)
     all_in = priced.price.all_in_usd_per_hr
-    request = request_for(wanted.config, offer, tag, all_in, wanted.ceiling_usd, wanted.disk_gib, options)
-    row = {"tag": tag, "provider": provider.name, "usd_per_hr": round(all_in, 6)}
-    ledger.append("intent", f"launch {priced.price.what} on {priced.price.where}", sku=offer.sku, **row)
+    request = request_for(
+        wanted.config, offer, tag, all_in, wanted.ceiling_usd, wanted.disk_gib, options, priced.price.tax
+    )
+    row = {"tag": tag, "provider": provider.name, "usd_per_hr": round(all_in, 6), "sku": offer.sku}
+    parts = {"storage_usd_per_hr": round(priced.price.storage_usd_per_hr, 6), "tax": priced.price.tax}
+    ledger.append("intent", f"launch {priced.price.what} on {priced.price.where}", **row, **parts)
     machine = account(ledger.rows()).machines[-1]
     try:
         machine.machine_id = provider.launch(request)
@@ -245,7 +301,10 @@ def rent(
         if not ending.resolve():
             raise RefusedError(f"{provider.label} made no machine; nothing is billed. Run it again") from None
         if machine.machine_id is None:
-            raise
+            raise UnknownOutcomeError(
+                f"{provider.label} does not say whether {tag} was launched. It stays open in {ledger.file} "
+                f"and may bill: look at the provider's own page, then run `x1 teardown {ledger.file.parent}`"
+            ) from None
         return machine
     except UserError as error:
         ledger.append("launch_failed", str(error), tag=tag)
@@ -259,15 +318,18 @@ def wait_active(provider: Provider, machine: Rented, ledger: Ledger, clock: Cloc
     assert machine.machine_id is not None
     begun, said = clock.steady_s(), ""
     while clock.steady_s() - begun < WAIT_ACTIVE_S:
-        found = provider.machine(machine.machine_id)
-        word = found.said if found else "not listed yet"
+        try:
+            found = provider.machine(machine.machine_id)
+            word = found.said if found else "not listed yet"
+        except ProviderError as error:
+            found, word = None, str(error)
         if word != said:
             print(f"{machine.machine_id}: {word}", flush=True)
             said = word
         if found and found.status is Status.RUNNING:
             ledger.append("active", tag=machine.tag, machine_id=machine.machine_id)
             return True
-        if found and found.status in (Status.LOST, Status.GONE):
+        if found and found.status in (Status.LOST, Status.TERMINATING, Status.GONE):
             return False
         clock.sleep(LOOK_EVERY_S)
     return False
@@ -306,6 +368,9 @@ def main(
     ] = [],  # noqa: B006
     poll_s: Annotated[float, Flag(min=1, help="seconds between polls of the watch")] = 300.0,
     linger: Annotated[str, Flag(help="end a machine that stopped working after so long")] = "1h",
+    raise_ceiling_to: Annotated[
+        float | None, Flag(help="a new ceiling for a run that a limit stopped; clears its STOP.json")
+    ] = None,
     yes: Annotated[bool, Flag("--yes", help="agree to the price in advance")] = False,
     detach: Annotated[
         bool, Flag("--detach", help="leave after the start; run `x1 watch RUN` elsewhere")
@@ -320,36 +385,41 @@ def main(
     overrides = dict(cfg.parse_assignment(text) for text in set_)
     loaded = cfg.load_config(config, overrides)
     clock = Clock.from_environment()
-    rate = None if rate_usd_per_hr is None else Decimal(str(rate_usd_per_hr))
-    rented_from = open_provider(provider, clock, rate_usd_per_hr=rate)
-    cap = budget_cap_usd or loaded.budget.cap_usd
+    raised = positive("--raise-ceiling-to", raise_ceiling_to)
+    cap = raised or positive("--budget-cap-usd", budget_cap_usd) or positive("cap_usd", loaded.budget.cap_usd)
     if cap is None:
-        raise UserError("--budget-cap-usd: is needed, no run starts without a ceiling")
-    dearest = max_price or loaded.budget.max_usd_per_hr
+        raise UserError("--budget-cap-usd: is needed, no run starts without a ceiling; for example 35")
     wanted = Wanted(
         config=loaded,
         gpu=gpu,
         gpus=gpu_count,
-        ceiling_usd=Decimal(str(cap)),
-        max_usd_per_hr=None if dearest is None else Decimal(str(dearest)),
+        ceiling_usd=cap,
+        max_usd_per_hr=positive(
+            "--max-price", max_price if max_price is not None else loaded.budget.max_usd_per_hr
+        ),
         tax=SALES_TAX if tax is None else Decimal(str(tax)),
         disk_gib=disk_gib,
-        tokens_per_sec=tokens_per_sec,
+        tokens_per_sec=float(positive("--tokens-per-sec", tokens_per_sec) or 0) or None,
         like=like,
         wait_s=duration_s(wait, "--wait"),
         poll_s=poll_s,
-        tier=tier,
+        tier=one_of("--tier", tier, ("secure", "community", "any")),
     )
     options = JobOptions(
         source, tuple(data_command), data_dir, workspace, ssh_key, tuple(pass_variable), tuple(set_)
     )
-    ledger = Ledger(loaded.folder / NAME, clock)
     if write is not None:
-        return write_files(
-            write, wanted.config, wanted.gpu, wanted.ceiling_usd, wanted.max_usd_per_hr, options
-        )
+        return write_files(write, loaded, gpu, gpu_count, cap, wanted.max_usd_per_hr, options)
+    if provider == "local" and rate_usd_per_hr is None:
+        raise UserError("--rate-usd-per-hr: is needed with --provider local; for example 0.08, or 0")
+    if like is not None and not (like / "metrics.jsonl").exists():
+        raise UserError(f"--like {like}: no metrics.jsonl in it; name the folder of a run that has trained")
+    rate = None if rate_usd_per_hr is None else Decimal(str(rate_usd_per_hr))
+    linger_s = duration_s(linger, "--linger")
+    ledger = Ledger(loaded.folder / NAME, clock)
+    rented_from = open_provider(provider, clock, rate_usd_per_hr=rate)
     if not price_only:
-        refuse_unsafe(loaded, rented_from, ledger, clock)
+        refuse_unsafe(wanted, rented_from, ledger, clock, raised)
     offer, priced = agree_on_price(wanted, rented_from, ledger, clock)
     sentence = gate.sentence(priced)
     print(sentence, flush=True)
@@ -358,18 +428,31 @@ def main(
     if not confirmed(yes):
         print("not started; nothing is billed")
         return FINISHED
+    if raised is not None:
+        raise_ceiling(loaded, raised, ledger)
     ledger.append("gate", sentence, verdict="passed", **priced.fields())
     if provider == "local":
         return start_here(loaded, config, wanted, rate, options)
     machine = rent(wanted, rented_from, offer, priced, ledger, clock, options)
-    if not wait_active(rented_from, machine, ledger, clock):
-        print("it does not run: ending it", flush=True)
-        end_all(loaded.folder, clock, print)
-        return FAULT
+    if (code := bring_up(loaded.folder, rented_from, machine, ledger, clock)) != FINISHED:
+        return code
     if detach:
         print(f"running. Nobody ends it at the ceiling until you start: x1 watch {loaded.folder}")
         return FINISHED
-    return watch(loaded.folder, clock, wanted.ceiling_usd, wanted.poll_s, duration_s(linger, "--linger"))
+    return watch(loaded.folder, clock, wanted.ceiling_usd, wanted.poll_s, linger_s)
+
+
+def bring_up(folder: Path, provider: Provider, machine: Rented, ledger: Ledger, clock: Clock) -> int:
+    """Until it works; a machine that does not, or that nobody waits for, is ended here."""
+    try:
+        if wait_active(provider, machine, ledger, clock):
+            return FINISHED
+        said = "it does not run: ending it"
+    except KeyboardInterrupt:
+        said = "interrupted before it ran: ending it"
+    print(said, flush=True)
+    end_loudly(folder, clock)
+    return FAULT
 
 
 def start_here(
@@ -388,10 +471,23 @@ def start_here(
 
 def duration_s(text: str, flag: str) -> float:
     """`4h`, `30m`, `90s`, or seconds."""
-    found = re.fullmatch(r"([0-9.]+)\s*([hms]?)", text.strip())
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([hms]?)", text.strip())
     if not found:
         raise UserError(f"{flag} {text}: expected a time such as 4h, 30m or 90s")
     return float(found[1]) * {"h": 3600, "m": 60, "s": 1, "": 1}[found[2]]
+
+
+def positive(flag: str, value: float | None) -> Decimal | None:
+    """An option's amount, if it was given."""
+    if value is not None and not (math.isfinite(value) and value > 0):
+        raise UserError(f"{flag} {value}: expected a number above 0")
+    return None if value is None else Decimal(str(value))
+
+
+def one_of(flag: str, value: str, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise UserError(f"{flag} {value}: expected {', '.join(allowed[:-1])} or {allowed[-1]}")
+    return value
 
 
 app = single(main)

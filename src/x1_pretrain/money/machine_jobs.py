@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from x1_pretrain.config import RunConfig
 from x1_pretrain.errors import FINISHED, UserError
 from x1_pretrain.money import bootstrap
 from x1_pretrain.money.clock import VARIABLE as CLOCK_VARIABLE
+from x1_pretrain.money.guard import ZERO
 from x1_pretrain.money.job import Job, fineweb_edu_commands
 from x1_pretrain.money.notify import VARIABLE as ALERTS_VARIABLE
 from x1_pretrain.money.providers.base import LaunchRequest, Offer
@@ -46,6 +48,7 @@ def job_for(
     cap_usd: Decimal,
     gpus: int,
     options: JobOptions,
+    supervise_flags: tuple[str, ...] = (),
 ) -> Job:
     """The run as a bare machine starts it."""
     tree = config.model_copy(update={"run_dir": None, "data": cfg.DataConfig()})
@@ -61,6 +64,7 @@ def job_for(
         workspace=options.workspace,
         corpus=options.data_dir or "",
         passed_variables=(*ALWAYS_PASSED, *options.passed),
+        supervise_flags=supervise_flags,
         gpus=gpus,
     )
 
@@ -91,14 +95,16 @@ def request_for(
     cap_usd: Decimal,
     disk_gib: int,
     options: JobOptions,
+    tax: Decimal = ZERO,
 ) -> LaunchRequest:
     """What the provider is asked for. Values of passed variables are in it: it is sent, never kept."""
     environment = {name: os.environ[name] for name in (*ALWAYS_PASSED, *options.passed) if name in os.environ}
     if offer.provider == "fake":
-        script, image = on_this_computer(config, tag, usd_per_hr, cap_usd, options), "none:1"
+        script, image = on_this_computer(config, tag, usd_per_hr, cap_usd, disk_gib, options), "none:1"
         environment |= {k: os.environ[k] for k in (FAKE_VARIABLE, CLOCK_VARIABLE) if k in os.environ}
         return LaunchRequest(offer, tag, script, image, disk_gib, environment)
-    job = job_for(config, offer.provider, tag, usd_per_hr, cap_usd, offer.gpu_count, options)
+    flags = ("--disk-gib", str(disk_gib), "--tax", str(tax))  # where the machine has the provider's key
+    job = job_for(config, offer.provider, tag, usd_per_hr, cap_usd, offer.gpu_count, options, flags)
     if offer.provider == "lambda":
         script = bootstrap.cloud_init(job, environment)
         return LaunchRequest(offer, tag, script, None, disk_gib, {}, options.ssh_key)
@@ -107,12 +113,12 @@ def request_for(
 
 
 def on_this_computer(
-    config: RunConfig, tag: str, usd_per_hr: Decimal, cap_usd: Decimal, options: JobOptions
+    config: RunConfig, tag: str, usd_per_hr: Decimal, cap_usd: Decimal, disk_gib: int, options: JobOptions
 ) -> str:
     """The fake provider's machines are processes here: the supervisor starts in this very installation."""
     folder = config.folder.absolute()
     words = [sys.executable, "-m", "x1_pretrain.money.supervise", "--provider", "fake", "--tag", tag]
-    words += ["--rate-usd-per-hr", str(usd_per_hr), "--every-s", "60", "--"]
+    words += ["--rate-usd-per-hr", str(usd_per_hr), "--disk-gib", str(disk_gib), "--every-s", "60", "--"]
     words += ["--config", str(folder / "launch.yaml"), "--run-dir", str(folder)]
     words += ["--budget-cap-usd", str(cap_usd)]
     words += ["--data-dir", str(Path(options.data_dir).absolute())] if options.data_dir else []
@@ -125,21 +131,30 @@ def write_files(
     folder: Path,
     config: RunConfig,
     gpu: str,
+    gpus: int,
     cap_usd: Decimal,
     max_usd_per_hr: Decimal | None,
     options: JobOptions,
 ) -> int:
-    """The launch as files, for SkyPilot or for a person's own hands."""
-    rate = max_usd_per_hr or Decimal("1.40")
-    job = job_for(config, "local", f"x1-{config.name.lower()}", rate, cap_usd, 1, options)
+    """The launch as files, for SkyPilot or for a person's own hands. No values of variables are in them."""
+    rate = max_usd_per_hr
+    if rate is None:
+        raise UserError("--max-price: is needed with --write, every hour is counted at it; for example 1.40")
+    short = re.sub(r"[^a-z0-9]+", "-", config.name.lower()).strip("-")[:40]
+    job = job_for(config, "local", f"x1-{short}", rate, cap_usd, gpus, options)
     files: Mapping[str, str] = {
         "start.sh": bootstrap.start_script(job),
         "cloud-init.yaml": bootstrap.cloud_init(job),
         f"x1-{config.name}.service": bootstrap.systemd_unit(job),
         "skypilot.yaml": skypilot_task(job, gpu, rate),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
-        (folder / name).write_text(text, encoding="utf-8")
-        print(folder / name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (folder / name).write_text(text, encoding="utf-8")
+            print(folder / name)
+    except OSError as error:
+        raise UserError(
+            f"--write {folder}: can't be written ({error.strerror}); name another folder"
+        ) from None
     return FINISHED

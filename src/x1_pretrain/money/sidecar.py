@@ -90,7 +90,7 @@ class Sidecar:
     def poll(self) -> BudgetFile:
         """Ask, count, write; then end what must end, also when nothing could be written."""
         source = self._ask()
-        self._read_ledger()
+        self.read_ledger()
         rate = ZERO if self.machine.ended else self.meter.usd_per_hr
         self.spent_usd = spent = max(self._before() + self.meter.usd, self.known.known_usd)
         left_s = self._left_s()
@@ -113,7 +113,7 @@ class Sidecar:
             self._end(spent)
         return said
 
-    def _read_ledger(self) -> None:
+    def read_ledger(self) -> None:
         """What others wrote: machines, corrections, this machine's confirmed end."""
         try:
             rows = self.ledger.rows()

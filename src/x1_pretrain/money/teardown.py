@@ -108,8 +108,8 @@ class Ending:
         return listed[0] if listed and listed[0].status is not Status.GONE else single_read
 
     def _old_enough(self) -> bool:
-        """Whether a machine that is not listed would have been by now. Either clock will do: the wall clock may
-        have been set back."""
+        """Whether a machine that is not listed would have been by now. Either clock will do: the wall clock
+        may have been set back."""
         age_s = (self.clock.now() - self.machine.since).total_seconds()
         return self.seen or max(age_s, self.clock.steady_s() - self.begun_s) >= LISTED_BY_S
 

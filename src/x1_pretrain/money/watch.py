@@ -21,7 +21,7 @@ from x1_pretrain.command import run as run_app
 from x1_pretrain.command import single
 from x1_pretrain.errors import FINISHED, INTERRUPTED, UserError
 from x1_pretrain.money import pace
-from x1_pretrain.money.account import account
+from x1_pretrain.money.account import Rented, account
 from x1_pretrain.money.clock import Clock
 from x1_pretrain.money.guard import ZERO, dollars, minutes
 from x1_pretrain.money.ledger import NAME, Ledger, LedgerError, Row
@@ -46,9 +46,10 @@ class Watch:
     def run(self, stop: threading.Event) -> int:
         while not stop.is_set():
             self._turn()
-            if self.sidecar.machine.ended and not self.sidecar.known.open_machines():
+            self.sidecar.read_ledger()
+            if self.sidecar.machine.ended and not self._others():
                 return FINISHED
-            if self._over():
+            if self.sidecar.machine.ended or self._over():
                 return end_loudly(self.folder, self.clock)
             stop.wait(self.clock.real_s(self.sidecar.next_poll_s()))
         print(
@@ -57,6 +58,10 @@ class Watch:
             flush=True,
         )
         return INTERRUPTED
+
+    def _others(self) -> list[Rented]:
+        """Earlier machines of the run that nobody has seen to end."""
+        return [m for m in self.sidecar.known.open_machines() if m.tag != self.sidecar.machine.tag]
 
     def _turn(self) -> None:
         try:

@@ -243,6 +243,14 @@ def test_what_can_not_be_a_start_up_script() -> None:
 # Machines
 
 
+def test_a_cloud_config_goes_through_as_it_is() -> None:
+    """With a `#!` line before it, cloud-init would run it as a script."""
+    text = "#cloud-config\nwrite_files:\n- path: /x\n"
+    assert user_data(LaunchRequest(OFFER, "x1", text)) == text
+    with pytest.raises(UserError, match="holds its variables itself"):
+        user_data(LaunchRequest(OFFER, "x1", text, environment={"A": "b"}))
+
+
 @pytest.mark.parametrize(
     ("said", "status"),
     [

@@ -203,17 +203,26 @@ def _bytes(value: object) -> Decimal:
 
 
 def user_data(request: LaunchRequest) -> str:
-    """What cloud-init runs as root, once, at the end of the first boot: a text that starts with `#!`."""
+    """What cloud-init takes: its own `#cloud-config` as it is, or a script to run as root at the first boot."""
+    whole = request.script
+    if not whole.startswith("#cloud-config"):
+        whole = _exporting(request)
+    elif request.environment:
+        raise UserError("a #cloud-config holds its variables itself: give it none beside it")
+    if (size := len(whole.encode())) > USER_DATA_BYTES:
+        raise UserError(f"the start-up script has {size} bytes; Lambda takes {USER_DATA_BYTES}")
+    return whole
+
+
+def _exporting(request: LaunchRequest) -> str:
+    """The script, which finds the environment set."""
     first, _, rest = request.script.partition("\n")
     if not first.startswith("#!"):
         first, rest = "#!/bin/bash", request.script
     exports = "".join(
         f"export {_variable(name)}={shlex.quote(value)}\n" for name, value in request.environment.items()
     )
-    whole = f"{first}\n{exports}{rest}"
-    if (size := len(whole.encode())) > USER_DATA_BYTES:
-        raise UserError(f"the start-up script has {size} bytes; Lambda takes {USER_DATA_BYTES}")
-    return whole
+    return f"{first}\n{exports}{rest}"
 
 
 def _variable(name: str) -> str:

@@ -1,0 +1,247 @@
+"""The supervisor with stand-ins for trainer and sidecar: what comes back, what does not, who ends with whom."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from x1_pretrain.money import latch, supervise
+from x1_pretrain.money.clock import Clock
+from x1_pretrain.money.ledger import Ledger
+from x1_pretrain.money.supervise import Supervisor, trainer_option
+
+# writes its file once, then waits; a second argument is how long it lives
+SIDECAR = """
+import json, sys, time, pathlib
+file = pathlib.Path(sys.argv[1])
+with open(file.with_name("sidecars"), "a") as f: f.write("x")
+file.write_text(json.dumps({"last_update_utc": str(time.time())}))
+time.sleep(float(sys.argv[2]))
+"""
+
+# one session: notes itself, makes steps, and ends as the n-th word says (a code, "kill", "wait")
+TRAINER = """
+import json, os, pathlib, signal, sys, time
+folder, moves, *ends = pathlib.Path(sys.argv[1]), *sys.argv[2:]
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+with open(folder / "sessions", "a") as f: f.write("x")
+n = len((folder / "sessions").read_text())
+with open(folder / "events.jsonl", "a") as f: f.write(json.dumps({"event": "batch"}) + "\\n")
+if moves == "moves":
+    with open(folder / "metrics.jsonl", "a") as f: f.write(json.dumps({"step": n}) + "\\n")
+end = ends[min(n, len(ends)) - 1]
+time.sleep(0.3)
+if end == "kill": os.kill(os.getpid(), signal.SIGKILL)
+if end == "wait": time.sleep(60)
+sys.exit(int(end) if end != "wait" else 0)
+"""
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Callable[..., Supervisor]:
+    (tmp_path / "sidecar.py").write_text(SIDECAR)
+    (tmp_path / "trainer.py").write_text(TRAINER)
+
+    def make(*ends: str, moves: bool = True, sidecar_lives: float = 60, **more: object) -> Supervisor:
+        trainer = [
+            sys.executable,
+            str(tmp_path / "trainer.py"),
+            str(tmp_path),
+            "moves" if moves else "stands",
+        ]
+        sidecar = [sys.executable, str(tmp_path / "sidecar.py"), str(tmp_path / "budget.json")]
+        return Supervisor(
+            folder=tmp_path,
+            budget=tmp_path / "budget.json",
+            trainer_command=[*trainer, *ends],
+            sidecar_command=[*sidecar, str(sidecar_lives)],
+            ledger=Ledger(tmp_path / "ledger.jsonl", Clock()),
+            clock=Clock(),
+            pause_s=0.0,
+            **more,  # type: ignore[arg-type]
+        )
+
+    return make
+
+
+def sessions(tmp_path: Path) -> int:
+    file = tmp_path / "sessions"
+    return len(file.read_text()) if file.exists() else 0
+
+
+def told(supervisor: Supervisor, event: str) -> list[dict[str, object]]:
+    return [row for row in supervisor.ledger.rows() if row["event"] == event]
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 76, 77, 78])
+def test_these_end_it(code: int, made: Callable[..., Supervisor], tmp_path: Path) -> None:
+    supervisor = made(str(code))
+    assert supervisor.run() == code
+    assert sessions(tmp_path) == 1
+    assert supervisor.sidecar is not None
+    assert supervisor.sidecar.poll() is not None  # nothing is left behind
+
+
+@pytest.mark.parametrize("end", ["75", "kill"])
+def test_an_interrupted_trainer_comes_back(end: str, made: Callable[..., Supervisor], tmp_path: Path) -> None:
+    supervisor = made(end, end, "0")
+    assert supervisor.run() == 0
+    assert sessions(tmp_path) == 3
+    assert len(told(supervisor, "relaunch")) == 2
+    down = [row["down_s"] for row in told(supervisor, "back")]
+    assert len(down) == 2
+    assert all(isinstance(s, float) and 0 <= s < 5 for s in down)
+
+
+def test_there_is_a_limit(made: Callable[..., Supervisor], tmp_path: Path) -> None:
+    supervisor = made("75", max_relaunches=2)
+    assert supervisor.run() == 75
+    assert sessions(tmp_path) == 3
+
+
+@pytest.mark.parametrize(("end", "code"), [("75", 75), ("kill", 1)])
+def test_sessions_that_make_no_step_are_not_paid_for_ever(
+    end: str, code: int, made: Callable[..., Supervisor], tmp_path: Path
+) -> None:
+    assert made(end, moves=False).run() == code
+    assert sessions(tmp_path) == supervise.NO_PROGRESS
+
+
+def test_a_latch_is_read_before_every_start(made: Callable[..., Supervisor], tmp_path: Path) -> None:
+    latch.write(tmp_path, latch.Stop("too dear", "guard", 76, "2026-01-01T00:00:00Z"))
+    assert made("0").run() == 78
+    assert sessions(tmp_path) == 0
+
+
+def test_a_latch_that_appears_between_two_sessions_holds(
+    made: Callable[..., Supervisor], tmp_path: Path
+) -> None:
+    supervisor = made("75", "0")
+    stop = latch.Stop("a person", "person", 76, "2026-01-01T00:00:00Z")
+    late = threading.Timer(0.15, lambda: latch.write(tmp_path, stop))
+    late.start()
+    assert supervisor.run() == 78
+    assert sessions(tmp_path) == 1
+
+
+def test_nothing_trains_before_the_sidecar_has_written(
+    made: Callable[..., Supervisor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(supervise, "FIRST_READING_S", 0.5)
+    supervisor = made("0")
+    supervisor.sidecar_command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    assert supervisor.run() == 78
+    assert "wrote no" in capfd.readouterr().err
+    supervisor.sidecar_command = [sys.executable, "-c", "raise SystemExit(2)"]
+    assert supervisor.run() == 78
+    assert "exit code 2" in capfd.readouterr().err
+    assert sessions(tmp_path) == 0
+
+
+def test_a_dead_sidecar_comes_back(
+    made: Callable[..., Supervisor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervise, "SIDECAR_PAUSE_S", 0.1)
+    supervisor = made("75", "75", "75", "0", sidecar_lives=0.3)
+    assert supervisor.run() == 0
+    assert len((tmp_path / "sidecars").read_text()) >= 3
+    assert told(supervisor, "sidecar")[0]["exit_code"] == 0
+
+
+RUN = """
+import sys
+from pathlib import Path
+from x1_pretrain.money.clock import Clock
+from x1_pretrain.money.ledger import Ledger
+from x1_pretrain.money.supervise import Supervisor
+f = Path(sys.argv[1])
+t = [sys.executable, str(f / "trainer.py"), str(f), "moves", "wait"]
+s = [sys.executable, str(f / "sidecar.py"), str(f / "budget.json"), "60"]
+sys.exit(Supervisor(f, f / "budget.json", t, s, Ledger(f / "ledger.jsonl", Clock()), Clock()).run())
+"""
+
+
+@pytest.fixture
+def running(
+    made: Callable[..., Supervisor], tmp_path: Path
+) -> tuple[subprocess.Popen[bytes], list[psutil.Process]]:
+    made("wait")  # for its scripts
+    process = subprocess.Popen([sys.executable, "-c", RUN, str(tmp_path)])
+    deadline = time.monotonic() + 20
+    while sessions(tmp_path) < 1 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    children = psutil.Process(process.pid).children()
+    assert len(children) == 2
+    return process, children
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_request_goes_on_to_the_trainer(
+    number: int, running: tuple[subprocess.Popen[bytes], list[psutil.Process]]
+) -> None:
+    process, children = running
+    process.send_signal(number)
+    assert process.wait(20) == 75
+    assert psutil.wait_procs(children, 5)[1] == []
+
+
+def test_nothing_trains_without_its_supervisor(
+    running: tuple[subprocess.Popen[bytes], list[psutil.Process]],
+) -> None:
+    process, children = running
+    process.kill()
+    process.wait()
+    assert psutil.wait_procs(children, 10)[1] == []
+
+
+def test_a_hang_up_is_nothing(running: tuple[subprocess.Popen[bytes], list[psutil.Process]]) -> None:
+    process, children = running
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.3)
+    assert process.poll() is None
+    assert all(child.is_running() for child in children)
+    process.send_signal(signal.SIGTERM)
+    process.wait(20)
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        (["--config", "a"], "a"),
+        (["--x", "--config=b"], "b"),
+        (["--config"], None),
+        (["--configs", "a"], None),
+    ],
+)
+def test_the_trainers_options_are_read_as_it_reads_them(words: list[str], value: str | None) -> None:
+    assert trainer_option(words, "--config") == value
+
+
+def test_the_command_needs_a_ceiling(tmp_path: Path) -> None:
+    words = [
+        sys.executable,
+        "-m",
+        "x1_pretrain.cli",
+        "supervise",
+        "--",
+        "--config",
+        "configs/x1-50m-a100.yaml",
+    ]
+    done = subprocess.run(words, capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 2
+    assert "--budget-cap-usd" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert json.dumps(done.stdout) == '""'
