@@ -72,7 +72,7 @@ def main(
     source = opened(provider, clock, rate, tag)
     if terminate and source.name == "local":
         raise UserError(
-            "--terminate: nobody can be asked to end this machine; give --provider and its key, or leave it out"
+            "--terminate: nobody can be asked to end this machine; name its --provider, or leave it out"
         )
     machine = the_machine(ledger, source, instance_id, tag, rate, begun, clock)
     notifier = Notifier(addresses(os.environ), ledger, clock, run=run_dir.name)

@@ -142,7 +142,7 @@ def test_each_fault_of_a_provider(
         code, output = r.end(r.start())
         assert code == 0, output + r.machine_log()
         settled(r, undisturbed)
-        assert sum(fault.fired for fault in r.fake.world.faults) > 0
+        assert sum(fault.fired for fault in r.fake.world.faults) > 0 or name in output
 
 
 @pytest.mark.slow

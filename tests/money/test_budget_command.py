@@ -114,7 +114,7 @@ def test_a_machine_that_still_bills_counts_up_to_now(
     ledger.append("intent", tag="a", provider="runpod", usd_per_hr=RATE)
     poll(ledger, 1, RATE, projected_usd=Decimal("24"))
     now_s = (NOON + timedelta(hours=3)).timestamp()
-    monkeypatch.setenv(VARIABLE, f"0.000001@{now_s}")  # it is 15:00, and stays so
+    monkeypatch.setenv(VARIABLE, f"0.000000001@{now_s}")  # it is 15:00, and stays so
     assert call("show", ledger.file.parent) == FINISHED
     out = said(capsys)
     assert "still open" in out
@@ -176,10 +176,11 @@ def test_what_can_not_be_shown_is_one_line(
         (("show", wrong), FAULT, "ledger row 99 (poll)"),
         (("show", run, "--picture", tmp_path / "no" / "such.png"), USAGE, "can't be written"),
         (("show", run, "--picture", tmp_path / "a.word"), USAGE, "name a .png"),
-        (("correct", run, "--spent-usd", "nan", "--why", "bill"), USAGE, "--spent-usd nan"),
+        (("correct", run, "--spent-usd", "nan", "--why", "bill"), USAGE, "--spent-usd"),
+        (("correct", run, "--spent-usd", "inf", "--why", "bill"), USAGE, "--spent-usd inf"),
         (("correct", run, "--spent-usd", "-1", "--why", "bill"), USAGE, "--spent-usd"),
         (("correct", run, "--spent-usd", "3"), USAGE, "--why"),
-        (("show",), USAGE, "RUN"),
+        (("show",), USAGE, "rgument"),
     ):
         assert call(*arguments) == code, arguments
         error = capsys.readouterr().err

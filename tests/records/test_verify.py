@@ -13,6 +13,8 @@ import pytest
 from tests.records import builder
 
 from x1_pretrain.command import run as run_app
+from x1_pretrain.money.clock import Clock
+from x1_pretrain.money.ledger import Ledger
 from x1_pretrain.records.export_folder import export as write_export
 from x1_pretrain.records.run_folder import open_run
 from x1_pretrain.records.verify import (
@@ -29,7 +31,8 @@ from x1_pretrain.records.verify import (
 MANIFEST, CONFIG, READABLE = "manifest complete", "config is the recorded one", "records readable"
 STEPS, SESSIONS, LOSS = "no gap or overlap in steps", "sessions agree with events", "final loss in the band"
 BLOCKS = "blocks read in order"
-CHECKPOINTS, WEIGHTS, EXPORT = (
+CHECKPOINTS, WEIGHTS, CEILING = "below the ceiling"
+EXPORT = (
     "checkpoints verify",
     "final weights sound",
     "export equals the final checkpoint",
@@ -64,9 +67,32 @@ def unreadable_rows(folder: Path) -> None:
 
 def test_a_sound_finished_run_passes_all(folder: Path) -> None:
     found = results(folder)
-    assert {name for name, (result, _) in found.items() if result != "passed"} == {EXPORT, BLOCKS}
+    assert {name for name, (result, _) in found.items() if result != "passed"} == {EXPORT, BLOCKS, CEILING}
     assert "val/loss 2.1214 at step 42" in found[LOSS][1]
     assert "resumed from step 20" in found[SESSIONS][1]
+
+
+@pytest.mark.parametrize(
+    ("spent", "gone", "said"),
+    [
+        ("34.99", True, None),
+        ("35.01", True, "$35.01 spent, above"),
+        ("20", False, "pod-7 at runpod was not seen"),
+    ],
+)
+def test_a_run_with_a_ceiling_kept_it_and_left_no_machine(
+    spent: str, gone: bool, said: str | None, folder: Path
+) -> None:
+    ledger = Ledger(folder / "ledger.jsonl", Clock())
+    ledger.append("ceiling", ceiling_usd="35")
+    ledger.append("intent", tag="x1-a", provider="runpod", usd_per_hr="1.19")
+    ledger.append("launched", tag="x1-a", machine_id="pod-7")
+    ledger.append("reading", spent_usd=spent)
+    if gone:
+        ledger.append("terminate_confirmed", tag="x1-a", machine_id="pod-7")
+    result, evidence = results(folder)[CEILING]
+    assert result == ("passed" if said is None else "failed")
+    assert said is None or said in evidence
 
 
 def test_an_unfinished_run_is_not_a_failed_one(tmp_path: Path) -> None:
@@ -293,7 +319,7 @@ def test_a_missing_exported_file_and_a_folder_that_is_no_export_are_said(
 
 def test_the_command_exits_0_or_1_and_prints_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_app(app, [str(folder)]) == 0
-    assert "8 passed, 0 failed, 2 not applicable" in capsys.readouterr().out
+    assert "8 passed, 0 failed, 3 not applicable" in capsys.readouterr().out
     change_rows(folder, lambda rows: rows.pop(1))
     assert run_app(app, [str(folder), "--json"]) == 1
     told = json.loads(capsys.readouterr().out)

@@ -168,7 +168,7 @@ def _what_fits(quote: Quote) -> str:
         return "; not even the reserve fits"
     tokens = int(hours / quote.work.hours * quote.work.tokens)
     unit = next(u for u in (10**8, 10**4, 1) if tokens >= u or u == 1)  # as `billions` shows it, rounded down
-    return f"; it pays for {billions(tokens - tokens % unit)} tokens"
+    return f"; it pays for about {billions(tokens - tokens % unit)} tokens"
 
 
 def billions(tokens: int) -> str:

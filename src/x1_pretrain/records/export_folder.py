@@ -46,6 +46,7 @@ class Material:
     config_text: str | None
     mlflow_line: str
     checkpoint: Path | None = None
+    beside: tuple[Path, ...] = ()  # what it cost, and the proof that its machines are gone
     secret: tuple[str, str] = ("", "")  # an address with a password, and what is written instead
     missing: list[str] = field(default_factory=list)  # what could not be exported, and why
 
@@ -118,6 +119,8 @@ def _write(material: Material, folder: Path) -> None:
     if material.checkpoint is not None:
         for source, target in WEIGHTS.items():
             shutil.copyfile(material.checkpoint / source, folder / target)
+    for file in material.beside:
+        shutil.copyfile(file, folder / file.name)
     manifest = _manifest(material, folder)
     _check_copies(material.checkpoint, manifest["files"])
     text = material.public(json.dumps(manifest, indent=1, ensure_ascii=False))

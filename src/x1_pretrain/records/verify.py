@@ -23,6 +23,7 @@ from x1_pretrain.command import single
 from x1_pretrain.config import config_hash
 from x1_pretrain.corpus.order import Order, Source, block_count
 from x1_pretrain.errors import FAULT, FINISHED, UserError
+from x1_pretrain.money.audit import audit
 from x1_pretrain.records import weights
 from x1_pretrain.records.export_folder import WEIGHTS
 from x1_pretrain.records.run_folder import (
@@ -83,6 +84,7 @@ def verify(run: Run, export: Path | None = None) -> list[Check]:
         attempted("final loss in the band", lambda: final_loss(run, rows())),
         attempted("checkpoints verify", lambda: checkpoints_good(run, rows())),
         attempted("final weights sound", lambda: weights_good(run)),
+        attempted("below the ceiling", lambda: below_the_ceiling(run)),
         attempted("export equals the final checkpoint", lambda: export_equal(run, export)),
     ]
 
@@ -309,6 +311,14 @@ def weights_good(run: Run) -> Check:
         return Check(name, NOT_APPLICABLE, f"no good checkpoint in {run.checkpoints}")
     problems, evidence = weights.problems(newest / "model.safetensors", newest / "config.json")
     return judged(name, [f"{newest.name}: {problem}" for problem in problems], f"{newest.name}: {evidence}")
+
+
+def below_the_ceiling(run: Run) -> Check:
+    """What was spent, and that no machine was left behind."""
+    found = audit(run.folder)
+    if found is None:
+        return Check("below the ceiling", NOT_APPLICABLE, "no ledger.jsonl: the run had no ceiling")
+    return judged("below the ceiling", *found)
 
 
 def export_equal(run: Run, export: Path | None) -> Check:

@@ -203,7 +203,7 @@ def _bytes(value: object) -> Decimal:
 
 
 def user_data(request: LaunchRequest) -> str:
-    """What cloud-init takes: its own `#cloud-config` as it is, or a script to run as root at the first boot."""
+    """What cloud-init takes: its own `#cloud-config` as it is, or a script for the first boot."""
     whole = request.script
     if not whole.startswith("#cloud-config"):
         whole = _exporting(request)
