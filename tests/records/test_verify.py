@@ -31,12 +31,8 @@ from x1_pretrain.records.verify import (
 MANIFEST, CONFIG, READABLE = "manifest complete", "config is the recorded one", "records readable"
 STEPS, SESSIONS, LOSS = "no gap or overlap in steps", "sessions agree with events", "final loss in the band"
 BLOCKS = "blocks read in order"
-CHECKPOINTS, WEIGHTS, CEILING = "below the ceiling"
-EXPORT = (
-    "checkpoints verify",
-    "final weights sound",
-    "export equals the final checkpoint",
-)
+CHECKPOINTS, WEIGHTS, CEILING = "checkpoints verify", "final weights sound", "below the ceiling"
+EXPORT = "export equals the final checkpoint"
 
 
 def results(folder: Path, export: Path | None = None) -> dict[str, tuple[str, str]]:
