@@ -69,8 +69,8 @@ def rented_run(folder: Path, corpus: Path, seconds_per_step: Any) -> None:
         stop = read_json(run / "STOP.json")
         say("\n[bold]-- stopped below the ceiling, its checkpoint saved, its machine gone: --[/bold]")
         say(f"   {stop['reason']}", markup=False)
-        say("[bold]-- a person decides: three times the ceiling, at the new price --[/bold]")
-        _must(_x1([*launch, "--raise-ceiling-to", f"{3 * ceiling:.2f}"], environment), "launch")
+        say("[bold]-- a person decides: four times the ceiling, at the new price --[/bold]")
+        _must(_x1([*launch, "--raise-ceiling-to", f"{4 * ceiling:.2f}"], environment), "launch")
         _must(_x1(["budget", "show", str(run)], environment), "budget show")
     _check(run, config)
 

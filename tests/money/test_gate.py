@@ -117,6 +117,15 @@ def test_what_it_says_would_fit_fits_and_hardly_more_would(
     assert not _fits(whole, fits + slack)
 
 
+@pytest.mark.parametrize("ceiling", range(500, 2700, 37))
+def test_what_would_fit_is_never_rounded_up(ceiling: int) -> None:
+    whole = quote(ceiling_usd=ceiling * CENT)
+    found = re.search(r"pays for about ([\d.]+) B", broken(whole, None)[0])
+    assert found is not None
+    assert _fits(whole, int(Decimal(found[1]) * 10**9))
+    assert not _fits(whole, int((Decimal(found[1]) + Decimal("0.2")) * 10**9))
+
+
 def _fits(whole: Quote, tokens: int) -> bool:
     return broken(replace(whole, work=replace(whole.work, tokens=tokens)), None) == []
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -38,13 +39,15 @@ def test_the_first_reason_stays(tmp_path: Path) -> None:
 
 
 def test_a_reason_written_in_between_stays_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another process latches after this one looked and before it named its own file."""
+    """Somebody else latches after this one looked and before it named its own file."""
     fsync = os.fsync
 
     def other_first(descriptor: int) -> None:
         fsync(descriptor)
         monkeypatch.setattr(os, "fsync", fsync)
-        latch.write(tmp_path, OVER)
+        other = threading.Thread(target=latch.write, args=(tmp_path, OVER))
+        other.start()
+        other.join()
 
     monkeypatch.setattr(os, "fsync", other_first)
     latch.write(tmp_path, LATER)
@@ -58,6 +61,7 @@ def test_a_disk_without_hard_links_takes_it(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(os, "link", refused)
     latch.write(tmp_path, OVER)
+    latch.write(tmp_path, LATER)
     assert latch.read(tmp_path) == OVER
 
 

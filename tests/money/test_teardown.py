@@ -122,7 +122,7 @@ def test_unconfirmed_is_loud_and_a_second_call_confirms(
     assert f"x1 teardown {rental.folder}" in printed
     assert rental.machines()[0].open
     assert rental.rows("terminate_unconfirmed")
-    assert [row["key"] for row in rental.rows("alert_due")][0].startswith("unconfirmed")
+    assert rental.rows("alert_due")[0]["key"].startswith("unconfirmed")
     assert not (rental.folder / "termination.json").exists()
     rental.fake.world.clear_faults()
     assert command(str(rental.folder)) == FINISHED

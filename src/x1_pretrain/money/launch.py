@@ -132,7 +132,8 @@ def best_offer(wanted: Wanted, provider: Provider) -> Offer | None:
         offers = [o for o in offers if o.tier not in ("secure", "community") or o.tier == wanted.tier]
     if not offers:
         raise RefusedError(
-            f"{provider.label} has no price for {wanted.gpus}x {wanted.gpu}: without one nothing starts"
+            f"{provider.label} has no price for {wanted.gpus}x {wanted.gpu}: without one nothing starts; try "
+            "another --gpu, --gpus or --tier"
         )
     free = [offer for offer in offers if offer.available and offer.usd_per_hr > 0]
     if not free and provider.name != "local":

@@ -112,11 +112,13 @@ class TrainerGuard:
         return self._judge(self._reading())
 
     def _gap_s(self, rows: list[Row]) -> float | None:
-        """Since an earlier process of this run last knew what was spent."""
-        last = next((r["true_utc"] for r in reversed(rows) if r["event"] == "reading"), None)
-        if last is None:
-            return None
-        return max(0.0, (self.clock.now() - parse_stamp(last)).total_seconds())
+        """Since an earlier process of this run, on the same machine, last knew what was spent."""
+        for row in reversed(rows):
+            if row["event"] in ("launched", "adopted", "terminate_confirmed"):
+                return None  # between two machines nothing was billed
+            if row["event"] == "reading":
+                return max(0.0, (self.clock.now() - parse_stamp(row["true_utc"])).total_seconds())
+        return None
 
     @property
     def seen(self) -> BudgetFile | None:

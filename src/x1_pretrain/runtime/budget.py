@@ -78,7 +78,7 @@ def open_guard(
     ceiling = ceiling_in_force(Decimal(str(config.budget.cap_usd)), ledger)
     notifier = open_notifier(config, ledger, clock, say)
     found = TrainerGuard(
-        name=config.name,
+        name=config.folder.name,
         folder=config.folder,
         address=Address(config.budget.curr_cost_uri),
         limits=limits_from(config.budget, ceiling, ZERO),
@@ -121,7 +121,7 @@ def agreed_rate(rows: list[Row]) -> Decimal | None:
 
 def open_notifier(config: RunConfig, ledger: Ledger, clock: Clock, say: Callable[[str], None]) -> Notifier:
     """Alerts that reach somebody, tried before anything starts."""
-    notifier = Notifier(addresses(os.environ), ledger, clock, run=config.name, say=say)
+    notifier = Notifier(addresses(os.environ), ledger, clock, run=config.folder.name, say=say)
     if not notifier.channels:
         say(
             f"  alerts: none ({VARIABLE} is not set): what the guard says is here, in events.jsonl and in "
@@ -194,18 +194,20 @@ def _quote(found: TrainerGuard, config: RunConfig, session: Session, here: World
     left = config.training.total_steps - session.step
     return gate.Quote(
         gate.Price(f"{here.size}x {name}", where, rate, known),
-        work(config, left * config.training.batch_tokens, name, here.size),
+        work(config, left * config.training.batch_tokens, name, here.size, found.clock.speed),
         found.limits.ceiling_usd,
         gate.reserve_h(0.0, found.limits.end_s, setup_h=ZERO),
         spent_usd=decision.spent_usd,
     )
 
 
-def work(config: RunConfig, tokens: int, gpu: str, gpus: int) -> gate.Work:
-    """What is left and at which speed: stated, measured earlier in this run, or assumed from the peak."""
+def work(config: RunConfig, tokens: int, gpu: str, gpus: int, speed: float) -> gate.Work:
+    """What is left and how fast: stated, measured earlier in this run, or assumed from the peak. `speed`: of
+    the clock; where an hour passes in a minute, a second has few tokens."""
     if stated := config.budget.tokens_per_sec:
         return gate.Work(tokens, stated, f"{stated:,.0f} tokens/s, stated")
     if measured := tokens_per_sec(read_jsonl(config.folder / "metrics.jsonl").rows):
+        measured /= speed
         return gate.Work(tokens, measured, f"{measured:,.0f} tokens/s, measured earlier in this run")
     peak = peak_bf16_flops_per_sec(gpu)
     rate = gate.assumed_rate(peak, flops_per_token(config.model).palm, gpus)

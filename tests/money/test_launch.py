@@ -1,0 +1,445 @@
+"""`x1 launch` against the fake provider: a sentence before anything is billed, each refusal without a single
+launch request, one machine at most whatever becomes of the answer, no secret anywhere."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.corpora import write_config
+from tests.money.fakes import Rental, Turns, renting
+
+from x1_pretrain.command import run as run_app
+from x1_pretrain.errors import FAULT, FINISHED, REFUSED, USAGE
+from x1_pretrain.money import latch, launch, reconcile
+from x1_pretrain.money.account import account
+from x1_pretrain.money.clock import Clock
+from x1_pretrain.money.ledger import Ledger
+from x1_pretrain.money.providers.fake_server import FakeProvider
+
+SECRET = "s3cr3t-t0ken"
+ALERTS = f"json://user:{SECRET}@127.0.0.1:9/hook"
+
+
+@pytest.fixture(params=["fake"])
+def rental(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Rental]:
+    folder = tmp_path / "runs" / "tiny"
+    write_config(tmp_path / "tiny.yaml", run_dir=str(folder))
+    world = {"gpu": "A100 80GB", "price_usd_per_hr": "1.19"}
+    with renting(folder, monkeypatch, request.param, **world) as rental:
+        monkeypatch.setattr(Clock, "from_environment", lambda: rental.clock)
+        yield rental
+
+
+on_real_apis = pytest.mark.parametrize("rental", ["runpod", "lambda"], indirect=True)
+
+
+def command(rental: Rental, *words: str, cap: str = "5", price: str = "4.50", yes: bool = True) -> int:
+    config = rental.folder.parent.parent / "tiny.yaml"
+    given = ["--config", str(config), "--provider", rental.provider.name, "--budget-cap-usd", cap]
+    given += [
+        "--tokens-per-sec",
+        "2",
+        "--max-price",
+        price,
+        "--source",
+        "x1.whl",
+        *(["--yes"] if yes else []),
+    ]
+    return run_app(launch.app, [*given, *words], prog="x1 launch")
+
+
+def launches(rental: Rental) -> int:
+    return sum(count for name, count in rental.fake.world.requests.items() if name.endswith(" launch"))
+
+
+def nothing_happened(rental: Rental) -> bool:
+    return launches(rental) == 0 and not rental.fake.world.machines and not rental.rows("intent")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The sentence
+
+
+def test_the_sentence_is_printed_and_kept_before_the_request(
+    rental: Rental, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before: dict[str, Any] = {}
+    send = type(rental.provider).launch
+
+    def watched(provider: Any, request: Any) -> str:
+        before["printed"] = capsys.readouterr().out
+        before["events"] = [(row["event"], row.get("verdict")) for row in rental.ledger.rows()]
+        before["requests"] = launches(rental)
+        return str(send(provider, request))
+
+    monkeypatch.setattr(type(rental.provider), "launch", watched)
+    assert command(rental, "--detach") == FINISHED
+    assert before["printed"].startswith("This will start 1x A100 80GB on the fake provider secure at $1.19/h")
+    assert before["events"] == [("gate", "passed"), ("intent", None)]
+    assert before["requests"] == 0
+    assert rental.rows("gate")[0]["message"] in before["printed"]
+    assert launches(rental) == 1
+    assert rental.rows("intent")[0]["usd_per_hr"] > "1.19"  # the disk is in it
+    assert rental.rows("launched")[0]["machine_id"] == next(iter(rental.fake.world.machines))
+    assert rental.rows("active")
+    assert "x1 watch" in capsys.readouterr().out
+
+
+def test_price_only_prints_it_and_leaves_nothing(rental: Rental, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(rental, "--price-only", yes=False) == FINISHED
+    assert capsys.readouterr().out.count("This will start") == 1
+    assert nothing_happened(rental)
+    assert not rental.ledger.rows()
+    assert command(rental, "--price-only", cap="0.50") == REFUSED
+    assert not rental.ledger.rows()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Refusals
+
+
+def refused(rental: Rental, capsys: pytest.CaptureFixture[str], *words: str, **options: Any) -> str:
+    assert command(rental, *words, **options) == REFUSED
+    assert nothing_happened(rental)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return error
+
+
+def test_above_the_ceiling(rental: Rental, capsys: pytest.CaptureFixture[str]) -> None:
+    error = refused(rental, capsys, cap="0.90")
+    assert "the total" in error
+    assert "This will start" in error
+    assert "too much" in error
+
+
+def test_above_the_highest_price(rental: Rental, capsys: pytest.CaptureFixture[str]) -> None:
+    error = refused(rental, capsys, price="1.10")
+    assert "$1.19/h is above --max-price $1.10/h" in error
+    assert "This will start" in error
+
+
+def test_waiting_for_a_price_that_falls(rental: Rental, capsys: pytest.CaptureFixture[str]) -> None:
+    rental.fake.fault("price_jump", factor="0.9", after_s=3000)
+    begun = rental.clock.steady_s()
+    assert command(rental, "--wait", "4h", "--detach", price="1.10") == FINISHED
+    assert 3000 <= rental.clock.steady_s() - begun < 3600
+    assert "at $1.071/h" in capsys.readouterr().out
+    assert launches(rental) == 1
+
+
+def test_waiting_for_a_price_that_does_not(rental: Rental, capsys: pytest.CaptureFixture[str]) -> None:
+    begun = rental.clock.steady_s()
+    refused(rental, capsys, "--wait", "2h", price="1.10")
+    assert 7200 <= rental.clock.steady_s() - begun < 7600
+
+
+def test_waiting_survives_a_provider_that_is_down(rental: Rental) -> None:
+    rental.fake.fault("500", on="catalog", for_s=1200)
+    assert command(rental, "--wait", "4h", "--detach") == FINISHED
+
+
+def test_nothing_free(rental: Rental, capsys: pytest.CaptureFixture[str]) -> None:
+    rental.fake.fault("no_capacity", for_s=1800)
+    assert "nothing of this kind is free" in refused(rental, capsys)
+    assert command(rental, "--wait", "1h", "--detach") == FINISHED
+
+
+@on_real_apis
+def test_alerts_that_reach_nobody(rental: Rental, capsys: pytest.CaptureFixture[str]) -> None:
+    error = refused(rental, capsys)
+    assert "X1_ALERTS" in error
+    assert "docs/alerts.md" in error
+    assert "This will start" in error
+
+
+def test_alerts_that_fail(
+    rental: Rental, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("X1_ALERTS", ALERTS)
+    error = refused(rental, capsys)
+    assert "did not get through" in error
+    assert SECRET not in error
+    assert SECRET not in rental.ledger.file.read_text()
+
+
+def test_hardware_without_a_price(rental: Rental, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no price for 1x b200: without one nothing starts; try another --gpu" in refused(
+        rental, capsys, "--gpu", "b200"
+    )
+
+
+def test_hours_that_nobody_knows(rental: Rental, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "peak_bf16_flops_per_sec", lambda _: None)
+    assert command(rental, "--tokens-per-sec", "2", "--detach", "--price-only") == FINISHED
+    words = ["--config", str(rental.folder.parent.parent / "tiny.yaml"), "--provider", "fake", "--yes"]
+    assert run_app(launch.app, [*words, "--budget-cap-usd", "35"], prog="x1 launch") == REFUSED
+    assert nothing_happened(rental)
+
+
+def test_a_machine_left_over_from_another_run(rental: Rental, capsys: pytest.CaptureFixture[str]) -> None:
+    other = Ledger(rental.folder.parent / "other" / "ledger.jsonl", rental.clock)
+    other.append("intent", tag="x1-other", provider="runpod", usd_per_hr=Decimal(1))
+    error = refused(rental, capsys)
+    assert "x1-other at runpod" in error
+    assert "x1 reconcile" in error
+    assert "This will start" in error
+    other.append("launch_failed", tag="x1-other")
+    assert command(rental, "--detach") == FINISHED
+
+
+def test_a_stop_latch_until_a_person_raises_the_ceiling(
+    rental: Rental, capsys: pytest.CaptureFixture[str]
+) -> None:
+    latch.write(rental.folder, latch.Stop("too dear", "guard", 76, "2026-05-23T11:00:00Z"))
+    error = refused(rental, capsys)
+    assert "too dear" in error
+    assert "--raise-ceiling-to" in error
+    assert "This will start" in error
+    assert command(rental, "--detach", "--raise-ceiling-to", "8") == FINISHED
+    assert latch.read(rental.folder) is None
+    assert account(rental.ledger.rows()).ceiling_usd == 8
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Agreement
+
+
+class Terminal:
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("answer", "starts"), [("y", 1), ("", 0), ("no", 0), (EOFError, 0)])
+def test_a_person_s_word(rental: Rental, monkeypatch: pytest.MonkeyPatch, answer: Any, starts: int) -> None:
+    def said(_: str) -> str:
+        if answer is EOFError:
+            raise EOFError
+        return str(answer)
+
+    monkeypatch.setattr("sys.stdin", Terminal())
+    monkeypatch.setattr("builtins.input", said)
+    assert command(rental, "--detach", yes=False) == FINISHED
+    assert launches(rental) == starts
+
+
+def test_nobody_at_the_terminal(rental: Rental, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(rental, yes=False) == USAGE
+    assert "--yes: is needed" in capsys.readouterr().err
+    assert nothing_happened(rental)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The request and its answer
+
+
+@pytest.mark.parametrize("kind", ["500_after_create", "malformed"])
+@pytest.mark.parametrize("rental", ["runpod", "lambda", "fake"], indirect=True)
+def test_an_answer_that_was_lost_leads_to_one_machine(
+    rental: Rental, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(launch, "refuse_silence", lambda *_: None)
+    rental.fake.fault(kind, on="launch")
+    rental.fake.fault("not_listed_yet", for_s=60)
+    assert command(rental, "--detach") == FINISHED
+    assert len(rental.fake.world.machines) == launches(rental) == 1
+    [machine] = rental.machines()
+    assert machine.open
+    assert machine.machine_id in rental.fake.world.machines
+
+
+def test_a_timeout_after_the_machine_was_made(rental: Rental) -> None:
+    rental.fake.fault("timeout_after_create", hold_s=0.2)
+    assert command(rental, "--detach") == FINISHED
+    assert len(rental.fake.world.machines) == launches(rental) == 1
+
+
+def test_a_500_that_made_nothing_is_closed(rental: Rental, capsys: pytest.CaptureFixture[str]) -> None:
+    rental.fake.fault("500", on="launch")
+    assert command(rental, "--detach") == REFUSED
+    assert "made no machine" in capsys.readouterr().err
+    assert launches(rental) == 1
+    assert not account(rental.ledger.rows()).open_machines()
+    assert command(rental, "--detach") == FINISHED
+
+
+@pytest.mark.parametrize("kind", ["401", "429"])
+def test_a_plain_no_is_closed_and_not_sent_again(rental: Rental, kind: str) -> None:
+    rental.fake.fault(kind, on="launch")
+    assert command(rental, "--detach") == FAULT
+    assert launches(rental) == 1
+    assert not account(rental.ledger.rows()).open_machines()
+
+
+def test_nothing_free_by_the_time_it_is_asked_for(rental: Rental, monkeypatch: pytest.MonkeyPatch) -> None:
+    confirmed = launch.confirmed
+
+    def and_gone(yes: bool) -> bool:
+        rental.fake.fault("no_capacity")
+        return confirmed(yes)
+
+    monkeypatch.setattr(launch, "confirmed", and_gone)
+    assert command(rental, "--detach") == FAULT
+    assert not account(rental.ledger.rows()).open_machines()
+
+
+def test_a_machine_that_never_runs_is_ended(rental: Rental, capsys: pytest.CaptureFixture[str]) -> None:
+    rental.fake.world.boot_s = Decimal(100_000)
+    assert command(rental) == FAULT
+    assert "it does not run: ending it" in capsys.readouterr().out
+    assert not rental.fake.world.alive()
+    assert not account(rental.ledger.rows()).open_machines()
+
+
+def test_an_outage_while_it_boots_is_waited_out(rental: Rental) -> None:
+    rental.fake.fault("500", on="get", for_s=400)
+    assert command(rental, "--detach") == FINISHED
+    assert rental.rows("active")
+
+
+def test_ctrl_c_while_it_boots_ends_it(rental: Rental, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> bool:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launch, "wait_active", interrupt)
+    assert command(rental) == FAULT
+    assert not rental.fake.world.alive()
+
+
+def test_it_is_watched_to_its_end(
+    rental: Rental, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing runs on this machine at all: it ends below the ceiling all the same."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    monkeypatch.setattr("x1_pretrain.money.watch.threading.Event", lambda: Turns(rental.clock, 1e6))
+    try:
+        assert command(rental, cap="3") == FINISHED
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    rental.fake.world.advance()
+    assert not rental.fake.world.alive()
+    assert Decimal("2.4") < rental.fake.world.bill_usd() <= 3
+    assert "termination.json" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What the machine gets, and who else sees it
+
+
+@on_real_apis
+def test_the_start_script_arrives_and_no_secret_stays(
+    rental: Rental, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("X1_ALERTS", ALERTS)
+    monkeypatch.setenv("HF_TOKEN", "hf_" + SECRET)
+    monkeypatch.setattr(launch, "refuse_silence", lambda *_: None)
+    assert command(rental, "--detach", "--tax", "0.1") == FINISHED
+    asked = next(iter(rental.fake.world.machines.values())).asked
+    if rental.provider.name == "lambda":
+        text = str(asked["user_data"])
+        assert text.startswith("#cloud-config\n")
+        assert SECRET in text
+    else:
+        text = base64.b64decode(asked["env"]["X1_START_SCRIPT"]).decode()
+        assert text.startswith("#!")
+        assert asked["env"]["X1_ALERTS"] == ALERTS
+        assert asked["env"]["X1_START_MODE"] == "foreground"
+        assert SECRET not in text
+    [machine] = rental.machines()
+    for word in (machine.tag, "supervise", "--budget-cap-usd", "x1.whl", "--disk-gib"):
+        assert word in text
+    printed = capsys.readouterr()
+    kept = "".join(f.read_text() for f in rental.folder.rglob("*") if f.is_file())
+    assert SECRET not in kept + printed.out + printed.err
+
+
+def test_files_for_other_launchers_need_no_key_and_hold_no_secret(
+    rental: Rental, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("X1_ALERTS", ALERTS)
+    monkeypatch.delenv("RUNPOD_API_KEY")
+    folder = tmp_path / "files"
+    assert command(rental, "--provider", "runpod", "--write", str(folder)) == FINISHED
+    names = {"start.sh", "cloud-init.yaml", "x1-tiny.service", "skypilot.yaml"}
+    assert {f.name for f in folder.iterdir()} == names
+    assert all(str(folder / name) in capsys.readouterr().out for name in ["start.sh"])
+    assert SECRET not in "".join(f.read_text() for f in folder.iterdir())
+    assert nothing_happened(rental)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--wait", "soon"], "--wait soon: expected a time such as 4h"),
+        (["--linger", "1.2.3h"], "--linger 1.2.3h: expected a time"),
+        (["--budget-cap-usd", "0"], "--budget-cap-usd 0.0: expected a number above 0"),
+        (["--budget-cap-usd", "nan"], "--budget-cap-usd nan: expected a number above 0"),
+        (["--max-price", "-1"], "--max-price -1.0: expected a number above 0"),
+        (["--tier", "cheap"], "--tier cheap: expected secure, community or any"),
+        (["--gpu", "a100"], "did you mean a100-40gb or a100-80gb?"),
+        (["--provider", "runpot"], "no provider is called 'runpot'"),
+        (["--provider", "local"], "--rate-usd-per-hr: is needed with --provider local"),
+        (["--like", "nowhere"], "--like nowhere: no metrics.jsonl in it"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_a_slip_is_one_line_and_launches_nothing(
+    rental: Rental, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    assert command(rental, *words) == USAGE
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert nothing_happened(rental)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Killed in the middle
+
+
+def test_killed_right_after_the_request_reconcile_cleans_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Real processes: the machine is made, no answer comes, and `x1 launch` is killed."""
+    folder = tmp_path / "runs" / "tiny"
+    config = write_config(tmp_path / "tiny.yaml", run_dir=str(folder))
+    anchor = time.time()
+    monkeypatch.setenv("X1_CLOCK", f"100@{anchor:.0f}")
+    monkeypatch.delenv("X1_ALERTS", raising=False)
+    with FakeProvider(Clock.from_environment()) as fake:
+        monkeypatch.setenv("X1_FAKE_URL", fake.url)
+        fake.fault("timeout_after_create", hold_s=30)
+        words = ["--config", str(config), "--provider", "fake", "--budget-cap-usd", "5", "--yes"]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "x1_pretrain.money.launch", *words, "--tokens-per-sec", "2"],
+            env=dict(os.environ),
+            stdout=subprocess.PIPE,
+        )
+        end = time.monotonic() + 30
+        while not fake.world.machines:
+            assert time.monotonic() < end
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.kill()
+        process.communicate()
+        rows = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+        assert [row["event"] for row in rows] == ["gate", "intent"]
+        assert run_app(reconcile.app, [str(tmp_path / "runs")], prog="x1 reconcile") == FAULT
+        assert "the launch was cut off" in capsys.readouterr().out
+        assert run_app(reconcile.app, [str(tmp_path / "runs"), "--end"], prog="x1 reconcile") == FINISHED
+        assert not fake.world.alive()
+    assert (folder / "termination.json").exists()
