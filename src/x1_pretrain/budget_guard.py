@@ -25,11 +25,12 @@ from x1_pretrain.command import single
 from x1_pretrain.errors import FINISHED, UserError
 from x1_pretrain.money import pace
 from x1_pretrain.money.account import Rented, account
+from x1_pretrain.money.channels import addresses
 from x1_pretrain.money.clock import Clock, parse_stamp, stamp
 from x1_pretrain.money.guard import Action, Decision, Limits, Memory, Reading, decide
 from x1_pretrain.money.ledger import NAME, Ledger, Row
 from x1_pretrain.money.meter import hourly_storage_usd
-from x1_pretrain.money.notify import Notifier, addresses
+from x1_pretrain.money.notify import Notifier
 from x1_pretrain.money.providers.base import Machine, Provider, ProviderError
 from x1_pretrain.money.providers.local import MACHINE_ID, Local
 from x1_pretrain.money.providers.opened import open_provider
@@ -154,7 +155,8 @@ def the_machine(
         raise UserError("--instance-id: is needed, or --tag: which machine is it, as the provider names it?")
     begun = since or began(found, provider, tag, clock)
     row: Row = {"tag": tag or instance_id, "provider": provider.name, "machine_id": instance_id}
-    ledger.append("adopted", since_utc=stamp(begun), usd_per_hr=rate, **row)
+    idle = provider.name != "local" or since is not None or tag is not None
+    ledger.append("adopted", since_utc=stamp(begun), usd_per_hr=rate, bills_idle=idle, **row)
     return account(ledger.rows()).machines[-1]
 
 

@@ -25,6 +25,7 @@ from rich.console import Console
 
 from x1_pretrain.config import RunConfig, parse_config
 from x1_pretrain.errors import UserError
+from x1_pretrain.money import ledger
 from x1_pretrain.records.metrics import read_rows
 from x1_pretrain.records.run_folder import read_json
 
@@ -82,7 +83,7 @@ def _ceiling(config: RunConfig, each_s: float) -> float:
 
 
 def _check(run: Path, config: RunConfig) -> None:
-    events = [row["event"] for row in read_rows(run / "ledger.jsonl")]
+    events = [row["event"] for row in ledger.read_rows(run / ledger.NAME)]
     steps = [r["step"] for r in read_rows(run / "metrics.jsonl") if "train/loss" in r]
     if steps[-1] != config.training.total_steps or steps != sorted(set(steps)):
         raise UserError(f"demo: {run} did not reach its last step, each step once")

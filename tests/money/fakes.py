@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -72,6 +73,11 @@ class Turns(threading.Event):
         if self._clock.steady_s() >= self._end_s:
             self.set()
         return self.is_set()
+
+
+def waiting(monkeypatch: pytest.MonkeyPatch, turns: Turns) -> None:
+    """Have `x1 watch` wait on these turns."""
+    monkeypatch.setattr("x1_pretrain.money.watch.threading", SimpleNamespace(Event=lambda: turns))
 
 
 class Alerts:

@@ -206,3 +206,20 @@ def test_the_sum_is_that_of_its_machines_and_what_is_known_never_falls(history: 
     known = [account(rows[:end]).known_usd for end in range(len(rows) + 1)]
     assert known == sorted(known)
     assert known[-1] == max((usd for one in told for _, usd, _ in one.polls), default=0)
+
+
+def test_a_machine_of_ones_own_costs_only_while_it_works() -> None:
+    row = {
+        "event": "adopted",
+        "time_utc": "2026-01-01T00:00:00Z",
+        "tag": "this-machine",
+        "provider": "local",
+        "machine_id": "this-machine",
+        "usd_per_hr": "0.50",
+    }
+    poll = {"event": "poll", "time_utc": "2026-01-01T02:00:00Z", "tag": "this-machine", "machine_usd": "1.00"}
+    poll |= {"usd_per_hr": "0.50", "spent_usd": "1.00"}
+    later = datetime(2026, 1, 11, 2, tzinfo=UTC)
+    rented = account([row, poll]).spent_by(later)
+    own = account([row | {"bills_idle": False}, poll]).spent_by(later)
+    assert (rented, own) == (Decimal("121.00"), Decimal("1.00"))

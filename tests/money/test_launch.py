@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from tests.corpora import write_config
-from tests.money.fakes import Rental, Turns, renting
+from tests.money.fakes import Rental, Turns, renting, waiting
 
 from x1_pretrain.command import run as run_app
 from x1_pretrain.errors import FAULT, FINISHED, REFUSED, USAGE
@@ -177,9 +177,8 @@ def test_alerts_that_fail(
 
 
 def test_hardware_without_a_price(rental: Rental, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "no price for 1x b200: without one nothing starts; try another --gpu" in refused(
-        rental, capsys, "--gpu", "b200"
-    )
+    error = refused(rental, capsys, "--gpu", "b200")
+    assert "no price for 1x b200: without one nothing starts; try another --gpu" in error
 
 
 def test_hours_that_nobody_knows(rental: Rental, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,7 +323,7 @@ def test_it_is_watched_to_its_end(
 ) -> None:
     """Nothing runs on this machine at all: it ends below the ceiling all the same."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    monkeypatch.setattr("x1_pretrain.money.watch.threading.Event", lambda: Turns(rental.clock, 1e6))
+    waiting(monkeypatch, Turns(rental.clock, 1e6))
     try:
         assert command(rental, cap="3") == FINISHED
     finally:

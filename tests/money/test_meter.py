@@ -156,6 +156,17 @@ def test_a_price_that_changed_between_two_polls_counts_dearer(clock: Hands) -> N
     assert near(watched.poll(Decimal("1.00")), "4.00")
 
 
+def test_a_silent_hour_counts_at_the_dearest_price_around_it(clock: Hands) -> None:
+    meter = Watched.begun(clock).meter
+    meter.count(Decimal("2.40"), 1000.0)
+    meter.count(RATE, 4600.0, said=False)
+    assert near(meter.usd, "2.40")
+    meter.count(RATE, 8200.0, said=False)
+    assert near(meter.usd, "3.60")
+    meter.count(Decimal("3.00"), 11_800.0)
+    assert near(meter.usd, "9.00")
+
+
 def test_what_was_billed_counts_where_it_is_more(clock: Hands) -> None:
     watched = Watched.begun(clock)
     clock.s += 3600

@@ -24,9 +24,10 @@ from aiosmtpd.controller import Controller
 
 from x1_pretrain.errors import UserError
 from x1_pretrain.money import notify
+from x1_pretrain.money.channels import addresses, labelled, reason, shown
 from x1_pretrain.money.clock import Clock
 from x1_pretrain.money.ledger import NAME, Ledger
-from x1_pretrain.money.notify import Notifier, Outcome, addresses, is_due, labelled, pending, shown, worded
+from x1_pretrain.money.notify import Notifier, Outcome, is_due, pending, worded
 
 RUN = "x1-50m"
 SECRET = "s3cr3t"
@@ -494,9 +495,9 @@ def test_no_channel_is_no_success(ledger: Ledger) -> None:
 def test_every_wording_of_a_failure_is_ours() -> None:
     leak = f"POST https://hooks.slack.com/services/T/B/{SECRET} "
     for log in ("error=404.", "(535, b'no", "Connection refused", "SSLError(", "error=599", "what?", ""):
-        assert SECRET not in notify.reason("FAILURE", leak + log)
-    assert "error 599" in notify.reason("FAILURE", "error=599.")
-    assert "password" in notify.reason("FAILURE", "Socket Exception: (535, b'5.7.8 bad credentials')")
+        assert SECRET not in reason("FAILURE", leak + log)
+    assert "error 599" in reason("FAILURE", "error=599.")
+    assert "password" in reason("FAILURE", "Socket Exception: (535, b'5.7.8 bad credentials')")
 
 
 # ------------------------------------------------------------------------------------------------------------

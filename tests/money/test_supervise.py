@@ -1,4 +1,4 @@
-"""The supervisor with stand-ins for trainer and sidecar: what comes back, what does not, what ends with it."""
+"""The supervisor with stand-ins for trainer and sidecar: what comes back, what does not, what ends too."""
 
 from __future__ import annotations
 

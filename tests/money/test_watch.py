@@ -1,4 +1,4 @@
-"""`x1 watch`: whatever runs on the machine, and whatever its provider says meanwhile, it ends below the ceiling."""
+"""`x1 watch`: whatever runs on the machine, and whatever its provider says, it ends below the ceiling."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.money.fakes import Rental, Turns, renting
+from tests.money.fakes import Rental, Turns, renting, waiting
 
 from x1_pretrain.command import run as run_app
 from x1_pretrain.errors import FAULT, FINISHED, INTERRUPTED, USAGE
@@ -29,7 +29,7 @@ def rental(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rental]:
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     with renting(tmp_path / "run", monkeypatch, gpu="A100 80GB", price_usd_per_hr="1.19") as rental:
         monkeypatch.setattr(Clock, "from_environment", lambda: rental.clock)
-        monkeypatch.setattr("x1_pretrain.money.watch.threading.Event", lambda: Turns(rental.clock, 36_000))
+        waiting(monkeypatch, Turns(rental.clock, 36_000))
         yield rental
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -145,7 +145,7 @@ def test_a_teardown_from_elsewhere_ends_the_watch(
         return wait(timeout)
 
     monkeypatch.setattr(turns, "wait", torn_down)
-    monkeypatch.setattr("x1_pretrain.money.watch.threading.Event", lambda: turns)
+    waiting(monkeypatch, turns)
     assert command(str(rental.folder)) == FINISHED
     assert len(turns.waits) == 4
     assert command(str(rental.folder)) == FINISHED
@@ -165,7 +165,7 @@ def test_a_damaged_ledger_does_not_save_the_machine(
         return wait(timeout)
 
     monkeypatch.setattr(turns, "wait", damage)
-    monkeypatch.setattr("x1_pretrain.money.watch.threading.Event", lambda: turns)
+    waiting(monkeypatch, turns)
     assert command(str(rental.folder)) == FINISHED
     assert not rental.truth(machine_id).alive
     assert rental.bill_usd() <= 3

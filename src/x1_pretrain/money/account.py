@@ -25,6 +25,7 @@ class Rented:
     spent_usd: Decimal = ZERO  # at its last poll ...
     polled: datetime | None = None  # ... here
     ended: datetime | None = None  # confirmed gone, or surely never made
+    bills_idle: bool = True  # False: a machine of one's own, which costs only while it works
 
     @property
     def open(self) -> bool:
@@ -33,6 +34,8 @@ class Rented:
 
     def spent_by(self, now: datetime) -> Decimal:
         """Up to `now`, or to its end; between polls at its rate."""
+        if not self.bills_idle:
+            return self.spent_usd
         end = min(now, self.ended) if self.ended else now
         return self.spent_usd + cost(self.usd_per_hr, (end - (self.polled or self.since)).total_seconds())
 
@@ -92,7 +95,12 @@ def _take(found: Account, row: Row) -> None:
 def _rented(row: Row) -> Rented:
     since = parse_stamp(row.get("since_utc") or row["time_utc"])
     return Rented(
-        row["tag"], row["provider"], usd(row, "usd_per_hr"), since, machine_id=row.get("machine_id")
+        row["tag"],
+        row["provider"],
+        usd(row, "usd_per_hr"),
+        since,
+        machine_id=row.get("machine_id"),
+        bills_idle=row.get("bills_idle") is not False,
     )
 
 

@@ -139,9 +139,8 @@ def summary(run: Path, rows: list[Row], known: Account, now: datetime) -> list[s
         lines.append(f"{price} for the last 0.01 nat of validation loss, between its last two evaluations")
     down = [r["down_s"] for r in rows if r["event"] == "back"]
     if down:
-        lines.append(
-            f"{len(down)} relaunch{'es' * (len(down) > 1)}, {sum(down) / 60:.1f} min not training ({max(down):.0f} s at most)"
-        )
+        times = "1 relaunch" if len(down) == 1 else f"{len(down)} relaunches"
+        lines.append(f"{times}, {sum(down) / 60:.1f} min not training ({max(down):.0f} s at most)")
     if stop := latch.read(run):
         lines.append(f"{latch.NAME}: {stop.reason}")
     return lines

@@ -29,12 +29,13 @@ from x1_pretrain.errors import FAULT, FINISHED, RefusedError, UserError
 from x1_pretrain.model.flops import flops_per_token, peak_bf16_flops_per_sec
 from x1_pretrain.money import gate, latch, pace
 from x1_pretrain.money.account import Rented, account
+from x1_pretrain.money.channels import VARIABLE, addresses
 from x1_pretrain.money.clock import Clock
 from x1_pretrain.money.guard import ZERO, dollars, minutes
 from x1_pretrain.money.ledger import NAME, Ledger, read_rows
 from x1_pretrain.money.machine_jobs import JobOptions, request_for, write_files
 from x1_pretrain.money.meter import hourly_storage_usd
-from x1_pretrain.money.notify import VARIABLE, Notifier, addresses
+from x1_pretrain.money.notify import Notifier
 from x1_pretrain.money.providers import gpus
 from x1_pretrain.money.providers.base import (
     Offer,

@@ -15,10 +15,10 @@ from x1_pretrain import config as cfg
 from x1_pretrain.config import RunConfig
 from x1_pretrain.errors import FINISHED, UserError
 from x1_pretrain.money import bootstrap
+from x1_pretrain.money.channels import VARIABLE as ALERTS_VARIABLE
 from x1_pretrain.money.clock import VARIABLE as CLOCK_VARIABLE
 from x1_pretrain.money.guard import ZERO
 from x1_pretrain.money.job import Job, fineweb_edu_commands
-from x1_pretrain.money.notify import VARIABLE as ALERTS_VARIABLE
 from x1_pretrain.money.providers.base import LaunchRequest, Offer
 from x1_pretrain.money.providers.opened import FAKE_VARIABLE
 from x1_pretrain.money.skypilot import skypilot_task

@@ -17,6 +17,8 @@ from x1_pretrain.money.clock import Clock
 from x1_pretrain.money.guard import ZERO, cost
 from x1_pretrain.money.ledger import Row
 
+RESTART_S = 600.0  # a machine of one's own: a sidecar that was away no longer than this was restarted
+
 
 @dataclass
 class Meter:
@@ -39,6 +41,8 @@ class Meter:
             gap_s = now_s - float(last["steady_s"])
         else:
             gap_s = _wall_gap_s(machine, now)
+        if not machine.bills_idle:
+            gap_s = min(gap_s, RESTART_S)
         meter = cls(machine.spent_usd, machine.usd_per_hr, now_s - gap_s)
         meter.count(machine.usd_per_hr, now_s)
         return meter

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from x1_pretrain.command import run as run_app
 from x1_pretrain.command import single
@@ -165,11 +163,13 @@ def _show(found: list[Finding], names: list[str]) -> None:
         if names:
             print(f"nothing is listed at {' or '.join(names)}, and no ledger has an open machine there")
         return
-    table = Table("provider", "machine", "tag", "it says", "$/h", "run", "verdict", box=None, pad_edge=False)
+    rows = [["provider", "machine", "tag", "it says", "$/h", "run", "verdict"]]
     for f in found:
         rate = "-" if f.usd_per_hr is None else f"{f.usd_per_hr:.2f}"
-        table.add_row(f.provider.label, f.machine_id, f.tag, f.said, rate, str(f.run or "-"), f.verdict)
-    Console(highlight=False, soft_wrap=True).print(table)
+        rows.append([f.provider.label, f.machine_id, f.tag, f.said, rate, str(f.run or "-"), f.verdict])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:  # whole, on a narrow screen too: an id that is cut short ends nothing
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def _agreed(finding: Finding, end_them: bool) -> bool:

@@ -23,10 +23,11 @@ from x1_pretrain.config import BudgetConfig, RunConfig
 from x1_pretrain.errors import FINISHED, REFUSED, UserError
 from x1_pretrain.money import budget_file, guard, latch
 from x1_pretrain.money.budget_file import Address, BudgetFile, NoReadingError
+from x1_pretrain.money.channels import addresses
 from x1_pretrain.money.clock import Clock, stamp
 from x1_pretrain.money.guard import Action, Decision, Limits, Memory, Reading, dollars
 from x1_pretrain.money.ledger import Ledger
-from x1_pretrain.money.notify import Notifier, addresses
+from x1_pretrain.money.notify import Notifier
 from x1_pretrain.money.trainer_guard import limits_from
 
 MINUTE_S = 60.0

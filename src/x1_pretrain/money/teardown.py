@@ -21,10 +21,11 @@ from x1_pretrain.command import single
 from x1_pretrain.errors import FAULT, FINISHED, UserError
 from x1_pretrain.money import budget_file
 from x1_pretrain.money.account import Rented, account
+from x1_pretrain.money.channels import addresses
 from x1_pretrain.money.clock import Clock, stamp
 from x1_pretrain.money.guard import ZERO, dollars
 from x1_pretrain.money.ledger import NAME, Ledger, LedgerError
-from x1_pretrain.money.notify import Notifier, addresses
+from x1_pretrain.money.notify import Notifier
 from x1_pretrain.money.providers.base import Machine, Provider, ProviderError, Status
 from x1_pretrain.money.providers.opened import open_provider
 from x1_pretrain.money.sidecar import last_seq

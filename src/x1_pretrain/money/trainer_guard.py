@@ -24,7 +24,7 @@ from x1_pretrain.money.account import account, person_said
 from x1_pretrain.money.budget_file import Address, BudgetFile, NoReadingError
 from x1_pretrain.money.clock import Clock, parse_stamp, stamp
 from x1_pretrain.money.guard import Action, Decision, Limits, Memory, Reading
-from x1_pretrain.money.ledger import Ledger, Row
+from x1_pretrain.money.ledger import Ledger, LedgerError, Row
 from x1_pretrain.money.notify import Notifier
 
 TICK_S = 0.25  # real seconds between decisions
@@ -171,16 +171,19 @@ class TrainerGuard:
 
     def _judge(self, reading: Reading | None) -> Decision:
         """Decide, remember, tell."""
+        answer = self._answer()
         decision = guard.decide(
             reading,
             self.limits,
             self.clock.steady_s(),
             self._memory,
             left_s=self.left_s,
-            answer=self._answer(),
+            answer=answer,
             problem=self._problem,
         )
         self._memory, self.decision = decision.memory, decision
+        if answer == "continue":
+            self._write("agreed", usd_per_hr=decision.memory.accepted_usd_per_hr)
         if reading is not None and reading.at_s != self._kept_at_s:
             self._keep(decision)
             self._kept_at_s = reading.at_s
@@ -200,12 +203,19 @@ class TrainerGuard:
     def _keep(self, decision: Decision) -> None:
         """What the guard knows outlives this process."""
         assert self._seen is not None
-        self.ledger.append(
+        self._write(
             "reading",
             true_utc=stamp(self._seen.last_update),
             spent_usd=round(decision.memory.spent_usd, 6),
             projected_usd=None if decision.projected_usd is None else round(decision.projected_usd, 6),
         )
+
+    def _write(self, event: str, **fields: Any) -> None:
+        """A full disk is said; the guard goes on from what it has in memory."""
+        try:
+            self.ledger.append(event, **fields)
+        except LedgerError as error:
+            self._set_problem(str(error))
 
     def _answer(self) -> Any:
         """A person's answer since this process began; the ledger is read only when it has grown."""
@@ -240,13 +250,15 @@ class TrainerGuard:
             return
         self._leaving = action
         code = guard.EXIT_CODES[action]
+        self._last_resort(LEAVE_NOW_S if action is Action.STOP_NOW else LEAVE_SAVING_S)
         spent, ceiling = f"{decision.spent_usd:.2f}", f"{self.limits.ceiling_usd:.2f}"
-        when = stamp(self.clock.now())
-        latch.write(self.folder, latch.Stop(reason, "guard", code, when, spent, ceiling))
-        self.ledger.append("stop", reason, exit_code=code, spent_usd=round(decision.memory.spent_usd, 6))
+        stop = latch.Stop(reason, "guard", code, stamp(self.clock.now()), spent, ceiling)
         self._news.put(News("budget_stop", f"budget: {action}: {reason}", {"exit_code": code}))
-        patience_s = LEAVE_NOW_S if action is Action.STOP_NOW else LEAVE_SAVING_S
-        self._last_resort(patience_s)
+        try:
+            latch.write(self.folder, stop)
+            self.ledger.append("stop", reason, exit_code=code, spent_usd=round(decision.memory.spent_usd, 6))
+        except (OSError, LedgerError) as error:  # a full disk must not keep it running
+            self._news.put(News("budget_stop", f"budget: {error}", {}))
         self.ask_to_leave(f"the budget guard: {reason}", code)
 
     def _last_resort(self, patience_s: float) -> None:

@@ -22,10 +22,11 @@ from x1_pretrain.command import single
 from x1_pretrain.errors import FINISHED, INTERRUPTED, UserError
 from x1_pretrain.money import pace
 from x1_pretrain.money.account import Rented, account
+from x1_pretrain.money.channels import addresses
 from x1_pretrain.money.clock import Clock
 from x1_pretrain.money.guard import ZERO, dollars, minutes
 from x1_pretrain.money.ledger import NAME, Ledger, LedgerError, Row
-from x1_pretrain.money.notify import Notifier, addresses
+from x1_pretrain.money.notify import Notifier
 from x1_pretrain.money.providers.opened import open_provider
 from x1_pretrain.money.sidecar import Sidecar
 from x1_pretrain.money.teardown import PROOF, Ending, end_loudly

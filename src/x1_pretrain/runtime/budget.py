@@ -15,10 +15,11 @@ from x1_pretrain.model.flops import flops_per_token, peak_bf16_flops_per_sec
 from x1_pretrain.money import gate, latch
 from x1_pretrain.money.account import account
 from x1_pretrain.money.budget_file import Address
+from x1_pretrain.money.channels import SUCCESS, VARIABLE, addresses
 from x1_pretrain.money.clock import Clock, parse_stamp, stamp
 from x1_pretrain.money.guard import ZERO, Action, dollars
 from x1_pretrain.money.ledger import NAME, Ledger, Row, usd
-from x1_pretrain.money.notify import SUCCESS, VARIABLE, Notifier, addresses
+from x1_pretrain.money.notify import Notifier
 from x1_pretrain.money.pace import tokens_per_sec
 from x1_pretrain.money.trainer_guard import TrainerGuard, limits_from
 from x1_pretrain.records.run_folder import read_jsonl
@@ -108,13 +109,15 @@ def ceiling_in_force(cap_usd: Decimal, ledger: Ledger) -> Decimal:
 
 
 def agreed_rate(rows: list[Row]) -> Decimal | None:
-    """Dollars an hour that the run was last priced at and passed; a relaunch does not agree to a new price,
-    a person who raises the ceiling does."""
+    """Dollars an hour that somebody agreed to: what the run was first priced at, or more where a person said
+    `continue`; a raise of the ceiling agrees to what comes next. A relaunch agrees to nothing."""
     agreed: Decimal | None = None
     for row in rows:
         if row["event"] == "raised":
             agreed = None
-        elif row["event"] == "gate" and row.get("verdict") == "passed" and agreed is None:
+        elif row["event"] == "agreed" or (
+            row["event"] == "gate" and row.get("verdict") == "passed" and agreed is None
+        ):
             agreed = usd(row, "usd_per_hr")
     return agreed
 
