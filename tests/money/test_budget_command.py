@@ -200,14 +200,16 @@ def test_dollars_for_a_hundredth_of_a_nat(ledger: Ledger) -> None:
     def evaluated(*pairs: tuple[float, object]) -> list[dict[str, Any]]:
         return [{"val/loss": loss, "time_utc": stamp(NOON + timedelta(hours=h))} for h, loss in pairs]
 
-    assert per_hundredth_nat(evaluated((1, 4.0)), rows) is None
-    assert per_hundredth_nat(evaluated((1, 4.0), (2.5, 3.7)), rows) == "$0.0600"  # 1.80 for 0.3 nat
+    assert per_hundredth_nat(evaluated((1, 4.0)), rows, Clock()) is None
+    assert per_hundredth_nat(evaluated((1, 4.0), (2.5, 3.7)), rows, Clock()) == "$0.0600"  # 1.80 for 0.3 nat
     assert (
-        per_hundredth_nat(evaluated((0, 9.0), (1, 4.0), (2, 4.0)), rows)
+        per_hundredth_nat(evaluated((0, 9.0), (1, 4.0), (2, 4.0)), rows, Clock())
         == "nothing gained for $1.20: no price"
     )
-    assert per_hundredth_nat(evaluated((1, 4.0), (2, "nan"), (3, 3.5)), rows) == "$0.0480"  # 2.40 for 0.5
-    assert per_hundredth_nat(evaluated((1, 4.0), (2, 3.5)), []) is None
+    assert (
+        per_hundredth_nat(evaluated((1, 4.0), (2, "nan"), (3, 3.5)), rows, Clock()) == "$0.0480"
+    )  # 2.40 for 0.5
+    assert per_hundredth_nat(evaluated((1, 4.0), (2, 3.5)), [], Clock()) is None
 
 
 def test_between_two_polls_in_proportion(ledger: Ledger) -> None:

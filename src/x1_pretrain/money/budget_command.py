@@ -78,7 +78,7 @@ def show(
         if table.row_count:
             console.print(table)
             print()
-    for line in summary(folder, rows, known, now):
+    for line in summary(folder, rows, known, ledger.clock):
         print(line)
     _draw(folder, rows, known, picture or folder / "budget.png")
     return FINISHED
@@ -124,8 +124,9 @@ def _delivery(due: Row, rows: list[Row]) -> str:
     return ", ".join(f"{channel}: {result}" for channel, result in ways.items()) or "not delivered yet"
 
 
-def summary(run: Path, rows: list[Row], known: Account, now: datetime) -> list[str]:
+def summary(run: Path, rows: list[Row], known: Account, clock: Clock) -> list[str]:
     """Dollars, dollars per billion tokens, dollars per hundredth of a nat."""
+    now = clock.now()
     spent = max(known.known_usd, sum((cost(m, now) for m in known.machines), known.adjusted_usd))
     of = f" of {dollars(known.ceiling_usd)}" if known.ceiling_usd is not None else ""
     projected = next((r["projected_usd"] for r in reversed(rows) if r.get("projected_usd")), None)
@@ -135,7 +136,7 @@ def summary(run: Path, rows: list[Row], known: Account, now: datetime) -> list[s
     tokens = max((r["tokens"] for r in metrics if is_number(r.get("tokens"))), default=0)
     if tokens:
         lines.append(f"{dollars(spent / tokens * 10**9)} per billion tokens ({tokens:,} trained)")
-    if (price := per_hundredth_nat(metrics, rows)) is not None:
+    if (price := per_hundredth_nat(metrics, rows, clock)) is not None:
         lines.append(f"{price} for the last 0.01 nat of validation loss, between its last two evaluations")
     down = [r["down_s"] for r in rows if r["event"] == "back"]
     if down:
@@ -146,14 +147,14 @@ def summary(run: Path, rows: list[Row], known: Account, now: datetime) -> list[s
     return lines
 
 
-def per_hundredth_nat(metrics: list[dict[str, Any]], rows: list[Row]) -> str | None:
-    """Dollars between the last two evaluations, over the loss they are apart."""
+def per_hundredth_nat(metrics: list[dict[str, Any]], rows: list[Row], clock: Clock) -> str | None:
+    """Dollars between the last two evaluations, over the loss they are apart. Metrics carry real time."""
     evaluated = [r for r in metrics if is_number(r.get("val/loss")) and "time_utc" in r]
     if len(evaluated) < 2:
         return None
     one, other = evaluated[-2:]
     gained = one["val/loss"] - other["val/loss"]
-    begun, ended = spent_at(rows, one["time_utc"]), spent_at(rows, other["time_utc"])
+    begun, ended = (spent_at(rows, clock.told(r["time_utc"])) for r in (one, other))
     if begun is None or ended is None:
         return None
     if gained <= 0:

@@ -41,9 +41,15 @@ class Clock:
 
     def now(self) -> datetime:
         """The wall clock, in UTC."""
-        real_s = time.time()
+        return self._told(time.time())
+
+    def _told(self, real_s: float) -> datetime:
         fast_s = self.anchor_s + (real_s - self.anchor_s) * self.speed if self.speed != 1.0 else real_s
         return datetime.fromtimestamp(fast_s + self.skew_s, UTC)
+
+    def told(self, real_utc: str) -> str:
+        """What this clock showed at a moment that was written by the real one."""
+        return real_utc if self == Clock() else stamp(self._told(parse_stamp(real_utc).timestamp()))
 
     def steady_s(self) -> float:
         """Seconds since this machine started, sleep counted: the same in all its processes, never set."""

@@ -122,6 +122,10 @@ def agreed_rate(rows: list[Row]) -> Decimal | None:
     return agreed
 
 
+def passed(row: Row) -> bool:
+    return row["event"] == "gate" and row.get("verdict") == "passed"
+
+
 def open_notifier(config: RunConfig, ledger: Ledger, clock: Clock, say: Callable[[str], None]) -> Notifier:
     """Alerts that reach somebody, tried before anything starts."""
     notifier = Notifier(addresses(os.environ), ledger, clock, run=config.folder.name, say=say)
