@@ -19,7 +19,7 @@ from x1_pretrain.errors import FAULT, FINISHED, USAGE
 from x1_pretrain.money import latch
 from x1_pretrain.money.account import account, person_said
 from x1_pretrain.money.budget_command import app, per_hundredth_nat, spent_at
-from x1_pretrain.money.clock import VARIABLE, stamp
+from x1_pretrain.money.clock import VARIABLE, Clock, stamp
 from x1_pretrain.money.ledger import NAME, Ledger
 from x1_pretrain.money.picture import draw, mark
 

@@ -218,6 +218,18 @@ def test_numbers_go_up_over_a_restart_and_a_lost_file(rental: Rental) -> None:
     assert seen == sorted(set(seen))
 
 
+def test_numbers_go_up_over_a_restart_while_the_ledger_takes_nothing(
+    rental: Rental, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise LedgerError("ledger.jsonl: can't be written (No space left on device)")
+
+    machine = rental.launch()
+    first = sidecar(rental, machine).poll()
+    monkeypatch.setattr(Ledger, "append", refuse)
+    assert sidecar(rental, machine).poll().seq > first.seq
+
+
 def test_an_earlier_machine_that_nobody_saw_end_counts_on(rental: Rental) -> None:
     first = rental.launch("x1-run-1")
     one = sidecar(rental, first)
@@ -387,6 +399,14 @@ def test_the_machine_goes_before_the_ceiling(
         assert ceiling * Decimal("0.75") < rental.bill_usd() <= ceiling
         assert latch.read(rental.folder) is not None
         assert "end" in rental.alerts.told
+
+
+def test_a_poll_comes_after_half_of_the_time_that_is_left(rental: Rental) -> None:
+    one = terminating(rental, rental.launch(), HOUR_USD, 1800)
+    one.poll()
+    rental.clock.sleep(2300)
+    one.poll()
+    assert abs(one.next_poll_s() - (3600 - 300 - 2300) / 2) < 1
 
 
 def test_a_machine_that_won_t_end_is_asked_until_it_does(rental: Rental) -> None:
