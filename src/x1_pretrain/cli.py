@@ -17,7 +17,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "watch": ("x1_pretrain.money.watch", "from off the machine: what it costs, and that it ends"),
     "teardown": ("x1_pretrain.money.teardown", "end a run's machines, and see that they are gone"),
     "reconcile": ("x1_pretrain.money.reconcile", "providers against ledgers; end orphans"),
-    "fake-provider": ("x1_pretrain.money.providers.fake_server", "a provider of our own, to rehearse with"),
+    "fake-provider": ("x1_pretrain.money.providers.fake.server", "a provider of our own, to rehearse with"),
     "export": ("x1_pretrain.export_run", "a run -> the folder of artifacts to show others"),
     "verify": ("x1_pretrain.records.verify", "check a run as a careful reviewer would"),
     "demo": ("x1_pretrain.demo", "the whole way in minutes, on this machine's own Python as text"),

@@ -24,8 +24,8 @@ from tests.end_to_end.processes import REPOSITORY, rows
 from x1_pretrain.money.account import account
 from x1_pretrain.money.clock import Clock
 from x1_pretrain.money.ledger import read_rows
-from x1_pretrain.money.providers.fake_machines import State
-from x1_pretrain.money.providers.fake_server import FakeProvider
+from x1_pretrain.money.providers.fake.machines import State
+from x1_pretrain.money.providers.fake.server import FakeProvider
 
 SPEED = 60.0
 POLL_S = 60.0

@@ -19,8 +19,8 @@ from x1_pretrain.money.account import Rented, account
 from x1_pretrain.money.clock import Clock
 from x1_pretrain.money.ledger import NAME, Ledger, Row
 from x1_pretrain.money.providers.base import LaunchRequest, Provider
-from x1_pretrain.money.providers.fake_machines import Machine as Truth
-from x1_pretrain.money.providers.fake_server import FakeProvider
+from x1_pretrain.money.providers.fake.machines import Machine as Truth
+from x1_pretrain.money.providers.fake.server import FakeProvider
 from x1_pretrain.money.providers.opened import open_provider
 
 START = datetime(2026, 5, 23, 12, 0, tzinfo=UTC)

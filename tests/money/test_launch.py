@@ -20,12 +20,14 @@ from tests.corpora import write_config
 from tests.money.fakes import Rental, Turns, renting, waiting
 
 from x1_pretrain.command import run as run_app
-from x1_pretrain.errors import FAULT, FINISHED, REFUSED, USAGE
-from x1_pretrain.money import latch, launch, reconcile
+from x1_pretrain.errors import FAULT, FINISHED, REFUSED, USAGE, UserError
+from x1_pretrain.money import latch, launch, machine_jobs, pricing, reconcile
 from x1_pretrain.money.account import account
 from x1_pretrain.money.clock import Clock
 from x1_pretrain.money.ledger import Ledger
-from x1_pretrain.money.providers.fake_server import FakeProvider
+from x1_pretrain.money.providers.fake.server import FakeProvider
+from x1_pretrain.money.providers.runpod import RunPod
+from x1_pretrain.records import run_manifest
 
 SECRET = "s3cr3t-t0ken"
 ALERTS = f"json://user:{SECRET}@127.0.0.1:9/hook"
@@ -182,11 +184,56 @@ def test_hardware_without_a_price(rental: Rental, capsys: pytest.CaptureFixture[
 
 
 def test_hours_that_nobody_knows(rental: Rental, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "peak_bf16_flops_per_sec", lambda _: None)
+    monkeypatch.setattr(pricing, "peak_bf16_flops_per_sec", lambda _: None)
     assert command(rental, "--tokens-per-sec", "2", "--detach", "--price-only") == FINISHED
     words = ["--config", str(rental.folder.parent.parent / "tiny.yaml"), "--provider", "fake", "--yes"]
     assert run_app(launch.app, [*words, "--budget-cap-usd", "35"], prog="x1 launch") == REFUSED
     assert nothing_happened(rental)
+
+
+@pytest.mark.parametrize("rental", ["runpod"], indirect=True)
+def test_a_balance_that_does_not_last(
+    rental: Rental, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prepaid machines end at $0; a provider that does not tell its balance (None) is no reason to refuse."""
+    monkeypatch.setenv("X1_ALERTS", "")
+    monkeypatch.setattr(launch, "refuse_silence", lambda *_: None)
+    for balance, code in ((Decimal("0.05"), REFUSED), (None, FINISHED)):
+        monkeypatch.setattr(RunPod, "balance_usd", lambda _, balance=balance: balance)
+        assert command(rental, "--detach") == code
+        if balance is not None:
+            assert "the balance: RunPod holds $0.05, this needs" in capsys.readouterr().err
+            assert nothing_happened(rental)
+
+
+def git(folder: Path, *words: str) -> str:
+    own = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "init.defaultBranch=main"]
+    return subprocess.run(
+        ["git", *own, *words], cwd=folder, check=True, capture_output=True, text=True
+    ).stdout.strip()
+
+
+def test_the_machine_runs_the_code_that_is_seen_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commit of a clean checkout that a remote has; anything else must be named by the user."""
+    remote, here = tmp_path / "remote", tmp_path / "here"
+    git(tmp_path, "init", "--bare", str(remote))
+    git(tmp_path, "clone", str(remote), str(here))
+    file = here / "a.py"
+    file.write_text("1")
+    git(here, "add", "a.py")
+    git(here, "commit", "-m", "a")
+    monkeypatch.setattr(machine_jobs, "__file__", str(file))
+    monkeypatch.setattr(run_manifest, "__file__", str(file))
+    git(here, "remote", "set-url", "origin", "https://example.org/x1.git")
+    with pytest.raises(UserError, match="not pushed"):
+        machine_jobs.this_checkout()
+    git(here, "push", str(remote), "HEAD:main")
+    git(here, "update-ref", "refs/remotes/origin/main", "HEAD")
+    commit = git(here, "rev-parse", "HEAD")
+    assert machine_jobs.this_checkout() == f"x1-pretrain @ git+https://example.org/x1.git@{commit}"
+    file.write_text("2")
+    with pytest.raises(UserError, match="has edits"):
+        machine_jobs.this_checkout()
 
 
 def test_a_machine_left_over_from_another_run(rental: Rental, capsys: pytest.CaptureFixture[str]) -> None:

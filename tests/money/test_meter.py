@@ -187,7 +187,7 @@ def test_a_steady_clock_that_stands_or_goes_back_costs_nothing_twice(clock: Hand
 
 
 def test_a_disk_by_the_month() -> None:
-    assert hourly_storage_usd(Decimal("0.10"), 200) * 730 == 20
+    assert hourly_storage_usd(Decimal("0.10"), 200) * 720 == 20
     assert hourly_storage_usd(Decimal("0.10"), 0) == 0
 
 

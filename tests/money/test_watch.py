@@ -20,7 +20,7 @@ from x1_pretrain.command import run as run_app
 from x1_pretrain.errors import FAULT, FINISHED, INTERRUPTED, USAGE
 from x1_pretrain.money import teardown, watch
 from x1_pretrain.money.clock import Clock
-from x1_pretrain.money.providers.fake_server import FakeProvider
+from x1_pretrain.money.providers.fake.server import FakeProvider
 from x1_pretrain.money.teardown import Ending
 
 

@@ -9,10 +9,14 @@ import json
 import os
 import threading
 from dataclasses import asdict, dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from x1_pretrain.errors import RefusedError
+from x1_pretrain.money.account import account
+from x1_pretrain.money.guard import dollars
+from x1_pretrain.money.ledger import Ledger
 from x1_pretrain.records.run_folder import read_json
 
 NAME = "STOP.json"
@@ -95,3 +99,23 @@ def refusal(folder: Path, stop: Stop) -> RefusedError:
         f"{folder / NAME}: stopped {stop.time_utc}{spent}: {stop.reason}. To go on from the last checkpoint, "
         "add --raise-ceiling-to USD (the same ceiling will do where it was not the ceiling that stopped it)"
     )
+
+
+def raise_ceiling(folder: Path, ceiling: Decimal, cap_usd: float | None, ledger: Ledger) -> None:
+    """A person's own word: it clears the latch, and the ledger keeps it. Repeated by a relaunch, it is no
+    news."""
+    known, stop = account(ledger.rows()), read(folder)
+    before = known.ceiling_usd or Decimal(str(cap_usd or 0))
+    if ceiling <= known.known_usd:
+        raise RefusedError(
+            f"--raise-ceiling-to {ceiling}: {dollars(known.known_usd)} are spent already; name a higher one"
+        )
+    if ceiling < before:
+        raise RefusedError(
+            f"--raise-ceiling-to {ceiling}: the ceiling is {dollars(before)}; name that or a higher one"
+        )
+    if stop is None and known.raised and ceiling == before:
+        return
+    said = f"a person set the ceiling to {dollars(ceiling)}" + (f" after: {stop.reason}" if stop else "")
+    ledger.append("raised", said, ceiling_usd=ceiling, before_usd=before)
+    clear(folder)

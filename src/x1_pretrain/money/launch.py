@@ -14,7 +14,6 @@ import os
 import re
 import secrets
 import sys
-from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated
@@ -26,170 +25,29 @@ from x1_pretrain.command import run as run_app
 from x1_pretrain.command import single
 from x1_pretrain.config import RunConfig
 from x1_pretrain.errors import FAULT, FINISHED, RefusedError, UserError
-from x1_pretrain.model.flops import flops_per_token, peak_bf16_flops_per_sec
-from x1_pretrain.money import gate, latch, pace
+from x1_pretrain.money import gate, latch
 from x1_pretrain.money.account import Rented, account
 from x1_pretrain.money.channels import VARIABLE, addresses
 from x1_pretrain.money.clock import Clock
-from x1_pretrain.money.guard import ZERO, dollars, minutes
+from x1_pretrain.money.guard import dollars
 from x1_pretrain.money.ledger import NAME, Ledger, read_rows
 from x1_pretrain.money.machine_jobs import JobOptions, request_for, write_files
-from x1_pretrain.money.meter import hourly_storage_usd
 from x1_pretrain.money.notify import Notifier
-from x1_pretrain.money.providers import gpus
+from x1_pretrain.money.pricing import Wanted, agree_on_price, look, refused
 from x1_pretrain.money.providers.base import (
     Offer,
     Provider,
     ProviderError,
     Status,
     UnknownOutcomeError,
-    UnreachableError,
 )
 from x1_pretrain.money.providers.opened import open_provider
-from x1_pretrain.money.sidecar import TEARDOWN_S
 from x1_pretrain.money.teardown import Ending, end_loudly, said_yes
 from x1_pretrain.money.watch import watch
-from x1_pretrain.records.run_folder import read_jsonl
 
 SALES_TAX = Decimal("0.10")  # where a provider adds it and the user names none
 WAIT_ACTIVE_S = 1800.0
 LOOK_EVERY_S = 15.0
-ASK_PRICE_EVERY_S = 300.0
-GPT2_VOCABULARY = 50_257
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What the user asked for."""
-
-    config: RunConfig
-    gpu: str
-    gpus: int
-    ceiling_usd: Decimal
-    max_usd_per_hr: Decimal | None
-    tax: Decimal
-    disk_gib: int
-    tokens_per_sec: float | None
-    like: Path | None
-    wait_s: float
-    poll_s: float
-    tier: str
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Pricing
-
-
-def quote(wanted: Wanted, provider: Provider, offer: Offer, ledger: Ledger, clock: Clock) -> gate.Quote:
-    """The sentence's numbers for one offer."""
-    config, known = wanted.config, account(ledger.rows())
-    where = provider.label if offer.tier in ("on demand", "own") else f"{provider.label} {offer.tier}"
-    price = gate.Price(
-        what=f"{offer.gpu_count}x {offer.gpu}",
-        where=where,
-        usd_per_hr=offer.usd_per_hr,
-        known=f"live price, {clock.now():%H:%MZ}" if provider.name != "local" else "as you state it",
-        storage_usd_per_hr=hourly_storage_usd(provider.storage_usd_per_gib_month, wanted.disk_gib),
-        tax=wanted.tax if provider.taxed else ZERO,
-    )
-    done = max((r.get("tokens", 0) for r in read_jsonl(config.folder / "metrics.jsonl").rows), default=0)
-    tokens = max(0, config.training.total_steps * config.training.batch_tokens - done)
-    setup = ZERO if provider.name in ("local", "fake") else gate.SETUP_H
-    return gate.Quote(
-        price,
-        work(wanted, tokens),
-        wanted.ceiling_usd,
-        gate.reserve_h(wanted.poll_s, TEARDOWN_S, setup),
-        spent_usd=max(known.known_usd, known.spent_by(clock.now())),
-    )
-
-
-def work(wanted: Wanted, tokens: int) -> gate.Work:
-    """How fast: stated, measured in a run like it, or assumed from the GPU's peak and named as such."""
-    stated = wanted.tokens_per_sec or wanted.config.budget.tokens_per_sec
-    if stated:
-        return gate.Work(tokens, stated, f"{stated:,.0f} tokens/s, stated")
-    for folder in (wanted.like, wanted.config.folder):
-        if folder is None:
-            continue
-        if rate := pace.tokens_per_sec(read_jsonl(folder / "metrics.jsonl").rows):
-            return gate.Work(tokens, rate, f"{rate:,.0f} tokens/s, measured in {folder}")
-    model = wanted.config.model
-    guessed = model.vocab_size is None
-    model = model.model_copy(update={"vocab_size": model.vocab_size or GPT2_VOCABULARY})
-    peak = peak_bf16_flops_per_sec(gpus.kind(wanted.gpu).device)
-    rate = gate.assumed_rate(peak, flops_per_token(model).palm, wanted.gpus)
-    if rate is None:
-        return gate.Work(tokens, None, "not known")
-    more = f", {GPT2_VOCABULARY:,} ids" if guessed else ""
-    basis = f"an estimate: {rate:,.0f} tokens/s at an assumed MFU of {gate.ASSUMED_MFU:.2f}{more}"
-    return gate.Work(tokens, rate, basis)
-
-
-def best_offer(wanted: Wanted, provider: Provider) -> Offer | None:
-    """The cheapest machine that is free now."""
-    offers = provider.offers(wanted.gpu, wanted.gpus)
-    if wanted.tier != "any":
-        offers = [o for o in offers if o.tier not in ("secure", "community") or o.tier == wanted.tier]
-    if not offers:
-        raise RefusedError(
-            f"{provider.label} has no price for {wanted.gpus}x {wanted.gpu}: without one nothing starts; try "
-            "another --gpu, --gpus or --tier"
-        )
-    free = [offer for offer in offers if offer.available and offer.usd_per_hr > 0]
-    if not free and provider.name != "local":
-        return None
-    return min(free or offers, key=lambda offer: offer.usd_per_hr)
-
-
-def refusals(wanted: Wanted, priced: gate.Quote) -> list[str]:
-    """The terms that break this launch."""
-    found = gate.broken(priced, wanted.max_usd_per_hr)
-    if priced.work.hours is None:
-        found.append(
-            "the hours: nothing says how fast this GPU is; give --tokens-per-sec, or --like an earlier RUN"
-        )
-    return found
-
-
-def agree_on_price(
-    wanted: Wanted, provider: Provider, ledger: Ledger, clock: Clock
-) -> tuple[Offer, gate.Quote]:
-    """An offer that breaks no term; with --wait, the first one within that time."""
-    begun = clock.steady_s()
-    while True:
-        offer, priced, terms = look(wanted, provider, ledger, clock)
-        if offer is not None and priced is not None and not terms:
-            return offer, priced
-        left_s = wanted.wait_s - (clock.steady_s() - begun)
-        if left_s <= 0:
-            raise refused("; ".join(terms), priced, ledger)
-        print(f"waiting (up to {minutes(left_s)} more): {terms[0]}", flush=True)
-        clock.sleep(min(ASK_PRICE_EVERY_S, left_s))
-
-
-def look(
-    wanted: Wanted, provider: Provider, ledger: Ledger, clock: Clock
-) -> tuple[Offer | None, gate.Quote | None, list[str]]:
-    """The cheapest machine that is free now, its price for this run, and the terms that break it."""
-    try:
-        offer = best_offer(wanted, provider)
-    except UnreachableError as error:
-        if not wanted.wait_s:
-            raise
-        return None, None, [str(error)]
-    if offer is None:
-        return None, None, [f"nothing of this kind is free at {provider.label} now (--wait 4h looks again)"]
-    priced = quote(wanted, provider, offer, ledger, clock)
-    return offer, priced, refusals(wanted, priced)
-
-
-def refused(terms: str, priced: gate.Quote | None, ledger: Ledger) -> RefusedError:
-    """The terms with the sentence; a run that has a ledger keeps them."""
-    said = f"{terms}. {gate.sentence(priced)}" if priced else terms
-    if ledger.file.exists():
-        ledger.append("gate", said, verdict="refused", **(priced.fields() if priced else {}))
-    return RefusedError(f"refused: {said}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -226,7 +84,7 @@ def refuse_left_over(runs: Path) -> None:
 
 def refuse_silence(config: RunConfig, provider: Provider, ledger: Ledger, clock: Clock) -> None:
     """Alerts that do not get through. Rehearsals and runs at home may do without any."""
-    notifier = Notifier(addresses(os.environ), ledger, clock, run=config.name)
+    notifier = Notifier(addresses(os.environ), ledger, clock, run=config.folder.name)
     try:
         if not notifier.channels and provider.name in ("local", "fake"):
             return
@@ -256,19 +114,6 @@ def confirmed(yes: bool) -> bool:
     if not sys.stdin.isatty():
         raise UserError("--yes: is needed, nobody is at a terminal here to agree to the price")
     return said_yes("Start it? [y/N] ")
-
-
-def raise_ceiling(config: RunConfig, ceiling: Decimal, ledger: Ledger) -> None:
-    """A person's own word: it clears the latch, and the ledger keeps it."""
-    known, stop = account(ledger.rows()), latch.read(config.folder)
-    before = known.ceiling_usd or Decimal(str(config.budget.cap_usd or 0))
-    if ceiling < before:
-        raise RefusedError(
-            f"--raise-ceiling-to {ceiling}: the ceiling is {dollars(before)}; name that or a higher one"
-        )
-    said = f"a person set the ceiling to {dollars(ceiling)}" + (f" after: {stop.reason}" if stop else "")
-    ledger.append("raised", said, ceiling_usd=ceiling, before_usd=before)
-    latch.clear(config.folder)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -408,7 +253,7 @@ def main(
         tier=one_of("--tier", tier, ("secure", "community", "any")),
     )
     options = JobOptions(
-        source, tuple(data_command), data_dir, workspace, ssh_key, tuple(pass_variable), tuple(set_)
+        source, tuple(data_command), data_dir, workspace, ssh_key, tuple(pass_variable), tuple(set_), raised
     )
     if write is not None:
         return write_files(write, loaded, gpu, gpu_count, cap, wanted.max_usd_per_hr, options)
@@ -431,7 +276,7 @@ def main(
         print("not started; nothing is billed")
         return FINISHED
     if raised is not None:
-        raise_ceiling(loaded, raised, ledger)
+        latch.raise_ceiling(loaded.folder, raised, loaded.budget.cap_usd, ledger)
     ledger.append("gate", sentence, verdict="passed", **priced.fields())
     if provider == "local":
         return start_here(loaded, config, wanted, rate, options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ class JobOptions:
     ssh_key: str | None
     passed: tuple[str, ...]
     assignments: tuple[str, ...]
+    raised_usd: Decimal | None = None  # a person's new ceiling: the machine's disk may hold the latch too
 
 
 def job_for(
@@ -60,28 +62,39 @@ def job_for(
         provider=provider,
         rate_usd_per_hr=usd_per_hr,
         cap_usd=cap_usd,
-        data_commands=options.data_commands or fineweb_edu_commands(options.workspace),
+        data_commands=options.data_commands or default_data(options),
         workspace=options.workspace,
         corpus=options.data_dir or "",
         passed_variables=(*ALWAYS_PASSED, *options.passed),
         supervise_flags=supervise_flags,
+        train_flags=("--raise-ceiling-to", str(options.raised_usd)) if options.raised_usd else (),
         gpus=gpus,
     )
 
 
+def default_data(options: JobOptions) -> tuple[str, ...]:
+    """FineWeb-Edu; nothing where a corpus is named, which then has to be there."""
+    return () if options.data_dir else fineweb_edu_commands(options.workspace)
+
+
+def git(*words: str) -> str:
+    here = Path(__file__).resolve().parent
+    done = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
 def this_checkout() -> str:
     """This checkout's commit, as pip installs it from where it was cloned."""
-    import subprocess
-
-    state, here = source_state(), Path(__file__).resolve().parent
-    asked = subprocess.run(
-        ["git", "config", "--get", "remote.origin.url"], cwd=here, capture_output=True, text=True, check=False
-    )
-    url = asked.stdout.strip()
+    state, url = source_state(), git("config", "--get", "remote.origin.url")
     if not state["commit"] or not url.startswith(("https://", "ssh://", "git@")):
         raise UserError(
             "--source: is needed, nothing says where the machine can install X1 from; for example "
             "--source 'x1-pretrain @ git+https://github.com/YOU/x1@COMMIT', or a wheel's address"
+        )
+    if state["dirty"] or not git("branch", "--remotes", "--contains", str(state["commit"])):
+        raise UserError(
+            f"--source: this checkout has edits, or its commit {str(state['commit'])[:12]} is not pushed: "
+            "the machine would run other code than you see; commit and push, or name another source"
         )
     address = url if "://" in url else "ssh://" + url.replace(":", "/", 1)
     return f"x1-pretrain @ git+{address}@{state['commit']}"

@@ -78,5 +78,5 @@ def _wall_gap_s(machine: Rented, now: datetime) -> float:
 
 
 def hourly_storage_usd(usd_per_gib_month: Decimal, gib: int) -> Decimal:
-    """A month is billed as 730 hours."""
-    return usd_per_gib_month * gib / 730 if gib else ZERO
+    """A month is billed as 720 hours."""
+    return usd_per_gib_month * gib / 720 if gib else ZERO

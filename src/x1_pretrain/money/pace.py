@@ -41,8 +41,12 @@ def left_s(folder: Path, speed: float = 1.0) -> float | None:
     total = _total_tokens(folder)
     if rate is None or total is None:
         return None
-    done = next(row["tokens"] for row in reversed(rows) if _has(row, "tokens"))  # a resume goes back a little
-    return max(0.0, float(total - done) / rate) * speed
+    return max(0.0, float(total - tokens_done(rows)) / rate) * speed
+
+
+def tokens_done(rows: Sequence[Row]) -> int:
+    """By the newest row: a resume goes back a little."""
+    return int(next((row["tokens"] for row in reversed(rows) if _has(row, "tokens")), 0))
 
 
 def _total_tokens(folder: Path) -> int | None:

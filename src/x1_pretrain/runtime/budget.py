@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from datetime import datetime
@@ -39,28 +40,16 @@ def refuse_latched(config: RunConfig, raise_to_usd: float | None) -> None:
     clock = Clock.from_environment()
     stop = latch.read(config.folder)
     if raise_to_usd is not None:
-        _raise_ceiling(config, Decimal(str(raise_to_usd)), Ledger(config.folder / NAME, clock))
+        ledger = Ledger(config.folder / NAME, clock)
+        latch.raise_ceiling(config.folder, positive(raise_to_usd), config.budget.cap_usd, ledger)
     elif stop is not None:
         raise latch.refusal(config.folder, stop)
 
 
-def _raise_ceiling(config: RunConfig, ceiling: Decimal, ledger: Ledger) -> None:
-    known = account(ledger.rows())
-    if ceiling <= known.known_usd:
-        raise RefusedError(
-            f"--raise-ceiling-to {ceiling}: {dollars(known.known_usd)} are spent already; name a higher one"
-        )
-    stop = latch.read(config.folder)
-    before = known.ceiling_usd or Decimal(str(config.budget.cap_usd or 0))
-    if ceiling < before:
-        raise RefusedError(
-            f"--raise-ceiling-to {ceiling}: the ceiling is {dollars(before)}; name that or a higher one"
-        )
-    if stop is None and known.raised and ceiling == before:
-        return  # the same command once more: a relaunch
-    said = f"a person set the ceiling to {dollars(ceiling)}" + (f" after: {stop.reason}" if stop else "")
-    ledger.append("raised", said, ceiling_usd=ceiling, before_usd=before)
-    latch.clear(config.folder)
+def positive(usd: float) -> Decimal:
+    if not (math.isfinite(usd) and usd > 0):
+        raise UserError(f"--raise-ceiling-to {usd}: expected a number above 0")
+    return Decimal(str(usd))
 
 
 def open_guard(

@@ -24,8 +24,8 @@ import yaml
 
 from x1_pretrain.errors import UserError
 from x1_pretrain.money.clock import Clock
-from x1_pretrain.money.providers.fake_faults import KINDS, read_fault, read_faults
-from x1_pretrain.money.providers.fake_server import FakeProvider
+from x1_pretrain.money.providers.fake.faults import KINDS, read_fault, read_faults
+from x1_pretrain.money.providers.fake.server import FakeProvider
 
 START = datetime(2026, 11, 21, 12, 58, tzinfo=UTC)
 A100 = "NVIDIA A100 80GB PCIe"
@@ -686,7 +686,7 @@ def test_nothing_outlives_the_server(tmp_path: Path, end: signal.Signals) -> Non
         [
             sys.executable,
             "-m",
-            "x1_pretrain.money.providers.fake_server",
+            "x1_pretrain.money.providers.fake.server",
             *flags,
             "--price",
             "0.5",

@@ -26,7 +26,7 @@ from decimal import ROUND_CEILING, Decimal
 from enum import StrEnum
 from typing import Any, Protocol
 
-from x1_pretrain.money.providers.fake_faults import EVENTS, Fault
+from x1_pretrain.money.providers.fake.faults import EVENTS, Fault
 
 HOUR_S = 3600
 BILLING_EVERY_S = 300  # billing records and the stated balance follow the meter at this pace

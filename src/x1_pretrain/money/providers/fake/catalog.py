@@ -9,7 +9,7 @@ from typing import Any
 
 from x1_pretrain.errors import UserError
 from x1_pretrain.money.providers import gpus
-from x1_pretrain.money.providers.fake_machines import World
+from x1_pretrain.money.providers.fake.machines import World
 
 
 @dataclass(frozen=True)

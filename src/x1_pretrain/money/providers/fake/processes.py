@@ -9,14 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-from x1_pretrain.money.providers.fake_machines import Machine, State, World
+from x1_pretrain.money.providers.fake.machines import Machine, State, World
 
-HOST = Path(__file__).with_name("fake_host.py")
+HOST = Path(__file__).with_name("host.py")
 LEAVE_S = 10.0  # real seconds that the end of all hosts may take
 
 
 class Processes:
-    """Follows a world: one `fake_host` for each machine that runs, in `folder`/<machine id>.
+    """Follows a world: one `host` for each machine that runs, in `folder`/<machine id>.
 
     `real_s` turns virtual seconds into real ones. All calls come from one thread.
     """

@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from x1_pretrain.money.providers.fake_catalog import Answer, Call
+from x1_pretrain.money.providers.fake.catalog import Answer, Call
 
 LARGEST_BODY_BYTES = 4_000_000
 LATE = "X-Fake-Late"  # not sent: real seconds that an answer is kept back

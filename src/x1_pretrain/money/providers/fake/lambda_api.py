@@ -6,8 +6,8 @@ import re
 from typing import Any
 
 from x1_pretrain.money.clock import stamp
-from x1_pretrain.money.providers.fake_catalog import BOXES, Answer, Box, Call, Prices, cents, full
-from x1_pretrain.money.providers.fake_machines import Machine, State, World
+from x1_pretrain.money.providers.fake.catalog import BOXES, Answer, Box, Call, Prices, cents, full
+from x1_pretrain.money.providers.fake.machines import Machine, State, World
 
 REGIONS = {"us-east-1": "Virginia, USA", "us-west-1": "California, USA"}
 SSH_KEYS = ("fake",)

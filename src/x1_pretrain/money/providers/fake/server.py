@@ -1,13 +1,13 @@
 """A provider to rehearse with: a real HTTP server with machines, money and faults, and no dollar behind it.
 
-    python -m x1_pretrain.money.providers.fake_server --run-in machines --gpu "A100 80GB" --price 1.19
+    python -m x1_pretrain.money.providers.fake.server --run-in machines --gpu "A100 80GB" --price 1.19
 
 It speaks Lambda's API at <root>/api/v1, RunPod's at <root>/v2 and RunPod's balance at <root>/graphql; the key
 is `fake`. Time is that of X1_CLOCK. With --run-in, what a machine is launched with runs here as processes.
 
 <root>/fake is for those who rehearse, and takes no key:
     GET  state    the truth: machines, true bill, requests, faults and how often each fired
-    POST faults   one fault or a list (fake_faults.py); DELETE faults: all is well again
+    POST faults   one fault or a list (fake/faults.py); DELETE faults: all is well again
     POST reset    all machines gone, no faults
 """
 
@@ -31,12 +31,12 @@ from x1_pretrain.command import run as run_app
 from x1_pretrain.command import single
 from x1_pretrain.errors import FINISHED, UserError
 from x1_pretrain.money.clock import Clock
-from x1_pretrain.money.providers import fake_lambda, fake_runpod
-from x1_pretrain.money.providers.fake_catalog import Answer, Call, Prices
-from x1_pretrain.money.providers.fake_faults import ANSWERS, Fault, read_fault, read_faults
-from x1_pretrain.money.providers.fake_machines import Machine, Time, World
-from x1_pretrain.money.providers.fake_processes import Processes
-from x1_pretrain.money.providers.fake_sockets import LATE, Server, Silence
+from x1_pretrain.money.providers.fake import lambda_api, runpod_api
+from x1_pretrain.money.providers.fake.catalog import Answer, Call, Prices
+from x1_pretrain.money.providers.fake.faults import ANSWERS, Fault, read_fault, read_faults
+from x1_pretrain.money.providers.fake.machines import Machine, Time, World
+from x1_pretrain.money.providers.fake.processes import Processes
+from x1_pretrain.money.providers.fake.sockets import LATE, Server, Silence
 
 TICK_S = 0.02  # real seconds between two looks at the clock and the processes
 QUOTA = 6000  # requests a virtual minute, as the RateLimit headers of RunPod tell it
@@ -131,7 +131,7 @@ class FakeProvider:
         if root == "fake":
             return self._control(call)
         api = "lambda" if root == "api/v1" else "runpod"
-        side = fake_lambda if api == "lambda" else fake_runpod
+        side = lambda_api if api == "lambda" else runpod_api
         with self.world.lock:
             self.world.advance()
             operation, about = ("balance", ()) if root == "graphql" else side.operation(call)
@@ -182,9 +182,9 @@ class FakeProvider:
             refused: Answer = side.error(401)
             return refused
         if root == "graphql":
-            return fake_runpod.balance(self.world, call)
-        if operation == "launch" and side is fake_lambda and (wait := self._launch_wait()):
-            return replace(fake_lambda.error(429), headers={"Retry-After": str(wait)})
+            return runpod_api.balance(self.world, call)
+        if operation == "launch" and side is lambda_api and (wait := self._launch_wait()):
+            return replace(lambda_api.error(429), headers={"Retry-After": str(wait)})
         told: Answer = side.answer(self.world, self.prices, call)
         return told
 
@@ -350,4 +350,4 @@ def _write_port(path: Path, url: str) -> None:
 app = single(main)
 
 if __name__ == "__main__":
-    raise SystemExit(run_app(app, prog="python -m x1_pretrain.money.providers.fake_server"))
+    raise SystemExit(run_app(app, prog="python -m x1_pretrain.money.providers.fake.server"))

@@ -1,6 +1,6 @@
 """A rented machine as a process tree on this computer. It ends when told, or when the fake provider dies.
 
-`python -P fake_host.py MODE COMMAND...` runs the command and stands over all that comes of it, also what put
+`python -P fake/host.py MODE COMMAND...` runs the command and stands over all that comes of it, also what put
 itself into a session of its own (a daemon, tmux): as a subreaper it inherits every orphan below it. Standard
 input is its line to the provider: `t SECONDS` asks for an end (SIGTERM, after so long SIGKILL), and end of
 file, which a provider killed at any instant leaves behind, is the plug pulled out.

@@ -8,8 +8,8 @@ from decimal import Decimal
 from typing import Any
 
 from x1_pretrain.money.clock import parse_stamp, stamp
-from x1_pretrain.money.providers.fake_catalog import BOARDS, MAX_COUNT, Answer, Board, Call, Prices, full
-from x1_pretrain.money.providers.fake_machines import Machine, State, World
+from x1_pretrain.money.providers.fake.catalog import BOARDS, MAX_COUNT, Answer, Board, Call, Prices, full
+from x1_pretrain.money.providers.fake.machines import Machine, State, World
 
 PROBLEM = "application/problem+json"
 TITLES = {
