@@ -42,6 +42,7 @@ format: setup
 bench: setup
 	$(BIN)/python benchmarks/tokenize.py
 	$(BIN)/python benchmarks/model.py
+	$(BIN)/python benchmarks/spend.py
 
 clean:
 	rm -rf .venv demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

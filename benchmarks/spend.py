@@ -97,15 +97,20 @@ class Guards:
     runs: int
     since_s: Floats = field(init=False)
     spent_usd: Floats = field(init=False)
+    said_usd: Floats = field(init=False)  # by the newest reading
 
     def __post_init__(self) -> None:
-        self.since_s, self.spent_usd = np.zeros(self.runs), np.zeros(self.runs)
+        self.since_s, self.spent_usd, self.said_usd = (np.zeros(self.runs) for _ in range(3))
         self.restart(np.ones(self.runs, dtype=bool), 0.0)
 
-    def restart(self, which: Flags, now_s: float, shown_at_s: Floats | None = None) -> None:
+    def restart(self, which: Flags, now_s: float, shown: Readings | None = None) -> None:
         """A new process: only what was spent is remembered, and when that was known, by the ledger."""
-        create = shown_at_s is None
-        known_s = np.nan if create else np.minimum(np.maximum(self.at_s, now_s - HOUR_S), shown_at_s)
+        create = shown is None
+        known_s = np.full(self.runs, np.nan)
+        if shown is not None:  # an amount that has moved since has a writer that counts by itself
+            stands = shown.spent_usd <= self.said_usd
+            known = np.minimum(np.maximum(self.at_s, now_s - HOUR_S), shown.at_s)
+            known_s = np.where(stands, known, np.nan)
         self.at_s = np.where(which, known_s, 0.0 if create else self.at_s)
         for name in ("usd_per_hr", "projected_usd", "hour_at_s", "drift_since_s"):
             setattr(self, name, np.where(which, np.nan, 0.0 if create else getattr(self, name)))
@@ -155,6 +160,7 @@ class Guards:
         passed_s = np.where(np.isnan(self.at_s), 0.0, at_s - self.at_s)
         least = self.spent_usd + np.where(taken, np.minimum(before, after) * passed_s / HOUR_S, 0.0)
         self.spent_usd = np.where(shown, np.maximum(read.spent_usd, least), self.spent_usd)
+        self.said_usd = np.where(taken, read.spent_usd, self.said_usd)
         new: Flags = taken & (at_s != self.at_s)
         self.at_s = np.where(taken, at_s, self.at_s)
         self.usd_per_hr = np.where(taken, read.usd_per_hr, self.usd_per_hr)
@@ -294,7 +300,7 @@ class World:
         """Trainers that run read when a reading is due, and before a checkpoint; then all of them decide."""
         going = going & (self.ended == "")
         starts = going & (now_s == self.back_s) & (now_s > 0)
-        self.guards.restart(starts, now_s, self.file.at_s)
+        self.guards.restart(starts, now_s, self.file)
         here = going & (now_s >= self.back_s)
         old = now_s - self.file.at_s > self.limits.stale_s
         self._end(starts & old, "refused", saved=True)

@@ -145,7 +145,11 @@ def the_machine(
         same_id = instance_id is not None and machine.machine_id == instance_id
         named = same_id or (machine.tag == tag if tag else instance_id is None and machine.open)
         if named and machine.provider == provider.name and machine.ended is None:
-            return machine
+            if since is None or machine.polled is None or since <= machine.polled:
+                return machine
+            given_back(machine, ledger)
+            tag = f"{tag or instance_id}-{since:%Y%m%dT%H%M%SZ}"
+            break
     if rate is None:
         raise UserError(
             "--rate-usd-per-hr: is needed for a machine that the ledger does not know: what an hour of it "
@@ -158,6 +162,18 @@ def the_machine(
     idle = provider.name != "local" or since is not None or tag is not None
     ledger.append("adopted", since_utc=stamp(begun), usd_per_hr=rate, bills_idle=idle, **row)
     return account(ledger.rows()).machines[-1]
+
+
+def given_back(machine: Rented, ledger: Ledger) -> None:
+    """A machine billed since a later time was rented anew: before, it ended at its last poll."""
+    assert machine.polled is not None
+    ledger.append(
+        "terminate_confirmed",
+        "rented anew since then, says --since",
+        tag=machine.tag,
+        machine_id=machine.machine_id,
+        ended_utc=stamp(machine.polled),
+    )
 
 
 def listed(provider: Provider, tag: str | None) -> Machine | None:

@@ -99,6 +99,7 @@ def tell_budget(run: Run) -> None:
     """What the guard has to say, in the order it happened; and to the guard, how long the run still takes."""
     if run.guard is None:
         return
+    run.guard.alive()
     left_s = run.clock.eta_s(run.total_steps - run.step)
     run.guard.left_s = left_s * run.guard.clock.speed if left_s is not None else None
     for name, message, fields in run.guard.news():
@@ -372,8 +373,9 @@ def leave(run: Run) -> int:
         run.event("over_budget", f"stopped at once by {why}; the last checkpoint is {good}", exit_code=code)
         return code
     safe = run.saved_step == run.step or save(run)
+    code = run.world.from_first(run.signals.exit_code)  # a harder stop may have come while it saved
     at = f"at step {run.step}" if safe else f"from step {max(run.saved_step, 0)}, later steps are lost"
-    if code == errors.BUDGET_CHECKPOINTED:
+    if code != errors.INTERRUPTED:
         how = f"to go on {at}, add --raise-ceiling-to USD to the same command"
         run.event("budget_stopped", f"stopped by {why}; {how}", exit_code=code)
         return code

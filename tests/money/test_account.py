@@ -132,7 +132,8 @@ def test_the_ceiling_is_the_last_said_until_a_person_raises_it() -> None:
     assert ceiling() is None
     assert ceiling(passed) == ceiling(passed, refused) == 35
     assert ceiling(passed, said) == 30
-    assert ceiling(passed, raised) == ceiling(passed, raised, said, passed) == 50
+    assert ceiling(passed, raised) == ceiling(passed, raised, passed) == 50
+    assert ceiling(passed, raised, said) == 30  # lowered again, by a command below what was raised
 
 
 @pytest.mark.parametrize(

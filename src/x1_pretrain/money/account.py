@@ -48,7 +48,8 @@ class Account:
     known_usd: Decimal = ZERO  # the most that any row says was spent, since the last correction
     adjusted_usd: Decimal = ZERO  # what a person's correction adds to the machines' sum
     ceiling_usd: Decimal | None = None
-    raised: bool = False  # by a person, above what the command says
+    raised: bool = False  # by a person, above what the command says ...
+    before_usd: Decimal = ZERO  # ... which was this
     corrected: bool = False  # and no trainer has started since: the one that runs still counts as before
 
     def open_machines(self) -> list[Rented]:
@@ -84,10 +85,13 @@ def _take(found: Account, row: Row) -> None:
     elif event == "correction":
         found.known_usd, found.adjusted_usd = usd(row, "spent_usd"), usd(row, "adjusted_usd")
         found.corrected = True
-    elif event == "ceiling" or (event == "gate" and row.get("verdict") == "passed"):
+    elif event == "ceiling":
+        found.ceiling_usd, found.raised = usd(row, "ceiling_usd"), False
+    elif event == "gate" and row.get("verdict") == "passed":
         found.ceiling_usd = found.ceiling_usd if found.raised else usd(row, "ceiling_usd")
     elif event == "raised":
         found.ceiling_usd, found.raised = usd(row, "ceiling_usd"), True
+        found.before_usd = usd(row, "before_usd")
     elif machine := _machine(found, row):
         _update(machine, row)
 
@@ -119,7 +123,7 @@ def _update(machine: Rented, row: Row) -> None:
         machine.machine_id, machine.ended = row["machine_id"], None  # also one that was held for not made
         machine.polled = machine.polled if machine.spent_usd else None
     elif event in ("launch_failed", "terminate_confirmed"):
-        machine.ended = parse_stamp(row["time_utc"])
+        machine.ended = parse_stamp(row.get("ended_utc") or row["time_utc"])
         if event == "launch_failed":
             machine.spent_usd, machine.polled = ZERO, machine.ended
     elif event == "poll":

@@ -199,22 +199,11 @@ class Address:
         return shown(self.uri)
 
     def fetch(self) -> bytes:
-        return self._read(self.path) if self.path else self._get()
-
-    def _read(self, path: Path) -> bytes:
-        try:
-            with open(path, "rb", opener=_at_once) as file:
-                return file.read(MAX_BYTES + 1)
-        except OSError as error:
-            raise NoReadingError(f"{path}: {error.strerror}") from None
-        except ValueError as error:
-            raise NoReadingError(f"{path}: {error}") from None
-
-    def _get(self) -> bytes:
-        """In a thread of its own: neither a server that drips bytes nor a name that does not resolve runs
-        into the timeout of one step."""
+        """In a thread of its own: a network disk that hangs, a server that drips bytes and a name that does
+        not resolve have no timeout that could be set."""
         said: queue.SimpleQueue[bytes | NoReadingError] = queue.SimpleQueue()
-        threading.Thread(target=lambda: said.put(self._answer()), name="x1-budget-uri", daemon=True).start()
+        answer = self._answer if self.path is None else self._content
+        threading.Thread(target=lambda: said.put(answer()), name="x1-budget-uri", daemon=True).start()
         try:
             found = said.get(timeout=HTTP_TOTAL_S)
         except queue.Empty:
@@ -222,6 +211,16 @@ class Address:
         if isinstance(found, NoReadingError):
             raise found
         return found
+
+    def _content(self) -> bytes | NoReadingError:
+        assert self.path is not None
+        try:
+            with open(self.path, "rb", opener=_at_once) as file:
+                return file.read(MAX_BYTES + 1) or b""  # None: a pipe that holds nothing now
+        except OSError as error:
+            return NoReadingError(f"{self.path}: {error.strerror}")
+        except Exception as error:  # whatever it was, it must reach the one who waits
+            return NoReadingError(f"{self.path}: {error}")
 
     def _answer(self) -> bytes | NoReadingError:
         import httpx2

@@ -121,6 +121,8 @@ class Sidecar:
         except UserError as error:
             self._troubled(str(error))
             return
+        if self.known.raised and self.known.ceiling_usd is not None:
+            self.ceiling_usd = self.known.ceiling_usd  # a person's word is above the command's
         mine = next((m for m in reversed(self.known.machines) if m.tag == self.machine.tag), None)
         if mine is not None and mine.ended is not None:
             self.machine.ended = mine.ended

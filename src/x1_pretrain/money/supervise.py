@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -27,13 +27,15 @@ from x1_pretrain.command import run as run_app
 from x1_pretrain.config import load_config
 from x1_pretrain.errors import FAULT, FINISHED, INTERRUPTED, REFUSED, UserError
 from x1_pretrain.money import latch
+from x1_pretrain.money.budget_file import Address
 from x1_pretrain.money.clock import Clock
-from x1_pretrain.money.ledger import NAME, Ledger
+from x1_pretrain.money.ledger import NAME, Ledger, LedgerError
 from x1_pretrain.records.run_folder import read_jsonl
 
 GRACE_S = 45.0  # real seconds a child gets after SIGTERM: a checkpoint, and some
 FIRST_READING_S = 60.0  # real seconds until the sidecar must have written its file
 SIDECAR_PAUSE_S = 2.0
+RAISE = "--raise-ceiling-to"
 NO_PROGRESS = 3  # relaunches in a row that got no further
 
 
@@ -53,6 +55,7 @@ class Supervisor:
     stuck: int = 0
     asked: str | None = None
     down_since_s: float | None = None
+    batches: int = 0  # sessions that had got ready when the last one ended
     trainer: subprocess.Popen[bytes] | None = None
     sidecar: subprocess.Popen[bytes] | None = None
     sidecar_started: float = field(default_factory=time.monotonic)
@@ -71,31 +74,39 @@ class Supervisor:
             self._end(self.sidecar)
 
     def _until_done(self) -> int:
-        while True:
-            raised = "--raise-ceiling-to" in " ".join(self.trainer_command) and not self.relaunches
-            if (stop := latch.read(self.folder)) and not raised:
+        raises = trainer_option(self.trainer_command, RAISE) is not None
+        while not self.asked:
+            if (stop := latch.read(self.folder)) and not raises:
                 say(str(latch.refusal(self.folder, stop)))
                 return REFUSED
             step = last_step(self.folder)
             code = self._train()
             if (last := self._verdict(code, last_step(self.folder) > step)) is not None:
                 return last
+            self.trainer_command, raises = without_option(self.trainer_command, RAISE), False
             self.relaunches += 1
             self._pause()
+        return INTERRUPTED
 
     def _train(self) -> int:
         """One session of the trainer; its exit code."""
         self.trainer = start(self.trainer_command)
-        while (code := self._poll(self.trainer)) is None:
+        if self.asked:  # while it was being started
+            self.trainer.send_signal(signal.SIGTERM)
+        while (code := self.trainer.poll()) is None:
             self._keep_sidecar()
             self._note_return()
             time.sleep(0.1)
-        self.down_since_s = self.clock.steady_s()
-        self.ledger.append("session_end", exit_code=code, step=last_step(self.folder))
+        self.down_since_s, self.batches = self.clock.steady_s(), batches(self.folder)
+        self._note("session_end", exit_code=code, step=last_step(self.folder))
         return code
 
-    def _poll(self, process: subprocess.Popen[bytes]) -> int | None:
-        return process.poll()
+    def _note(self, event: str, message: str = "", **fields: Any) -> None:
+        """A ledger that can't be written is said, and ends nothing."""
+        try:
+            self.ledger.append(event, message, **fields)
+        except LedgerError as error:
+            say(str(error))
 
     def _verdict(self, code: int, moved: bool) -> int | None:
         """The code to leave with, or None to relaunch."""
@@ -113,7 +124,7 @@ class Supervisor:
             say(f"the trainer ended ({why}); {self.stuck} sessions in a row made no step: giving up")
             return FAULT if killed else code
         said = f"the trainer ended ({why}): relaunch {self.relaunches + 1} of at most {self.max_relaunches}"
-        self.ledger.append("relaunch", said, exit_code=code)
+        self._note("relaunch", said, exit_code=code)
         say(said)
         return None
 
@@ -126,11 +137,9 @@ class Supervisor:
         """How long nothing was learned: from the trainer's end to the first row of its next session."""
         if self.down_since_s is None or not self.relaunches:
             return
-        events = read_jsonl(self.folder / "events.jsonl").rows
-        batches = [e for e in events if e.get("event") == "batch"]
-        if len(batches) > self.relaunches:
+        if batches(self.folder) > self.batches:
             down_s = self.clock.steady_s() - self.down_since_s
-            self.ledger.append("back", f"training again after {down_s:.0f} s", down_s=round(down_s, 1))
+            self._note("back", f"training again after {down_s:.0f} s", down_s=round(down_s, 1))
             self.down_since_s = None
 
     # --------------------------------------------------------------------------------------------------------
@@ -162,9 +171,7 @@ class Supervisor:
         if time.monotonic() - self.sidecar_started < SIDECAR_PAUSE_S:
             return
         code = self.sidecar.returncode
-        self.ledger.append(
-            "sidecar", f"the sidecar ended with exit code {code}: started again", exit_code=code
-        )
+        self._note("sidecar", f"the sidecar ended with exit code {code}: started again", exit_code=code)
         self._start_sidecar()
 
     # --------------------------------------------------------------------------------------------------------
@@ -196,6 +203,10 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
+def batches(folder: Path) -> int:
+    return sum(e.get("event") == "batch" for e in read_jsonl(folder / "events.jsonl").rows)
+
+
 def last_step(folder: Path) -> int:
     steps = [r.get("step", 0) for r in read_jsonl(folder / "metrics.jsonl").rows]
     return max((s for s in steps if isinstance(s, int)), default=0)
@@ -214,6 +225,15 @@ def say(text: str) -> None:
 
 # ------------------------------------------------------------------------------------------------------------
 # The command
+
+
+def without_option(arguments: Sequence[str], flag: str) -> list[str]:
+    """A person's word is given once: a relaunch does not repeat it."""
+    kept = [word for word in arguments if not word.startswith(f"{flag}=")]
+    while flag in kept:
+        place = kept.index(flag)
+        del kept[place : place + 2]
+    return kept
 
 
 def trainer_option(arguments: Sequence[str], flag: str) -> str | None:
@@ -258,11 +278,15 @@ def main(
         )
     loaded = load_config(Path(config))
     folder = Path(trainer_option(arguments, "--run-dir") or loaded.folder)
-    budget = Path(uri.removeprefix("file://")) if uri else folder / "budget.json"
+    budget = Address(uri).path if uri else folder / "budget.json"
+    if budget is None:
+        raise UserError(
+            f"--budget-curr-cost-uri {Address(str(uri))}: x1 supervise keeps this file itself; give a path"
+        )
     if uri is None:
         arguments += ["--budget-curr-cost-uri", str(budget)]
     clock = Clock.from_environment()
-    raised = trainer_option(arguments, "--raise-ceiling-to")
+    raised = trainer_option(arguments, RAISE)
     sidecar = [sys.executable, "-m", "x1_pretrain.budget_guard", "--run-dir", str(folder)]
     sidecar += ["--output", str(budget), "--cap-usd", raised or cap, "--provider", provider]
     sidecar += ["--every-s", str(every_s), "--disk-gib", str(disk_gib), "--tax", str(tax)]

@@ -1,8 +1,7 @@
-"""The trainer's side of the guard: a thread that reads, decides, and asks the loop to leave.
+"""The trainer's side of the guard: a thread that decides four times a second and asks the loop to leave.
 
-It reads every half hour, and every minute once what it has is old; between readings it counts on. The loop
-waits for it only to read once before a checkpoint. When the loop does not leave in time (a hang), it ends the
-process: the latch is written and the last checkpoint is safe.
+Between readings it counts on. The loop waits for it only to read once before a checkpoint. When the loop does
+not leave in time (a hang), it ends the process: the latch is written and the last checkpoint is safe.
 """
 
 from __future__ import annotations
@@ -15,20 +14,20 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from x1_pretrain.config import BudgetConfig
-from x1_pretrain.errors import BUDGET_CHECKPOINTED, BUDGET_STOPPED, RefusedError
-from x1_pretrain.money import budget_file, guard, latch
+from x1_pretrain.errors import BUDGET_STOPPED, RefusedError
+from x1_pretrain.money import guard, latch
 from x1_pretrain.money.account import account, person_said
-from x1_pretrain.money.budget_file import Address, BudgetFile, NoReadingError
 from x1_pretrain.money.clock import Clock, parse_stamp, stamp
 from x1_pretrain.money.guard import Action, Decision, Limits, Memory, Reading
-from x1_pretrain.money.ledger import Ledger, LedgerError, Row
+from x1_pretrain.money.ledger import Ledger, LedgerError, Row, usd
 from x1_pretrain.money.notify import Notifier
+from x1_pretrain.money.watched_file import WatchedFile
 
 TICK_S = 0.25  # real seconds between decisions
-REREAD_S = 60.0  # how often an old reading is looked for anew
+LOCK_S = 15.0
 LEAVE_NOW_S, LEAVE_SAVING_S = 10.0, 300.0  # real seconds the loop gets
 
 
@@ -46,21 +45,19 @@ class TrainerGuard:
 
     name: str  # of the run
     folder: Path
-    address: Address
+    file: WatchedFile
     limits: Limits
     ledger: Ledger
     clock: Clock
     notifier: Notifier
     ask_to_leave: Callable[[str, int], None]  # why, exit code
-    read_every_s: float = 1800.0
     left_s: float | None = None  # what the run still needs, by its own pace; the loop keeps it
     decision: Decision | None = None
     _memory: Memory = field(init=False)
-    _seen: BudgetFile | None = None  # the newest good state of the file ...
-    _seen_at_s: float = 0.0  # ... and the steady second at which it was true
-    _read_at_s: float = 0.0
+    _began: datetime = field(init=False)
+    _ticked_s: float = field(init=False)
     _kept_at_s: float | None = None
-    _problem: str | None = None
+    _said_problem: str | None = None
     _answered_seq: int = 0
     _ledger_size: int = -1
     _news: queue.SimpleQueue[News] = field(default_factory=queue.SimpleQueue)
@@ -71,107 +68,69 @@ class TrainerGuard:
     _thread: threading.Thread | None = None
     _timer: threading.Timer | None = None
 
-    _began: datetime = field(init=False)
-
     def __post_init__(self) -> None:
-        self._began = self.clock.now()
-        self._memory = Memory(self.clock.steady_s())
+        self._began, self._ticked_s = self.clock.now(), self.clock.steady_s()
+        self._memory = Memory(self._ticked_s)
         self._answered_seq = max((r.get("seq", 0) for r in self.ledger.rows()), default=0)
-
-    # --------------------------------------------------------------------------------------------------------
-    # Reading
-
-    def first(self, agreed_usd_per_hr: Decimal | None) -> Decision:
-        """The reading that a start needs; without one nothing starts. It also says what an hour costs, unless
-        less was agreed before."""
-        try:
-            self._seen = self._parsed()
-        except NoReadingError as error:
-            raise RefusedError(
-                f"--budget-curr-cost-uri {self.address}: {error}. Nothing starts without knowing what was "
-                "spent; start the sidecar (python -m x1_pretrain.budget_guard --help) or correct the address"
-            ) from None
-        now_s = self.clock.steady_s()
-        age_s = max(0.0, (self.clock.now() - self._seen.last_update).total_seconds())
-        if age_s > self.limits.stale_s:
-            raise RefusedError(
-                f"--budget-curr-cost-uri {self.address}: the last update is {guard.minutes(age_s)} old, "
-                f"expected at most {guard.minutes(self.limits.stale_s)}; is the sidecar alive?"
-            )
-        rates = [r for r in (self._seen.rate_usd_per_hr, agreed_usd_per_hr) if r]
-        if not rates:
-            raise RefusedError(
-                f"--budget-curr-cost-uri {self.address}: rate_usd_per_hr is missing or 0, and nothing can be "
-                "counted without a rate; put there what an hour costs"
-            )
-        self.limits = replace(self.limits, gate_usd_per_hr=min(rates))
-        self._seen_at_s, self._read_at_s = now_s - age_s, now_s
-        rows = self.ledger.rows()
-        known_usd, gap_s = account(rows).known_usd, self._gap_s(rows)
-        self._memory = guard.relaunched(now_s, known_usd, gap_s, self._seen_at_s)
-        return self._judge(self._reading())
-
-    def _gap_s(self, rows: list[Row]) -> float | None:
-        """Since an earlier process of this run, on the same machine, last knew what was spent."""
-        for row in reversed(rows):
-            if row["event"] in ("launched", "adopted", "terminate_confirmed"):
-                return None  # between two machines nothing was billed
-            if row["event"] == "reading":
-                return max(0.0, (self.clock.now() - parse_stamp(row["true_utc"])).total_seconds())
-        return None
-
-    @property
-    def seen(self) -> BudgetFile | None:
-        """The newest good state of the file."""
-        return self._seen
-
-    def _parsed(self) -> BudgetFile:
-        return budget_file.parse(self.address.fetch(), self.clock.now())
-
-    def _read(self) -> Reading | None:
-        """A new reading, or None with `_problem` set. The file's time becomes steady time when first seen."""
-        self._read_at_s = self.clock.steady_s()
-        try:
-            found = self._parsed()
-        except NoReadingError as error:
-            self._set_problem(str(error))
-            return None
-        self._set_problem(None)
-        if self._seen is None or found.last_update != self._seen.last_update:
-            age_s = max(0.0, (self.clock.now() - found.last_update).total_seconds())
-            self._seen_at_s = self._read_at_s - age_s
-        self._seen = found
-        return self._reading()
-
-    def _reading(self) -> Reading:
-        assert self._seen is not None
-        found = self._seen
-        return Reading(
-            found.spent_usd, found.rate_usd_per_hr, found.projected_total_usd, self._seen_at_s, found.seq
-        )
-
-    def _set_problem(self, problem: str | None) -> None:
-        if problem is not None and problem != self._problem:
-            said = f"budget: {self.address} is no reading ({problem}); counting on from the last good one"
-            self._news.put(News("budget_stale", said, {}))
-        self._problem = problem
-
-    def _due(self) -> bool:
-        now_s = self.clock.steady_s()
-        old = now_s - self._seen_at_s > self.limits.quiet_s
-        return now_s - self._read_at_s >= (min(REREAD_S, self.read_every_s) if old else self.read_every_s)
 
     # --------------------------------------------------------------------------------------------------------
     # Deciding
 
-    def look(self) -> Decision:
-        """Read now and decide: before every checkpoint, and whenever a reading is due."""
-        with self._lock:
-            return self._decide(self._read())
+    def first(self, agreed_usd_per_hr: Decimal | None) -> Decision:
+        """The reading that a start needs; without one nothing starts. It also says what an hour costs, unless
+        less was agreed before."""
+        reading, now_s = self.file.read_now(), self.clock.steady_s()
+        if reading is None:
+            raise self._no_start(
+                f"{self.file.problem}. Nothing starts without knowing what was spent; start the sidecar "
+                "(python -m x1_pretrain.budget_guard --help) or correct the address"
+            )
+        if now_s - reading.at_s > self.limits.stale_s:
+            raise self._no_start(
+                f"the last update is {guard.minutes(now_s - reading.at_s)} old, expected at most "
+                f"{guard.minutes(self.limits.stale_s)}; is the sidecar alive?"
+            )
+        rates = [r for r in (reading.usd_per_hr, agreed_usd_per_hr) if r]
+        if not rates:
+            raise self._no_start(
+                "rate_usd_per_hr is missing or 0, and nothing can be counted without a rate; put there what "
+                "an hour costs"
+            )
+        self.limits = replace(self.limits, gate_usd_per_hr=min(rates))
+        rows = self.ledger.rows()
+        gap_s = self._gap_s(rows, reading.spent_usd)
+        self._memory = guard.relaunched(now_s, account(rows).known_usd, gap_s, reading.at_s)
+        return self._judge(reading)
+
+    def _no_start(self, why: str) -> RefusedError:
+        return RefusedError(f"--budget-curr-cost-uri {self.file.address}: {why}")
+
+    def _gap_s(self, rows: list[Row], said_usd: Decimal) -> float | None:
+        """Since an earlier process of this run, on the same machine, last knew what was spent; None where
+        the amount has moved since: then its writer is alive and counts by itself."""
+        for row in reversed(rows):
+            if row["event"] in ("launched", "adopted", "terminate_confirmed"):
+                return None  # between two machines nothing was billed
+            if row["event"] == "reading":
+                if said_usd > usd(row, "said_usd"):
+                    return None
+                return max(0.0, (self.clock.now() - parse_stamp(row["true_utc"])).total_seconds())
+        return None
+
+    def look(self) -> Decision | None:
+        """Read now and decide: before every checkpoint."""
+        reading = self.file.read_now()
+        if not self._lock.acquire(timeout=LOCK_S):
+            return self.decision  # the thread hangs: `alive` says so
+        try:
+            return self._decide(reading)
+        finally:
+            self._lock.release()
 
     def _judge(self, reading: Reading | None) -> Decision:
         """Decide, remember, tell."""
         answer = self._answer()
+        self._say_problem()
         decision = guard.decide(
             reading,
             self.limits,
@@ -179,7 +138,7 @@ class TrainerGuard:
             self._memory,
             left_s=self.left_s,
             answer=answer,
-            problem=self._problem,
+            problem=self.file.problem,
         )
         self._memory, self.decision = decision.memory, decision
         if answer == "continue":
@@ -195,29 +154,12 @@ class TrainerGuard:
         """Judge, and act on it."""
         decision = self._judge(reading)
         if stop := latch.read(self.folder):
-            self._leave(Action.SAVE_AND_STOP, f"{latch.NAME}: {stop.reason}", decision)
+            self._leave(Action.SAVE_AND_STOP, f"{latch.NAME}: {stop.reason}")
         if decision.action is not Action.GO:
-            self._leave(decision.action, decision.reason, decision)
+            self._leave(decision.action, decision.reason)
         return decision
 
-    def _keep(self, decision: Decision) -> None:
-        """What the guard knows outlives this process."""
-        assert self._seen is not None
-        self._write(
-            "reading",
-            true_utc=stamp(self._seen.last_update),
-            spent_usd=round(decision.memory.spent_usd, 6),
-            projected_usd=None if decision.projected_usd is None else round(decision.projected_usd, 6),
-        )
-
-    def _write(self, event: str, **fields: Any) -> None:
-        """A full disk is said; the guard goes on from what it has in memory."""
-        try:
-            self.ledger.append(event, **fields)
-        except LedgerError as error:
-            self._set_problem(str(error))
-
-    def _answer(self) -> Any:
+    def _answer(self) -> Literal["stop", "continue"] | None:
         """A person's answer since this process began; the ledger is read only when it has grown."""
         try:
             size = self.ledger.file.stat().st_size
@@ -233,9 +175,40 @@ class TrainerGuard:
             self._news.put(News("budget_answer", f"budget: a person said {said}", {"answer": said}))
         return said
 
+    # --------------------------------------------------------------------------------------------------------
+    # Telling and keeping
+
+    def _say_problem(self) -> None:
+        problem = self.file.problem
+        if problem is not None and problem != self._said_problem:
+            said = (
+                f"budget: {self.file.address} is no reading ({problem}); counting on from the last good one"
+            )
+            self._news.put(News("budget_stale", said, {}))
+        self._said_problem = problem
+
+    def _keep(self, decision: Decision) -> None:
+        """What the guard knows outlives this process."""
+        projected = decision.projected_usd
+        self._write(
+            "reading",
+            true_utc=stamp(self.file.seen.last_update),
+            said_usd=self.file.seen.spent_usd,
+            spent_usd=round(decision.memory.spent_usd, 6),
+            projected_usd=None if projected is None else round(projected, 6),
+        )
+
+    def _write(self, event: str, message: str = "", **fields: Any) -> None:
+        """A full disk is told; the guard goes on from what it has in memory."""
+        try:
+            self.ledger.append(event, message, **fields)
+        except LedgerError as error:
+            self._tell(guard.Notice("ledger", "the ledger can't be written", str(error)))
+
     def _tell(self, notice: guard.Notice) -> None:
         """Once for each occasion: another ceiling, another outage, another stop is another occasion."""
-        occasion = {"quiet": f"{self._seen_at_s:.0f}", "stop": stamp(self._began)}
+        began = stamp(self._began)
+        occasion = {"quiet": f"{self._memory.at_s:.0f}", "stop": began, "ledger": began, "guard": began}
         kind = notice.key.partition("-")[0]
         key = f"{notice.key}-{occasion.get(kind, format(self.limits.ceiling_usd, 'f'))}"
         if key in self._told:
@@ -243,48 +216,6 @@ class TrainerGuard:
         self._told.add(key)
         self.notifier.alert(key, f"X1 {self.name}: {notice.title}", notice.body)
         self._news.put(News("budget", f"budget: {notice.title}. {notice.body}", {"key": notice.key}))
-
-    def _leave(self, action: Action, reason: str, decision: Decision) -> None:
-        """Latch first; then ask. A hard stop overtakes a graceful one, never the other way."""
-        if self._leaving is Action.STOP_NOW or self._leaving is action:
-            return
-        self._leaving = action
-        code = guard.EXIT_CODES[action]
-        self._last_resort(LEAVE_NOW_S if action is Action.STOP_NOW else LEAVE_SAVING_S)
-        spent, ceiling = f"{decision.spent_usd:.2f}", f"{self.limits.ceiling_usd:.2f}"
-        stop = latch.Stop(reason, "guard", code, stamp(self.clock.now()), spent, ceiling)
-        self._news.put(News("budget_stop", f"budget: {action}: {reason}", {"exit_code": code}))
-        try:
-            latch.write(self.folder, stop)
-            self.ledger.append("stop", reason, exit_code=code, spent_usd=round(decision.memory.spent_usd, 6))
-        except (OSError, LedgerError) as error:  # a full disk must not keep it running
-            self._news.put(News("budget_stop", f"budget: {error}", {}))
-        self.ask_to_leave(f"the budget guard: {reason}", code)
-
-    def _last_resort(self, patience_s: float) -> None:
-        """End the process if the loop has not left by then."""
-        if self._timer:
-            self._timer.cancel()
-        self._timer = threading.Timer(patience_s, _end_this_process)
-        self._timer.daemon = True
-        self._timer.start()
-
-    # --------------------------------------------------------------------------------------------------------
-    # The thread
-
-    def start(self) -> None:
-        self._thread = threading.Thread(target=self._watch, name="x1-budget", daemon=True)
-        self._thread.start()
-
-    def _watch(self) -> None:
-        while not self._stop.wait(TICK_S):
-            try:
-                with self._lock:
-                    self._decide(self._read() if self._due() else None)
-            except Exception as error:  # whatever it was, a run without a guard does not go on
-                why = f"the budget guard failed ({type(error).__name__}: {error})"
-                self.ask_to_leave(why, BUDGET_CHECKPOINTED)
-                return
 
     def news(self) -> list[News]:
         """What the loop should write to its events."""
@@ -306,7 +237,71 @@ class TrainerGuard:
     def spent_usd(self) -> Decimal | None:
         return self.decision.spent_usd if self.decision else None
 
+    # --------------------------------------------------------------------------------------------------------
+    # Leaving
+
+    def _leave(self, action: Action, reason: str) -> None:
+        """Latch first; then ask. A hard stop overtakes a graceful one, never the other way."""
+        if self._leaving is Action.STOP_NOW or self._leaving is action:
+            return
+        self._leaving = action
+        code = guard.EXIT_CODES[action]
+        self._last_resort(LEAVE_NOW_S if action is Action.STOP_NOW else LEAVE_SAVING_S)
+        self._news.put(News("budget_stop", f"budget: {action}: {reason}", {"exit_code": code}))
+        try:
+            self.latch(reason, code)
+        except OSError as error:  # a full disk must not keep it running
+            self._news.put(News("budget_stop", f"budget: {latch.NAME}: {error}", {}))
+        self._write("stop", reason, exit_code=code, spent_usd=round(self._memory.spent_usd, 6))
+        self.ask_to_leave(f"the budget guard: {reason}", code)
+
+    def latch(self, reason: str, code: int) -> None:
+        """STOP.json, with what was spent."""
+        spent = f"{self.spent_usd:.2f}" if self.spent_usd is not None else None
+        ceiling = f"{self.limits.ceiling_usd:.2f}"
+        latch.write(self.folder, latch.Stop(reason, "guard", code, stamp(self.clock.now()), spent, ceiling))
+
+    def _last_resort(self, patience_s: float) -> None:
+        """End the process if the loop has not left by then."""
+        if self._timer:
+            self._timer.cancel()
+        self._timer = threading.Timer(patience_s, _end_this_process)
+        self._timer.daemon = True
+        self._timer.start()
+
+    # --------------------------------------------------------------------------------------------------------
+    # The thread
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._watch, name="x1-budget", daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(TICK_S):
+            try:
+                with self._lock:
+                    self._decide(self.file.poll())
+                self._ticked_s = self.clock.steady_s()
+            except Exception as error:  # whatever it was, a run without a guard does not go on
+                self.fail(f"{type(error).__name__}: {error}")
+                return
+
+    def alive(self) -> bool:
+        """For the loop: a guard that hangs, on a disk that does not answer, is none."""
+        if self._thread is None or self.clock.steady_s() - self._ticked_s < self.limits.stale_s:
+            return True
+        self.fail(f"it has not answered for {guard.minutes(self.limits.stale_s)}")
+        return False
+
+    def fail(self, why: str) -> None:
+        """Nothing guards any more: save and stop, and tell it."""
+        self._tell(guard.Notice("guard", "the budget guard failed", f"{why}. The run saves and stops."))
+        self._leave(Action.SAVE_AND_STOP, f"the budget guard failed: {why}")
+
     def close(self, drain_s: float = 10.0) -> None:
+        """Once: what comes later finds it closed."""
+        if self._stop.is_set():
+            return
         self._stop.set()
         if self._timer:
             self._timer.cancel()

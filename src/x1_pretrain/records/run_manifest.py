@@ -76,4 +76,5 @@ def argv() -> list[str]:
 
 def without_passwords(text: str) -> str:
     """`... http://user:secret@host ...` -> `... http://host ...`, for every address inside a text."""
-    return re.sub(r"://[^\s/?#]*@", "://", text)
+    text = re.sub(r"://[^\s/?#]*@", "://", text)
+    return re.sub(r"(https?://[^\s?#]*)[?#]\S*", r"\1", text)  # a signed address has its secret behind the ?

@@ -11,22 +11,29 @@ from decimal import Decimal
 import torch
 
 from x1_pretrain.config import RunConfig
-from x1_pretrain.errors import BUDGET_STOPPED, RefusedError, UserError
+from x1_pretrain.errors import BUDGET_STOPPED, INTERRUPTED, RefusedError, UserError
 from x1_pretrain.model.flops import flops_per_token, peak_bf16_flops_per_sec
 from x1_pretrain.money import gate, latch
 from x1_pretrain.money.account import account
 from x1_pretrain.money.budget_file import Address
 from x1_pretrain.money.channels import SUCCESS, VARIABLE, addresses
-from x1_pretrain.money.clock import Clock, parse_stamp, stamp
+from x1_pretrain.money.clock import Clock, parse_stamp
 from x1_pretrain.money.guard import ZERO, Action, dollars
 from x1_pretrain.money.ledger import NAME, Ledger, Row, usd
 from x1_pretrain.money.notify import Notifier
 from x1_pretrain.money.pace import tokens_per_sec
 from x1_pretrain.money.trainer_guard import TrainerGuard, limits_from
+from x1_pretrain.money.watched_file import WatchedFile
 from x1_pretrain.records.run_folder import read_jsonl
 from x1_pretrain.runtime.session import Session
 from x1_pretrain.runtime.signals import Signals
 from x1_pretrain.runtime.world import World
+
+
+class InterruptedEarlyError(UserError):
+    """Somebody asked to leave before anything began."""
+
+    exit_code = INTERRUPTED
 
 
 class OverBudgetError(UserError):
@@ -39,6 +46,10 @@ def refuse_latched(config: RunConfig, raise_to_usd: float | None) -> None:
     """A stopped run goes on only with an explicit raise, which the ledger keeps."""
     clock = Clock.from_environment()
     stop = latch.read(config.folder)
+    if raise_to_usd is not None and config.budget.cap_usd is None:
+        raise UserError(
+            f"--raise-ceiling-to {raise_to_usd:g}: needs --budget-cap-usd, the ceiling that is raised"
+        )
     if raise_to_usd is not None:
         ledger = Ledger(config.folder / NAME, clock)
         latch.raise_ceiling(config.folder, positive(raise_to_usd), config.budget.cap_usd, ledger)
@@ -56,29 +67,33 @@ def open_guard(
     config: RunConfig, session: Session, signals: Signals, here: World, say: Callable[[str], None]
 ) -> TrainerGuard | None:
     """The guard after its first reading and its sentence; None without a ceiling."""
+    clock = Clock.from_environment()
+    ledger = Ledger(config.folder / NAME, clock)
     if config.budget.cap_usd is None:
+        refuse_unguarded(ledger)
         return None
     if config.budget.curr_cost_uri is None:
         raise UserError(
             f"--budget-cap-usd {config.budget.cap_usd}: needs --budget-curr-cost-uri, where a sidecar says "
             "what was spent (python -m x1_pretrain.budget_guard --help)"
         )
-    clock = Clock.from_environment()
-    ledger = Ledger(config.folder / NAME, clock)
-    ceiling = ceiling_in_force(Decimal(str(config.budget.cap_usd)), ledger)
+    ceiling = ceiling_in_force(Decimal(str(config.budget.cap_usd)), ledger, say)
     notifier = open_notifier(config, ledger, clock, say)
+    wanted = limits_from(config.budget, ceiling, ZERO)
+    address = Address(config.budget.curr_cost_uri)
     found = TrainerGuard(
         name=config.folder.name,
         folder=config.folder,
-        address=Address(config.budget.curr_cost_uri),
-        limits=limits_from(config.budget, ceiling, ZERO),
+        file=WatchedFile(address, clock, config.budget.read_every_s, wanted.quiet_s),
+        limits=wanted,
         ledger=ledger,
         clock=clock,
         notifier=notifier,
         ask_to_leave=signals.ask,
-        read_every_s=config.budget.read_every_s,
     )
     try:
+        if signals.interrupted():
+            raise InterruptedEarlyError(f"{signals.requested}: nothing was started")
         pass_gate(found, config, session, here, say)
     except BaseException:
         found.close(3.0)
@@ -87,10 +102,23 @@ def open_guard(
     return found
 
 
-def ceiling_in_force(cap_usd: Decimal, ledger: Ledger) -> Decimal:
-    """What the command says, unless a person raised it since; on record either way."""
+def refuse_unguarded(ledger: Ledger) -> None:
+    """A run that began under a ceiling does not go on without one by leaving out a flag."""
+    ceiling = account(ledger.rows()).ceiling_usd if ledger.file.exists() else None
+    if ceiling is not None:
+        raise RefusedError(
+            f"{ledger.file}: this run has a ceiling of {dollars(ceiling)}; give --budget-cap-usd and "
+            "--budget-curr-cost-uri as before"
+        )
+
+
+def ceiling_in_force(cap_usd: Decimal, ledger: Ledger, say: Callable[[str], None]) -> Decimal:
+    """What the command says, unless a person raised it since; on record either way. A cap below the one that
+    was raised is a new decision, to lower it."""
     known = account(ledger.rows())
-    if known.raised and known.ceiling_usd is not None:
+    if known.raised and known.ceiling_usd is not None and cap_usd >= known.before_usd:
+        if cap_usd != known.ceiling_usd:
+            say(f"  the ceiling in force is {dollars(known.ceiling_usd)}: a person raised it")
         return known.ceiling_usd
     if known.ceiling_usd != cap_usd:
         ledger.append("ceiling", f"the ceiling is {dollars(cap_usd)}", ceiling_usd=cap_usd)
@@ -157,7 +185,8 @@ def pass_gate(
     priced = gate.sentence(quote, "go on with" if session.step else "start")
     say(priced)
     if decision.action is Action.STOP_NOW:
-        _latch(found, decision.reason)
+        found.latch(decision.reason, BUDGET_STOPPED)
+        found.ledger.append("stop", decision.reason, exit_code=BUDGET_STOPPED)
         raise OverBudgetError(f"{decision.reason}; nothing was started")
     terms = gate.broken(quote, _decimal(config.budget.max_usd_per_hr))
     if decision.action is not Action.GO:
@@ -171,21 +200,13 @@ def _decimal(value: float | None) -> Decimal | None:
     return None if value is None else Decimal(str(value))
 
 
-def _latch(found: TrainerGuard, reason: str) -> None:
-    now, ceiling = stamp(found.clock.now()), f"{found.limits.ceiling_usd:.2f}"
-    spent = f"{found.decision.spent_usd:.2f}" if found.decision else None
-    latch.write(found.folder, latch.Stop(reason, "guard", BUDGET_STOPPED, now, spent, ceiling))
-    found.ledger.append("stop", reason, exit_code=BUDGET_STOPPED)
-
-
 def _quote(found: TrainerGuard, config: RunConfig, session: Session, here: World) -> gate.Quote:
     """The rest of the run at the rate that the watcher states."""
-    seen, decision = found.seen, found.decision
-    assert seen is not None
+    seen, decision = found.file.seen, found.decision
     assert decision is not None
     rate = seen.rate_usd_per_hr or found.limits.gate_usd_per_hr
     name = torch.cuda.get_device_name(here.device) if here.device.type == "cuda" else "CPU"
-    known = f"{found.address}, {seen.last_update:%H:%MZ}"
+    known = f"{found.file.address}, {seen.last_update:%H:%MZ}"
     where = {"lambda": "Lambda", "runpod": "RunPod"}.get(seen.provider or "", seen.provider or "this machine")
     left = config.training.total_steps - session.step
     return gate.Quote(

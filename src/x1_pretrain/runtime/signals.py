@@ -13,7 +13,7 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Self
 
-from x1_pretrain.errors import BUDGET_STOPPED, INTERRUPTED
+from x1_pretrain.errors import INTERRUPTED
 
 REQUESTS = (signal.SIGTERM, signal.SIGINT)
 
@@ -24,6 +24,7 @@ class Signals:
     def __init__(self) -> None:
         self.requested: str | None = None  # the name of the first signal, or who else asked and why
         self.exit_code = INTERRUPTED
+        self._signalled = False
         self.nothing_to_save = False
         self.before_leaving: Callable[[str], None] = lambda _: None  # last words of an immediate exit
         self._previous: dict[int, object] = {}
@@ -43,8 +44,8 @@ class Signals:
 
     def ask(self, why: str, exit_code: int) -> None:
         """Leave with another exit code than a signal's. From any thread; the harder request wins."""
-        if self.requested is None or exit_code == BUDGET_STOPPED:
-            self.exit_code = exit_code
+        if self.requested is None or exit_code > self.exit_code:
+            self.exit_code = max(exit_code, self.exit_code)
             self.requested = why
         if self.nothing_to_save:
             _say(f"\nx1: {why}: nothing was learned since the last checkpoint; leaving\n")
@@ -52,12 +53,16 @@ class Signals:
 
     def _on_request(self, number: int, _: FrameType | None) -> None:
         name = signal.Signals(number).name
-        if self.requested is not None:
+        if self._signalled:
             _say(
                 f"\nx1: {name} again: leaving at once; the last checkpoint is safe, relaunch to go on from "
                 "it\n"
             )
             self._leave(name)
+        self._signalled = True
+        if self.requested is not None:
+            _say(f"\nx1: {name}: leaving already (once more: at once)\n")
+            return
         self.requested = name
         if self.nothing_to_save:
             _say(f"\nx1: {name}: nothing was learned since the last checkpoint; leaving\n")

@@ -203,7 +203,7 @@ def open_folder(run: Run) -> None:
         run.records = open_records(config.folder, config.log.blocks, run.screen.say)
     except OSError as error:
         raise UserError(f"{error.filename or config.folder}: can't be written ({error.strerror})") from None
-    write_atomically(config.folder / "config.yaml", cfg.to_yaml(config))
+    write_atomically(config.folder / "config.yaml", cfg.to_yaml(without_secrets(config)))
     link_checkpoints(config)
     run.screen.say(introduction(run))
     for path, reason in session.skipped:
@@ -214,6 +214,14 @@ def open_folder(run: Run) -> None:
         return
     redone = f"; {session.superseded_rows} rows of later steps set aside" if session.superseded_rows else ""
     run.event("resume", f"run {session.run_id} goes on from {session.checkpoint}{redone}", log_every=every)
+
+
+def without_secrets(config: RunConfig) -> RunConfig:
+    """Others read the run folder; a resume takes the address from its command."""
+    if not config.budget.curr_cost_uri:
+        return config
+    uri = run_manifest.without_passwords(config.budget.curr_cost_uri)
+    return config.model_copy(update={"budget": config.budget.model_copy(update={"curr_cost_uri": uri})})
 
 
 def introduction(run: Run) -> str:
@@ -262,7 +270,14 @@ def get_ready(run: Run) -> None:
         )
     if settings.uri:
         run.sink = MlflowSink(run.config.folder, settings.uri, settings.experiment)
-    run.signals.before_leaving = lambda name: run.note("signal", f"left at once on {name}", signal=name)
+    run.signals.before_leaving = lambda name: last_words(run, name)
+
+
+def last_words(run: Run, why: str) -> None:
+    """Before an exit that nothing follows: the event, and alerts that are on their way."""
+    run.note("signal", f"left at once on {why}", signal=why)
+    if run.guard:
+        run.guard.notifier.close(3.0)
 
 
 def first_written(run: Run) -> str | None:
