@@ -94,6 +94,7 @@ def test_every_field_is_either_harmless_or_part_of_the_hash() -> None:
             "evaluation",
             "log",
             "mlflow",
+            "budget",
             "verify",
             "model",
         )

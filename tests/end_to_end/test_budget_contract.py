@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -20,10 +21,12 @@ from tests.end_to_end.in_process import Outcome, train_here
 from tests.end_to_end.processes import REPOSITORY, Training, curve, last_step, rows, weights
 
 from x1_pretrain.command import run as run_app
+from x1_pretrain.money import budget_file
 from x1_pretrain.money.budget_command import app as budget_app
 from x1_pretrain.runtime.checkpoint_files import newest_good, step_of
 
 QUICK = ["--set", "budget.read_every_s=0.3", "--set", "budget.warmup_s=0"]
+SLOW_PHASE = Path(__file__).with_name("slow_phase.py")
 LONG = 200_000  # steps: minutes, if nothing stops it
 
 
@@ -441,3 +444,118 @@ def test_the_rehearsal_says_that_a_start_would_be_refused(
     done = train_here(capfd, *command, "--dry-run-budget")
     assert done.code == 78
     assert "a start would be refused" in done.out
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What an attack found
+
+
+def test_one_signal_does_not_undo_a_graceful_stop(
+    command: list[str | Path], budget: Path, tmp_path: Path
+) -> None:
+    """The guard asked, the checkpoint is being written, and a SIGTERM comes: it is saved all the same."""
+    run = tmp_path / "run"
+    process = Training("checkpoint", *long(command), script=SLOW_PHASE)
+    try:
+        with Watched(run, 50, lambda: say(budget, projected=36), repeat=True):
+            process.wait_for_line("PHASE checkpoint")
+            process.send(signal.SIGTERM)
+            code, output = process.end(60)
+    finally:
+        process.process.kill()
+    assert code == 76, output
+    assert "leaving already" in output
+    good, _ = newest_good(run / "checkpoints")
+    assert good is not None
+    assert step_of(good) >= 50
+
+
+def test_a_disk_that_hangs_is_a_silent_watcher(
+    command: list[str | Path],
+    budget: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A read that never returns holds up neither the decisions nor, for long, the loop."""
+    run, hanging = tmp_path / "run", threading.Event()
+    opener = budget_file._at_once
+
+    def open_(path: str, flags: int) -> int:
+        while hanging.is_set():
+            time.sleep(0.05)
+        return opener(path, flags)
+
+    monkeypatch.setattr(budget_file, "_at_once", open_)
+    monkeypatch.setattr(budget_file, "HTTP_TOTAL_S", 0.5)
+    soon = ["--set", "budget.alert_after_s=1.2", "--set", "budget.stop_after_s=2.5"]
+    with Watched(run, 50, hanging.set):
+        done = train_here(capfd, *long(command), *soon)
+    hanging.clear()
+    assert "no valid reading" in stopped(run, done, 76)["reason"]
+
+
+def test_a_guard_that_fails_stops_the_run_and_says_so(
+    command: list[str | Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+
+    def damage() -> None:
+        with (run / "ledger.jsonl").open("a") as file:
+            file.write("garbage\n")
+
+    with Watched(run, 50, damage):
+        done = train_here(capfd, *long(command))
+    assert done.code == 76
+    assert "the budget guard failed" in json.loads((run / "STOP.json").read_text())["reason"]
+    assert "ledger.jsonl, line" in done.out
+
+
+def test_a_run_with_a_ceiling_does_not_lose_it(
+    command: list[str | Path], budget: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    say(budget, spent=36)
+    assert train_here(capfd, *command).code == 77
+    bare = command[:-4]
+    done = train_here(capfd, *bare, "--raise-ceiling-to", "40")
+    assert (done.code, "needs --budget-cap-usd" in done.one_line) == (2, True)
+    assert (run / "STOP.json").exists()
+    for wrong in ("nan", "inf", "-1"):
+        done = train_here(capfd, *command, "--raise-ceiling-to", wrong)
+        assert (done.code, "expected a number above 0" in done.one_line) == (2, True)
+    assert train_here(capfd, *command, "--raise-ceiling-to", "40", "--total-steps", "30").code == 0
+    (run / "events.jsonl").write_text("")  # as if it had not finished
+    done = train_here(capfd, *bare)
+    assert (done.code, "has a ceiling of $40.00" in done.one_line) == (78, True)
+
+
+def test_a_raised_ceiling_can_be_lowered_again(
+    command: list[str | Path], budget: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    place = command.index("35.0")
+    done = train_here(capfd, *command, "--raise-ceiling-to", "50", "--total-steps", "10")
+    assert "of your $50.00 ceiling" in done.out
+    (run / "events.jsonl").write_text("")
+    done = train_here(capfd, *command, "--total-steps", "10")
+    assert "the ceiling in force is $50.00: a person raised it" in done.out
+    (run / "events.jsonl").write_text("")
+    command[place] = "20"
+    done = train_here(capfd, *command, "--total-steps", "10")
+    assert "of your $20.00 ceiling" in done.out
+
+
+def test_a_signed_address_stays_out_of_the_run_folder(
+    command: list[str | Path],
+    budget: Path,
+    served: Callable[[Path], str],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    command[-1] = served(budget) + "?sig=S3CR3T"
+    assert train_here(capfd, *command).code == 0
+    written = [
+        p for p in (tmp_path / "run").iterdir() if p.is_file() and "S3CR3T" in p.read_text(errors="replace")
+    ]
+    assert written == []

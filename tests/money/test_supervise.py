@@ -18,7 +18,7 @@ import pytest
 from x1_pretrain.money import latch, supervise
 from x1_pretrain.money.clock import Clock
 from x1_pretrain.money.ledger import Ledger
-from x1_pretrain.money.supervise import Supervisor, trainer_option
+from x1_pretrain.money.supervise import Supervisor, trainer_option, without_option
 
 # writes its file once, then waits; a second argument is how long it lives
 SIDECAR = """
@@ -215,6 +215,58 @@ def test_a_hang_up_is_nothing(running: tuple[subprocess.Popen[bytes], list[psuti
     assert all(child.is_running() for child in children)
     process.send_signal(signal.SIGTERM)
     process.wait(20)
+
+
+def test_a_request_in_the_pause_is_heard(made: Callable[..., Supervisor], tmp_path: Path) -> None:
+    """Between two sessions there is no trainer to send it on to."""
+    supervisor = made("kill")
+    supervisor.pause_s = 30.0
+
+    def ask() -> None:
+        while not told(supervisor, "relaunch"):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=ask, daemon=True).start()
+    begun = time.monotonic()
+    assert supervisor.run() == 75
+    assert time.monotonic() - begun < 20
+    assert sessions(tmp_path) == 1
+
+
+def test_a_raise_is_given_once(made: Callable[..., Supervisor], tmp_path: Path) -> None:
+    """A relaunch that repeated it would clear a stop that came meanwhile."""
+    supervisor = made("75", "0")
+    supervisor.trainer_command = [*supervisor.trainer_command, "--raise-ceiling-to", "40"]
+    latch.write(tmp_path, latch.Stop("old", "guard", 76, "2026-01-01T00:00:00Z"))
+    threading.Timer(0.15, lambda: latch.clear(tmp_path)).start()  # as the trainer does
+    assert supervisor.run() == 0
+    assert "--raise-ceiling-to" not in supervisor.trainer_command
+    assert without_option(["a", "--x", "1", "--x=2", "b"], "--x") == ["a", "b"]
+
+
+def test_a_ledger_that_can_not_be_written_ends_nothing(
+    made: Callable[..., Supervisor], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "ledger.jsonl").mkdir()
+    assert made("75", "0").run() == 0
+    assert "ledger.jsonl: can't be written" in capfd.readouterr().err
+
+
+def test_the_file_it_keeps_is_a_path(tmp_path: Path) -> None:
+    words = [
+        sys.executable,
+        "-m",
+        "x1_pretrain.cli",
+        "supervise",
+        "--",
+        "--config",
+        "configs/x1-50m-a100.yaml",
+    ]
+    words += ["--budget-cap-usd", "35", "--budget-curr-cost-uri", "http://127.0.0.1:1/b.json"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "give a path" in done.stderr
 
 
 @pytest.mark.parametrize(
