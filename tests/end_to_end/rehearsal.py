@@ -45,7 +45,7 @@ class Rehearsal:
         """`x1 launch`, which stays to watch."""
         words = ["launch", "--config", str(self.config), "--provider", "fake", "--budget-cap-usd", ceiling]
         words += ["--tokens-per-sec", "3000", "--data-dir", str(self.corpus), "--yes"]
-        words += ["--poll-s", str(POLL_S), "--linger", linger, *more]
+        words += ["--every-s", str(POLL_S), "--linger", linger, *more]
         return self._x1(words)
 
     def x1(self, *words: str) -> tuple[int, str]:

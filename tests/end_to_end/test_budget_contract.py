@@ -517,10 +517,16 @@ def test_a_run_with_a_ceiling_does_not_lose_it(
     run = tmp_path / "run"
     say(budget, spent=36)
     assert train_here(capfd, *command).code == 77
+    (run / "STOP.json").unlink()  # by hand: the ledger holds the stop too
+    say(budget)
+    done = train_here(capfd, *command)
+    assert (done.code, "STOP.json was removed" in done.one_line) == (78, True)
+    say(budget, spent=36)
     bare = command[:-4]
     done = train_here(capfd, *bare, "--raise-ceiling-to", "40")
     assert (done.code, "needs --budget-cap-usd" in done.one_line) == (2, True)
-    assert (run / "STOP.json").exists()
+    done = train_here(capfd, *bare, "--run-dir", tmp_path / "new", "--budget-curr-cost-uri", budget)
+    assert (done.code, "nothing is guarded" in done.one_line) == (2, True)
     for wrong in ("nan", "inf", "-1"):
         done = train_here(capfd, *command, "--raise-ceiling-to", wrong)
         assert (done.code, "expected a number above 0" in done.one_line) == (2, True)

@@ -206,6 +206,24 @@ def test_a_balance_that_does_not_last(
             assert nothing_happened(rental)
 
 
+def test_two_launches_at_once_rent_one_machine(
+    rental: Rental, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second comes while the first waits for a person's yes."""
+    second: list[int] = []
+
+    def said(_: str) -> str:
+        second.append(command(rental, "--detach"))
+        return "y"
+
+    monkeypatch.setattr("sys.stdin", Terminal())
+    monkeypatch.setattr("builtins.input", said)
+    assert command(rental, "--detach", yes=False) == FINISHED
+    assert second == [REFUSED]
+    assert "another x1 launch is going on here" in capsys.readouterr().err
+    assert len(rental.fake.world.machines) == 1
+
+
 def git(folder: Path, *words: str) -> str:
     own = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "init.defaultBranch=main"]
     return subprocess.run(
@@ -278,7 +296,7 @@ def test_a_person_s_word(rental: Rental, monkeypatch: pytest.MonkeyPatch, answer
 
     monkeypatch.setattr("sys.stdin", Terminal())
     monkeypatch.setattr("builtins.input", said)
-    assert command(rental, "--detach", yes=False) == FINISHED
+    assert command(rental, "--detach", yes=False) == (FINISHED if starts else REFUSED)
     assert launches(rental) == starts
 
 
@@ -419,7 +437,12 @@ def test_files_for_other_launchers_need_no_key_and_hold_no_secret(
     monkeypatch.setenv("X1_ALERTS", ALERTS)
     monkeypatch.delenv("RUNPOD_API_KEY")
     folder = tmp_path / "files"
-    assert command(rental, "--provider", "runpod", "--write", str(folder)) == FINISHED
+    assert command(rental, "--provider", "runpod", "--write", str(folder)) == REFUSED  # 4.50/h, of 5.00
+    assert "the total" in capsys.readouterr().err
+    assert not folder.exists()
+    assert command(rental, "--provider", "runpod", "--write", str(folder), cap="35") == FINISHED
+    assert "at $4.50/h (--max-price)" in capsys.readouterr().out
+    assert command(rental, "--provider", "runpod", "--write", str(folder), cap="35") == FINISHED
     names = {"start.sh", "cloud-init.yaml", "x1-tiny.service", "skypilot.yaml"}
     assert {f.name for f in folder.iterdir()} == names
     assert all(str(folder / name) in capsys.readouterr().out for name in ["start.sh"])

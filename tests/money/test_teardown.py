@@ -247,6 +247,6 @@ def test_a_provider_without_its_key_does_not_spare_the_others(
 def test_a_folder_without_a_ledger_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(str(tmp_path / "nothing")) == USAGE
     error = capsys.readouterr().err
-    assert "no ledger.jsonl in it; `x1 reconcile`" in error
+    assert "no such run folder, and none under runs/; `x1 reconcile`" in error
     assert error.count("\n") == 1
     assert not (tmp_path / "nothing").exists()

@@ -95,7 +95,7 @@ def test_a_machine_that_stopped_working_is_ended_after_a_while(rental: Rental) -
     machine_id = rented(rental)
     rental.fake.fault("exited")
     begun = rental.clock.steady_s()
-    assert command(str(rental.folder), "--linger-min", "30") == FINISHED
+    assert command(str(rental.folder), "--linger", "30m") == FINISHED
     assert 1800 <= rental.clock.steady_s() - begun < 2700
     assert not rental.truth(machine_id).alive
 
@@ -115,7 +115,7 @@ def test_a_machine_that_works_again_is_left_alone(rental: Rental) -> None:
 
     watch.Watch._over = noted  # type: ignore[method-assign]
     try:
-        assert command(str(rental.folder), "--linger-min", "30") == INTERRUPTED
+        assert command(str(rental.folder), "--linger", "30m") == INTERRUPTED
     finally:
         watch.Watch._over = over  # type: ignore[method-assign]
     assert sidecars[:3] == [True] * 3
@@ -236,5 +236,5 @@ def test_what_teardown_could_not_confirm_is_a_fault(rental: Rental, monkeypatch:
     rented(rental, "30")
     rental.fake.fault("exited")
     rental.fake.fault("terminate_ignored", times=100_000)
-    assert command(str(rental.folder), "--linger-min", "5") == FAULT
+    assert command(str(rental.folder), "--linger", "5m") == FAULT
     assert teardown.PROOF not in [f.name for f in rental.folder.iterdir()]

@@ -19,7 +19,7 @@ from x1_pretrain.money import latch
 from x1_pretrain.money.account import Account, Rented, account
 from x1_pretrain.money.clock import Clock, parse_stamp, stamp
 from x1_pretrain.money.guard import dollars
-from x1_pretrain.money.ledger import NAME, Ledger, Row
+from x1_pretrain.money.ledger import NAME, Ledger, Row, find_ledger
 from x1_pretrain.money.picture import amounts
 from x1_pretrain.records.run_folder import is_number, read_jsonl
 
@@ -53,10 +53,7 @@ SHOWN = (
 
 def opened(run: Path) -> tuple[Path, Ledger, list[Row]]:
     """The run's folder, and what is written in its ledger."""
-    folder = next((f for f in (run, Path("runs") / run) if (f / NAME).is_file()), None)
-    if folder is None:
-        why = f"no {NAME} in it: this run has no ceiling, or this is not its folder"
-        raise UserError(f"{run}: {why if run.is_dir() else 'no such run folder, and none under runs/'}")
+    folder = find_ledger(run, "a run without a ceiling has none; or is this not its folder?")
     ledger = Ledger(folder / NAME, Clock.from_environment())
     return folder, ledger, ledger.rows()
 
@@ -129,8 +126,13 @@ def summary(run: Path, rows: list[Row], known: Account, clock: Clock) -> list[st
     now = clock.now()
     spent = max(known.known_usd, sum((cost(m, now) for m in known.machines), known.adjusted_usd))
     of = f" of {dollars(known.ceiling_usd)}" if known.ceiling_usd is not None else ""
+    live = known.open_machines() or all(m.provider == "local" for m in known.machines)
     projected = next((r["projected_usd"] for r in reversed(rows) if r.get("projected_usd")), None)
-    more = f", projected {dollars(Decimal(projected))}" if projected and Decimal(projected) > spent else ""
+    more = (
+        f", projected {dollars(Decimal(projected))}"
+        if projected and Decimal(projected) > spent and live
+        else ""
+    )
     lines = [f"spent {dollars(spent)}{of}{more}"]
     metrics = read_jsonl(run / "metrics.jsonl").rows
     tokens = max((r["tokens"] for r in metrics if is_number(r.get("tokens"))), default=0)

@@ -83,3 +83,11 @@ def parse_stamp(text: object) -> datetime:
         raise ValueError(f"expected a time such as 2026-05-23T15:42:01Z, found {text!r}")
     moment = datetime.fromisoformat(text)
     return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+
+
+def duration_s(text: str, flag: str) -> float:
+    """`4h`, `30m`, `90s`, or seconds."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([hms]?)", text.strip())
+    if not found:
+        raise UserError(f"{flag} {text}: expected a time such as 4h, 30m or 90s")
+    return float(found[1]) * {"h": 3600, "m": 60, "s": 1, "": 1}[found[2]]

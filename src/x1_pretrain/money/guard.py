@@ -244,7 +244,10 @@ def _notices(at: _Standing, action: Action, reason: str) -> tuple[Notice, ...]:
     if at.memory.drift_since_s is not None:
         found.append(_drift(at))
     if action is not Action.GO:
-        found.append(Notice(f"stop-{EXIT_CODES[action]}", f"{action}: {reason}", f"{spent}{projected}."))
+        how = "To go on from the last checkpoint: the same command with --raise-ceiling-to USD."
+        found.append(
+            Notice(f"stop-{EXIT_CODES[action]}", f"{action}: {reason}", f"{spent}{projected}. {how}")
+        )
     return tuple(found)
 
 

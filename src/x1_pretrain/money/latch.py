@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 from x1_pretrain.errors import RefusedError
 from x1_pretrain.money.account import account
 from x1_pretrain.money.guard import dollars
-from x1_pretrain.money.ledger import Ledger
+from x1_pretrain.money.ledger import Ledger, Row
 from x1_pretrain.records.run_folder import read_json
 
 NAME = "STOP.json"
@@ -101,10 +102,9 @@ def refusal(folder: Path, stop: Stop) -> RefusedError:
     )
 
 
-def raise_ceiling(folder: Path, ceiling: Decimal, cap_usd: float | None, ledger: Ledger) -> None:
-    """A person's own word: it clears the latch, and the ledger keeps it. Repeated by a relaunch, it is no
-    news."""
-    known, stop = account(ledger.rows()), read(folder)
+def refuse_raise(ceiling: Decimal, cap_usd: float | None, ledger: Ledger) -> Decimal:
+    """A raise that raises nothing is refused; the ceiling before."""
+    known = account(ledger.rows())
     before = known.ceiling_usd or Decimal(str(cap_usd or 0))
     if ceiling <= known.known_usd:
         raise RefusedError(
@@ -114,8 +114,33 @@ def raise_ceiling(folder: Path, ceiling: Decimal, cap_usd: float | None, ledger:
         raise RefusedError(
             f"--raise-ceiling-to {ceiling}: the ceiling is {dollars(before)}; name that or a higher one"
         )
-    if stop is None and known.raised and ceiling == before:
+    return before
+
+
+def raise_ceiling(folder: Path, ceiling: Decimal, cap_usd: float | None, ledger: Ledger) -> None:
+    """A person's own word: it clears the latch, and the ledger keeps it. Repeated by a relaunch, it is no
+    news."""
+    before = refuse_raise(ceiling, cap_usd, ledger)
+    rows, stop = ledger.rows(), read(folder)
+    if stop is None and last_stop(rows) is None and account(rows).raised and ceiling == before:
         return
     said = f"a person set the ceiling to {dollars(ceiling)}" + (f" after: {stop.reason}" if stop else "")
     ledger.append("raised", said, ceiling_usd=ceiling, before_usd=before)
     clear(folder)
+
+
+def last_stop(rows: Sequence[Row]) -> Row | None:
+    """The stop that no raise followed: it holds also when somebody removed the file."""
+    last = next((row for row in reversed(rows) if row["event"] in ("stop", "raised")), None)
+    return last if last is not None and last["event"] == "stop" else None
+
+
+def in_force(folder: Path, rows: Sequence[Row]) -> Stop | None:
+    """Why a run may not go on: by its latch, or by its ledger."""
+    if (found := read(folder)) is not None:
+        return found
+    if (row := last_stop(rows)) is None:
+        return None
+    reason = f"{row.get('message', 'stopped')} (by its ledger; {NAME} was removed)"
+    code = row.get("exit_code")
+    return Stop(reason, "guard", code if isinstance(code, int) else 78, row["time_utc"])

@@ -9,11 +9,14 @@ once: its intent is in the ledger first, and when no clear answer comes the mach
 
 from __future__ import annotations
 
+import fcntl
 import math
 import os
 import re
 import secrets
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated
@@ -24,16 +27,17 @@ from x1_pretrain import config as cfg
 from x1_pretrain.command import run as run_app
 from x1_pretrain.command import single
 from x1_pretrain.config import RunConfig
-from x1_pretrain.errors import FAULT, FINISHED, RefusedError, UserError
+from x1_pretrain.errors import FAULT, FINISHED, REFUSED, RefusedError, UserError
 from x1_pretrain.money import gate, latch
 from x1_pretrain.money.account import Rented, account
 from x1_pretrain.money.channels import VARIABLE, addresses
-from x1_pretrain.money.clock import Clock
+from x1_pretrain.money.clock import Clock, duration_s
 from x1_pretrain.money.guard import dollars
 from x1_pretrain.money.ledger import NAME, Ledger, read_rows
 from x1_pretrain.money.machine_jobs import JobOptions, request_for, write_files
 from x1_pretrain.money.notify import Notifier
-from x1_pretrain.money.pricing import Wanted, agree_on_price, look, refused
+from x1_pretrain.money.pricing import Wanted, agree_on_price, look, refusals, refused, work
+from x1_pretrain.money.providers import gpus
 from x1_pretrain.money.providers.base import (
     Offer,
     Provider,
@@ -42,6 +46,7 @@ from x1_pretrain.money.providers.base import (
     UnknownOutcomeError,
 )
 from x1_pretrain.money.providers.opened import open_provider
+from x1_pretrain.money.sidecar import TEARDOWN_S
 from x1_pretrain.money.teardown import Ending, end_loudly, said_yes
 from x1_pretrain.money.watch import watch
 
@@ -60,7 +65,9 @@ def refuse_unsafe(
     """No latch, no machine left over, alerts that arrive; else the sentence with what breaks it."""
     config = wanted.config
     try:
-        if (stop := latch.read(config.folder)) and raise_to_usd is None:
+        if raise_to_usd is not None:
+            latch.refuse_raise(raise_to_usd, config.budget.cap_usd, ledger)
+        if (stop := latch.in_force(config.folder, ledger.rows())) and raise_to_usd is None:
             raise latch.refusal(config.folder, stop)
         refuse_left_over(config.folder.parent)
         refuse_silence(config, provider, ledger, clock)
@@ -70,6 +77,20 @@ def refuse_unsafe(
         except UserError:
             priced = None  # what is to be said is the refusal
         raise refused(str(error), priced, ledger) from None
+
+
+@contextmanager
+def one_launch(runs: Path) -> Iterator[None]:
+    """From the first check to the row that says what was launched: a second launch would see neither."""
+    runs.mkdir(parents=True, exist_ok=True)
+    with (runs / ".launch.lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RefusedError(
+                f"{runs}: another x1 launch is going on here; wait for it, or end it"
+            ) from None
+        yield
 
 
 def refuse_left_over(runs: Path) -> None:
@@ -105,6 +126,21 @@ def open_machines(runs: Path) -> list[tuple[Path, Rented]]:
     for file in sorted(runs.glob(f"*/{NAME}")):
         found += [(file.parent, m) for m in account(read_rows(file)).open_machines()]
     return found
+
+
+def priced_at_most(wanted: Wanted) -> gate.Quote:
+    """For the files of --write: no provider was asked, so every hour counts at the dearest."""
+    rate = wanted.max_usd_per_hr
+    if rate is None:
+        raise UserError("--max-price: is needed with --write, every hour is counted at it; for example 1.40")
+    label = gpus.kind(wanted.gpu).label
+    price = gate.Price(f"{wanted.gpus}x {label}", "a machine you start", rate, "--max-price")
+    tokens = wanted.config.training.total_steps * wanted.config.training.batch_tokens
+    reserve_h = gate.reserve_h(wanted.poll_s, TEARDOWN_S)
+    priced = gate.Quote(price, work(wanted, tokens, 1.0), wanted.ceiling_usd, reserve_h)
+    if terms := refusals(wanted, priced):
+        raise RefusedError(f"refused: {'; '.join(terms)}. {gate.sentence(priced)}")
+    return priced
 
 
 def confirmed(yes: bool) -> bool:
@@ -213,8 +249,10 @@ def main(
     pass_variable: Annotated[
         list[str], Flag(help="hand this variable over (names only); X1_ALERTS and HF_TOKEN always are")
     ] = [],  # noqa: B006
-    poll_s: Annotated[float, Flag(min=1, help="seconds between polls of the watch")] = 300.0,
-    linger: Annotated[str, Flag(help="end a machine that stopped working after so long")] = "1h",
+    every_s: Annotated[float, Flag(min=1, help="seconds between polls of the watch")] = 300.0,
+    linger: Annotated[
+        str, Flag(help="end a machine that stopped working after so long; it is in the price")
+    ] = "15m",
     raise_ceiling_to: Annotated[
         float | None, Flag(help="a new ceiling for a run that a limit stopped; clears its STOP.json")
     ] = None,
@@ -249,44 +287,47 @@ def main(
         tokens_per_sec=float(positive("--tokens-per-sec", tokens_per_sec) or 0) or None,
         like=like,
         wait_s=duration_s(wait, "--wait"),
-        poll_s=poll_s,
+        poll_s=every_s,
+        linger_s=duration_s(linger, "--linger"),
         tier=one_of("--tier", tier, ("secure", "community", "any")),
     )
     options = JobOptions(
         source, tuple(data_command), data_dir, workspace, ssh_key, tuple(pass_variable), tuple(set_), raised
     )
     if write is not None:
+        print(gate.sentence(priced_at_most(wanted)))
         return write_files(write, loaded, gpu, gpu_count, cap, wanted.max_usd_per_hr, options)
     if provider == "local" and rate_usd_per_hr is None:
         raise UserError("--rate-usd-per-hr: is needed with --provider local; for example 0.08, or 0")
     if like is not None and not (like / "metrics.jsonl").exists():
         raise UserError(f"--like {like}: no metrics.jsonl in it; name the folder of a run that has trained")
     rate = None if rate_usd_per_hr is None else Decimal(str(rate_usd_per_hr))
-    linger_s = duration_s(linger, "--linger")
     ledger = Ledger(loaded.folder / NAME, clock)
     rented_from = open_provider(provider, clock, rate_usd_per_hr=rate)
-    if not price_only:
-        refuse_unsafe(wanted, rented_from, ledger, clock, raised)
-    offer, priced = agree_on_price(wanted, rented_from, ledger, clock)
-    sentence = gate.sentence(priced)
-    print(sentence, flush=True)
     if price_only:
+        print(gate.sentence(agree_on_price(wanted, rented_from, ledger, clock)[1]))
         return FINISHED
-    if not confirmed(yes):
-        print("not started; nothing is billed")
-        return FINISHED
-    if raised is not None:
-        latch.raise_ceiling(loaded.folder, raised, loaded.budget.cap_usd, ledger)
-    ledger.append("gate", sentence, verdict="passed", **priced.fields())
+    with one_launch(loaded.folder.parent):
+        refuse_unsafe(wanted, rented_from, ledger, clock, raised)
+        offer, priced = agree_on_price(wanted, rented_from, ledger, clock)
+        sentence = gate.sentence(priced)
+        print(sentence, flush=True)
+        if not confirmed(yes):
+            print("not started; nothing is billed")
+            return REFUSED
+        if raised is not None:
+            latch.raise_ceiling(loaded.folder, raised, loaded.budget.cap_usd, ledger)
+        ledger.append("gate", sentence, verdict="passed", **priced.fields())
+        if provider != "local":
+            machine = rent(wanted, rented_from, offer, priced, ledger, clock, options)
     if provider == "local":
         return start_here(loaded, config, wanted, rate, options)
-    machine = rent(wanted, rented_from, offer, priced, ledger, clock, options)
     if (code := bring_up(loaded.folder, rented_from, machine, ledger, clock)) != FINISHED:
         return code
     if detach:
         print(f"running. Nobody ends it at the ceiling until you start: x1 watch {loaded.folder}")
         return FINISHED
-    return watch(loaded.folder, clock, wanted.ceiling_usd, wanted.poll_s, linger_s)
+    return watch(loaded.folder, clock, wanted.ceiling_usd, wanted.poll_s, wanted.linger_s)
 
 
 def bring_up(folder: Path, provider: Provider, machine: Rented, ledger: Ledger, clock: Clock) -> int:
@@ -314,14 +355,6 @@ def start_here(
         command += ["--set", assignment]
     print(f"x1 supervise: starting here, {dollars(wanted.ceiling_usd)} at most", flush=True)
     os.execv(command[0], command)
-
-
-def duration_s(text: str, flag: str) -> float:
-    """`4h`, `30m`, `90s`, or seconds."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([hms]?)", text.strip())
-    if not found:
-        raise UserError(f"{flag} {text}: expected a time such as 4h, 30m or 90s")
-    return float(found[1]) * {"h": 3600, "m": 60, "s": 1, "": 1}[found[2]]
 
 
 def positive(flag: str, value: float | None) -> Decimal | None:

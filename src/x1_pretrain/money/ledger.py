@@ -166,3 +166,14 @@ def _plain(value: Any) -> Any:
 def usd(row: Row, key: str) -> Decimal:
     """An amount in a row."""
     return Decimal(str(row[key]))
+
+
+def find_ledger(run: Path, otherwise: str) -> Path:
+    """The folder of a run that keeps a ledger: a path, or a name under `runs`."""
+    folder = next((f for f in (run, Path("runs") / run) if (f / NAME).is_file()), None)
+    if folder is not None:
+        return folder
+    known = run.is_dir() or (Path("runs") / run).is_dir()
+    raise UserError(
+        f"{run}: {f'no {NAME} in it' if known else 'no such run folder, and none under runs/'}; {otherwise}"
+    )

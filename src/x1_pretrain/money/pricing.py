@@ -39,6 +39,7 @@ class Wanted:
     like: Path | None
     wait_s: float
     poll_s: float
+    linger_s: float
     tier: str
 
 
@@ -61,7 +62,9 @@ def quote(wanted: Wanted, provider: Provider, offer: Offer, ledger: Ledger, cloc
         price,
         work(wanted, tokens, clock.speed),
         wanted.ceiling_usd,
-        gate.reserve_h(wanted.poll_s, TEARDOWN_S, setup),
+        gate.reserve_h(
+            wanted.poll_s, TEARDOWN_S + (wanted.linger_s if provider.name != "local" else 0), setup
+        ),
         spent_usd=max(known.known_usd, known.spent_by(clock.now())),
     )
 

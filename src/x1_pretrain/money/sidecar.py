@@ -199,19 +199,34 @@ class Sidecar:
         if found is not None and found.status not in (Status.LOST, Status.TERMINATING, Status.GONE):
             self.lost = False
             return
-        if self.lost:
+        if self.lost or self.machine.ended:
             return
         self.lost = True
-        word = found.said if found else "not found"
+        word, ended = found.said if found else "not found", self._run_ended()
+        title = "its run is over, the machine is still there" if ended else "the machine is lost"
         body = (
-            f"{self.provider.label} says of machine {self.machine.machine_id}: {word}. It may still bill: it "
-            "counts until its end is confirmed (`x1 teardown RUN`)."
+            f"{self.provider.label} says of machine {self.machine.machine_id}: {word}. {ended}It may still "
+            f"bill: it counts until its end is confirmed (`x1 teardown {self.folder}` ends it now)."
         )
         try:
             self.ledger.append("lost", body, tag=self.machine.tag, machine_id=self.machine.machine_id)
         except UserError as error:
             self._troubled(str(error))
-        self._alert(f"lost-{self.machine.tag}", "the machine is lost", body)
+        self._alert(f"lost-{self.machine.tag}", title, body)
+
+    def _run_ended(self) -> str:
+        """What the supervisor wrote, where its ledger is this one: an expected end is no loss."""
+        ends = {
+            0: "The run is finished. ",
+            76: "The budget stopped the run. ",
+            77: "The budget stopped the run. ",
+        }
+        try:
+            rows = self.ledger.rows()
+        except UserError:
+            return ""
+        last = next((r for r in reversed(rows) if r["event"] in ("launched", "session_end")), {})
+        return ends.get(last.get("exit_code", -1), "")
 
     def _alert(self, key: str, title: str, body: str, again_after_s: float | None = None) -> None:
         self.notifier.alert(key, f"X1 {self.run_id or self.folder.name}: {title}", body, again_after_s)

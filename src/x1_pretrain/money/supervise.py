@@ -29,7 +29,7 @@ from x1_pretrain.errors import FAULT, FINISHED, INTERRUPTED, REFUSED, UserError
 from x1_pretrain.money import latch
 from x1_pretrain.money.budget_file import Address
 from x1_pretrain.money.clock import Clock
-from x1_pretrain.money.ledger import NAME, Ledger, LedgerError
+from x1_pretrain.money.ledger import NAME, Ledger, LedgerError, Row
 from x1_pretrain.records.run_folder import read_jsonl
 
 GRACE_S = 45.0  # real seconds a child gets after SIGTERM: a checkpoint, and some
@@ -76,7 +76,7 @@ class Supervisor:
     def _until_done(self) -> int:
         raises = trainer_option(self.trainer_command, RAISE) is not None
         while not self.asked:
-            if (stop := latch.read(self.folder)) and not raises:
+            if (stop := latch.in_force(self.folder, self.rows())) and not raises:
                 say(str(latch.refusal(self.folder, stop)))
                 return REFUSED
             step = last_step(self.folder)
@@ -100,6 +100,13 @@ class Supervisor:
         self.down_since_s, self.batches = self.clock.steady_s(), batches(self.folder)
         self._note("session_end", exit_code=code, step=last_step(self.folder))
         return code
+
+    def rows(self) -> list[Row]:
+        """A damaged ledger is the trainer's to refuse."""
+        try:
+            return self.ledger.rows()
+        except LedgerError:
+            return []
 
     def _note(self, event: str, message: str = "", **fields: Any) -> None:
         """A ledger that can't be written is said, and ends nothing."""

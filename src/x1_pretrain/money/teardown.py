@@ -24,7 +24,7 @@ from x1_pretrain.money.account import Rented, account
 from x1_pretrain.money.channels import addresses
 from x1_pretrain.money.clock import Clock, stamp
 from x1_pretrain.money.guard import ZERO, dollars
-from x1_pretrain.money.ledger import NAME, Ledger, LedgerError
+from x1_pretrain.money.ledger import NAME, Ledger, LedgerError, find_ledger
 from x1_pretrain.money.notify import Notifier
 from x1_pretrain.money.providers.base import Machine, Provider, ProviderError, Status
 from x1_pretrain.money.providers.opened import open_provider
@@ -277,8 +277,7 @@ def main(
     patience: Annotated[float, typer.Option(min=1, help="minutes to wait for the proof")] = PATIENCE_S / 60,
 ) -> int:
     """End a run's machines, and see that they are gone."""
-    if not (run / NAME).exists():
-        raise UserError(f"{run}: no {NAME} in it; `x1 reconcile` lists what is running at the providers")
+    run = find_ledger(run, "`x1 reconcile` lists what is running at the providers")
     clock = Clock.from_environment()
     ledger = Ledger(run / NAME, clock)
     before = account(ledger.rows())

@@ -214,8 +214,9 @@ class TrainerGuard:
         if key in self._told:
             return
         self._told.add(key)
-        self.notifier.alert(key, f"X1 {self.name}: {notice.title}", notice.body)
-        self._news.put(News("budget", f"budget: {notice.title}. {notice.body}", {"key": notice.key}))
+        body = notice.body.replace(" RUN`", f" {self.folder}`")
+        self.notifier.alert(key, f"X1 {self.name}: {notice.title}", body)
+        self._news.put(News("budget", f"budget: {notice.title}. {body}", {"key": notice.key}))
 
     def news(self) -> list[News]:
         """What the loop should write to its events."""

@@ -20,18 +20,16 @@ import typer
 from x1_pretrain.command import run as run_app
 from x1_pretrain.command import single
 from x1_pretrain.errors import FINISHED, INTERRUPTED, UserError
-from x1_pretrain.money import pace
+from x1_pretrain.money import latch, pace
 from x1_pretrain.money.account import Rented, account
 from x1_pretrain.money.channels import addresses
-from x1_pretrain.money.clock import Clock
+from x1_pretrain.money.clock import Clock, duration_s
 from x1_pretrain.money.guard import ZERO, dollars, minutes
-from x1_pretrain.money.ledger import NAME, Ledger, LedgerError, Row
+from x1_pretrain.money.ledger import NAME, Ledger, LedgerError, Row, find_ledger
 from x1_pretrain.money.notify import Notifier
 from x1_pretrain.money.providers.opened import open_provider
 from x1_pretrain.money.sidecar import Sidecar
 from x1_pretrain.money.teardown import PROOF, Ending, end_loudly
-
-LINGER_S = 3600.0
 
 
 @dataclass
@@ -87,8 +85,17 @@ class Watch:
             return False
         if self.lost_since_s is None:
             self.lost_since_s = self.clock.steady_s()
-            print(f"it works no more; it will be ended in {minutes(self.linger_s)}", flush=True)
+            print(self._why(), flush=True)
         return self.clock.steady_s() - self.lost_since_s >= self.linger_s
+
+    def _why(self) -> str:
+        """What it stopped for, where that is known here, and what comes next."""
+        stop = latch.read(self.folder)
+        why = f"the run was stopped: {stop.reason}" if stop else "it works no more"
+        then = f"`x1 teardown {self.folder}` ends it now"
+        if stop:
+            then += "; to go on later: x1 launch with --raise-ceiling-to USD"
+        return f"{why}; the machine will be ended in {minutes(self.linger_s)}. {then}"
 
 
 def watch(folder: Path, clock: Clock, ceiling_usd: Decimal, poll_s: float, linger_s: float) -> int:
@@ -155,18 +162,18 @@ def planned_s(rows: list[Row]) -> float | None:
 def main(
     run: Annotated[Path, typer.Argument(help="the run folder that was launched from here")],
     every_s: Annotated[float, typer.Option(min=1, help="seconds between polls")] = 300.0,
-    linger_min: Annotated[
-        float, typer.Option(min=0, help="end a machine that stopped working after so many minutes")
-    ] = LINGER_S / 60,
+    linger: Annotated[
+        str, typer.Option(help="end a machine that stopped working after so long: 15m, 1h")
+    ] = "15m",
 ) -> int:
     """From off the machine: see what it costs, and that it ends."""
     clock = Clock.from_environment()
-    if not (run / NAME).exists():
-        raise UserError(f"{run}: no {NAME} in it; name the folder of a run that was launched from here")
-    ceiling = account(Ledger(run / NAME, clock).rows()).ceiling_usd
+    linger_s = duration_s(linger, "--linger")
+    folder = find_ledger(run, "name the folder of a run that was launched from here")
+    ceiling = account(Ledger(folder / NAME, clock).rows()).ceiling_usd
     if ceiling is None:
-        raise UserError(f"{run / NAME}: no ceiling on record; launch the run with x1 launch")
-    return watch(run, clock, ceiling, every_s, linger_min * 60)
+        raise UserError(f"{folder / NAME}: no ceiling on record; launch the run with x1 launch")
+    return watch(folder, clock, ceiling, every_s, linger_s)
 
 
 app = single(main)

@@ -45,13 +45,13 @@ class OverBudgetError(UserError):
 def refuse_latched(config: RunConfig, raise_to_usd: float | None) -> None:
     """A stopped run goes on only with an explicit raise, which the ledger keeps."""
     clock = Clock.from_environment()
-    stop = latch.read(config.folder)
+    ledger = Ledger(config.folder / NAME, clock)
+    stop = latch.in_force(config.folder, ledger.rows())
     if raise_to_usd is not None and config.budget.cap_usd is None:
         raise UserError(
             f"--raise-ceiling-to {raise_to_usd:g}: needs --budget-cap-usd, the ceiling that is raised"
         )
     if raise_to_usd is not None:
-        ledger = Ledger(config.folder / NAME, clock)
         latch.raise_ceiling(config.folder, positive(raise_to_usd), config.budget.cap_usd, ledger)
     elif stop is not None:
         raise latch.refusal(config.folder, stop)
@@ -70,6 +70,11 @@ def open_guard(
     clock = Clock.from_environment()
     ledger = Ledger(config.folder / NAME, clock)
     if config.budget.cap_usd is None:
+        if config.budget.curr_cost_uri is not None:
+            raise UserError(
+                "--budget-curr-cost-uri: needs --budget-cap-usd, the ceiling it is read for; without one "
+                "nothing is guarded"
+            )
         refuse_unguarded(ledger)
         return None
     if config.budget.curr_cost_uri is None:
