@@ -52,11 +52,14 @@ def main(
     instance_id: Annotated[str | None, Flag(help="the machine, as the provider names it")] = None,
     tag: Annotated[str | None, Flag(help="the name it was launched under, instead of its id")] = None,
     rate_usd_per_hr: Annotated[
-        float | None, Flag(help="what an hour costs, all in; the least that is counted")
+        float | None, Flag(help="what an hour costs, all in; counted where the provider states no price")
     ] = None,
     since: Annotated[
         str | None, Flag(help="billed since, 2026-05-23T02:00:00Z [default: the ledger, else now]")
     ] = None,
+    spent_before_usd: Annotated[
+        float, Flag(min=0, help="what the run had cost before this machine, where its ledger is elsewhere")
+    ] = 0.0,
     every_s: Annotated[float, Flag(min=1, help="seconds between polls")] = 300.0,
     disk_gib: Annotated[int, Flag(min=0, help="disk that is billed with the machine")] = 0,
     tax: Annotated[float, Flag(min=0, max=1, help="on top of the provider's prices: 0.10 is 10 %")] = 0.0,
@@ -101,6 +104,7 @@ def main(
         poll_s=every_s,
         storage_usd_per_hr=hourly_storage_usd(source.storage_usd_per_gib_month, disk_gib),
         tax=Decimal(0) if source.name == "local" else Decimal(str(tax)),  # a stated rate is all in
+        before_usd=Decimal(str(spent_before_usd)),
         may_terminate=terminate,
         terminate=end,
     )
@@ -143,7 +147,10 @@ def the_machine(
     instance_id = instance_id or (found.id if found else None)
     for machine in reversed(account(ledger.rows()).machines):
         same_id = instance_id is not None and machine.machine_id == instance_id
-        named = same_id or (machine.tag == tag if tag else instance_id is None and machine.open)
+        if tag is not None and provider.name == "local":
+            named = machine.tag == tag  # every local machine goes by the same id
+        else:
+            named = same_id or (machine.tag == tag if tag else instance_id is None and machine.open)
         if named and machine.provider == provider.name and machine.ended is None:
             if since is None or machine.polled is None or since <= machine.polled:
                 return machine

@@ -27,7 +27,7 @@ from x1_pretrain.money import notify
 from x1_pretrain.money.channels import addresses, labelled, reason, shown
 from x1_pretrain.money.clock import Clock
 from x1_pretrain.money.ledger import NAME, Ledger
-from x1_pretrain.money.notify import Notifier, Outcome, is_due, pending, worded
+from x1_pretrain.money.notify import Notifier, Outcome, is_due, pending
 
 RUN = "x1-50m"
 SECRET = "s3cr3t"
@@ -133,13 +133,8 @@ def test_a_mail_arrives_as_it_was_worded(ledger: Ledger) -> None:
     try:
         url = f"mailto://127.0.0.1:{sink.port}?mode=insecure&from=x1@example.com&to=me@example.com"
         notifier = Notifier([url], ledger, Clock(), RUN)
-        title, body = worded(
-            RUN,
-            "spent $30.10 of $35.00",
-            "The run has spent $30.10 <so far> & goes on.",
-            "it stops with a checkpoint when the projection passes $35.00",
-            f"x1 budget stop {RUN}",
-        )
+        title = "X1 x1-50m: spent $30.10 of $35.00"
+        body = f"The run has spent $30.10 <so far> & goes on.\nx1 budget stop {RUN}"
         notifier.alert("spent-30", title, body)
         assert notifier.close(10) == []
     finally:

@@ -150,6 +150,6 @@ def test_a_guard_that_hangs_is_noticed_by_the_loop(tmp_path: Path, clock: Hands)
     found._thread.start()
     clock.pass_(1801)
     assert not found.alive()
-    assert asked == [76]
+    assert set(asked) == {76}
     assert "has not answered" in json.loads((tmp_path / "STOP.json").read_text())["reason"]
     found.close(0)

@@ -52,6 +52,17 @@ class Account:
     before_usd: Decimal = ZERO  # ... which was this
     corrected: bool = False  # and no trainer has started since: the one that runs still counts as before
 
+    def in_force(self, cap_usd: Decimal) -> Decimal:
+        """The ceiling under a command's cap: a person's raise is above it, until a lower cap is given."""
+        if self.raised and self.ceiling_usd is not None and cap_usd >= self.before_usd:
+            return self.ceiling_usd
+        return cap_usd
+
+    def settled_usd(self) -> Decimal:
+        """Of machines that are gone all, of others up to their last poll; never less than any row says."""
+        sums = (m.spent_by(m.ended) if m.ended else m.spent_usd for m in self.machines)
+        return max(self.known_usd, sum(sums, self.adjusted_usd))
+
     def open_machines(self) -> list[Rented]:
         return [m for m in self.machines if m.open]
 
@@ -124,6 +135,8 @@ def _update(machine: Rented, row: Row) -> None:
         machine.polled = machine.polled if machine.spent_usd else None
     elif event in ("launch_failed", "terminate_confirmed"):
         machine.ended = parse_stamp(row.get("ended_utc") or row["time_utc"])
+        if row.get("billed_usd") is not None and usd(row, "billed_usd") > machine.spent_by(machine.ended):
+            machine.spent_usd, machine.polled = usd(row, "billed_usd"), machine.ended
         if event == "launch_failed":
             machine.spent_usd, machine.polled = ZERO, machine.ended
     elif event == "poll":

@@ -20,11 +20,10 @@ def audit(folder: Path) -> tuple[list[str], str] | None:
     problems = [
         f"machine {m.machine_id or m.tag} at {m.provider} was not seen to end" for m in known.open_machines()
     ]
-    if known.ceiling_usd is not None and known.known_usd > known.ceiling_usd:
-        problems.append(
-            f"{dollars(known.known_usd)} spent, above the ceiling of {dollars(known.ceiling_usd)}"
-        )
+    spent = known.settled_usd()
+    if known.ceiling_usd is not None and spent > known.ceiling_usd:
+        problems.append(f"{dollars(spent)} spent, above the ceiling of {dollars(known.ceiling_usd)}")
     of = f" of {dollars(known.ceiling_usd)}" if known.ceiling_usd is not None else ""
     rented = [m for m in known.machines if m.provider != "local"]
     gone = f"; {len(rented)} rented machines, all seen to end" if rented else ""
-    return problems, f"{dollars(known.known_usd)}{of} spent{gone}"
+    return problems, f"{dollars(spent)}{of} spent{gone}"

@@ -185,10 +185,21 @@ def _who() -> str:
     return os.environ.get("USER") or "a person"
 
 
+def refuse_elsewhere(folder: Path, rows: list[Row]) -> None:
+    """A trainer on a rented machine reads the ledger there, not that of the computer at home."""
+    rented = [m for m in account(rows).open_machines() if m.provider in ("lambda", "runpod")]
+    if rented and not (folder / "metrics.jsonl").exists():
+        raise UserError(
+            f"{folder}: its trainer runs on {rented[-1].machine_id} and reads the ledger there: say it on "
+            f"that machine, in its own run folder. From here, `x1 teardown {folder}` ends the machine at once"
+        )
+
+
 @app.command("continue")
 def go_on(run: RunArgument) -> int:
     """Agree to what it costs an hour now; the ceiling still holds."""
-    folder, ledger, _ = opened(run)
+    folder, ledger, rows = opened(run)
+    refuse_elsewhere(folder, rows)
     if stop := latch.read(folder):
         raise UserError(
             f"{folder}: it was stopped already ({stop.reason}); start it again with --raise-ceiling-to USD"
@@ -202,6 +213,7 @@ def go_on(run: RunArgument) -> int:
 def stop(run: RunArgument) -> int:
     """Save a checkpoint and stop; the run resumes only with --raise-ceiling-to."""
     folder, ledger, rows = opened(run)
+    refuse_elsewhere(folder, rows)
     if earlier := latch.read(folder):
         print(f"{folder}: it was stopped already ({earlier.reason})")
         return FINISHED

@@ -17,6 +17,7 @@ import secrets
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated
@@ -292,7 +293,14 @@ def main(
         tier=one_of("--tier", tier, ("secure", "community", "any")),
     )
     options = JobOptions(
-        source, tuple(data_command), data_dir, workspace, ssh_key, tuple(pass_variable), tuple(set_), raised
+        source,
+        tuple(data_command),
+        data_dir,
+        workspace,
+        ssh_key,
+        tuple(pass_variable),
+        tuple(set_),
+        raised_usd=raised,
     )
     if write is not None:
         print(gate.sentence(priced_at_most(wanted)))
@@ -303,6 +311,8 @@ def main(
         raise UserError(f"--like {like}: no metrics.jsonl in it; name the folder of a run that has trained")
     rate = None if rate_usd_per_hr is None else Decimal(str(rate_usd_per_hr))
     ledger = Ledger(loaded.folder / NAME, clock)
+    if raised is None and ledger.file.exists():
+        wanted = replace(wanted, ceiling_usd=account(ledger.rows()).in_force(cap))
     rented_from = open_provider(provider, clock, rate_usd_per_hr=rate)
     if price_only:
         print(gate.sentence(agree_on_price(wanted, rented_from, ledger, clock)[1]))
@@ -319,6 +329,7 @@ def main(
             latch.raise_ceiling(loaded.folder, raised, loaded.budget.cap_usd, ledger)
         ledger.append("gate", sentence, verdict="passed", **priced.fields())
         if provider != "local":
+            options = replace(options, before_usd=round(priced.spent_usd, 4))
             machine = rent(wanted, rented_from, offer, priced, ledger, clock, options)
     if provider == "local":
         return start_here(loaded, config, wanted, rate, options)
@@ -338,6 +349,8 @@ def bring_up(folder: Path, provider: Provider, machine: Rented, ledger: Ledger, 
         said = "it does not run: ending it"
     except KeyboardInterrupt:
         said = "interrupted before it ran: ending it"
+    except UserError as error:
+        said = f"{error}; ending it"
     print(said, flush=True)
     end_loudly(folder, clock)
     return FAULT

@@ -23,7 +23,7 @@ from x1_pretrain.money.job import Job, fineweb_edu_commands
 from x1_pretrain.money.providers.base import LaunchRequest, Offer
 from x1_pretrain.money.providers.opened import FAKE_VARIABLE
 from x1_pretrain.money.skypilot import skypilot_task
-from x1_pretrain.records.run_manifest import source_state
+from x1_pretrain.records.run_manifest import source_state, without_passwords
 
 ALWAYS_PASSED = (ALERTS_VARIABLE, "HF_TOKEN")
 
@@ -39,6 +39,7 @@ class JobOptions:
     ssh_key: str | None
     passed: tuple[str, ...]
     assignments: tuple[str, ...]
+    before_usd: Decimal = ZERO  # spent by earlier machines: the new one's ledger may not know
     raised_usd: Decimal | None = None  # a person's new ceiling: the machine's disk may hold the latch too
 
 
@@ -53,6 +54,7 @@ def job_for(
     supervise_flags: tuple[str, ...] = (),
 ) -> Job:
     """The run as a bare machine starts it."""
+    refuse_secrets(config)
     tree = config.model_copy(update={"run_dir": None, "data": cfg.DataConfig()})
     return Job(
         run_name=config.name,
@@ -70,6 +72,19 @@ def job_for(
         train_flags=("--raise-ceiling-to", str(options.raised_usd)) if options.raised_usd else (),
         gpus=gpus,
     )
+
+
+def refuse_secrets(config: RunConfig) -> None:
+    """The config travels in a script that stays on the machine, and in files for others."""
+    for name, uri in (
+        ("mlflow.uri", config.mlflow.uri),
+        ("budget.curr_cost_uri", config.budget.curr_cost_uri),
+    ):
+        if uri is not None and without_passwords(uri) != uri:
+            raise UserError(
+                f"{name}: holds a password or a signed address, which would stand in the start script; take "
+                "it out of the config of a rented run"
+            )
 
 
 def default_data(options: JobOptions) -> tuple[str, ...]:
@@ -116,7 +131,14 @@ def request_for(
         script, image = on_this_computer(config, tag, usd_per_hr, cap_usd, disk_gib, options), "none:1"
         environment |= {k: os.environ[k] for k in (FAKE_VARIABLE, CLOCK_VARIABLE) if k in os.environ}
         return LaunchRequest(offer, tag, script, image, disk_gib, environment)
-    flags = ("--disk-gib", str(disk_gib), "--tax", str(tax))  # where the machine has the provider's key
+    flags = (
+        "--disk-gib",
+        str(disk_gib),
+        "--tax",
+        str(tax),
+        "--spent-before-usd",
+        str(options.before_usd),
+    )  # where the machine has the provider's key
     job = job_for(config, offer.provider, tag, usd_per_hr, cap_usd, offer.gpu_count, options, flags)
     if offer.provider == "lambda":
         script = bootstrap.cloud_init(job, environment)
@@ -129,6 +151,7 @@ def on_this_computer(
     config: RunConfig, tag: str, usd_per_hr: Decimal, cap_usd: Decimal, disk_gib: int, options: JobOptions
 ) -> str:
     """The fake provider's machines are processes here: the supervisor starts in this very installation."""
+    refuse_secrets(config)
     folder = config.folder.absolute()
     words = [sys.executable, "-m", "x1_pretrain.money.supervise", "--provider", "fake", "--tag", tag]
     words += ["--rate-usd-per-hr", str(usd_per_hr), "--disk-gib", str(disk_gib), "--every-s", "60", "--"]

@@ -73,12 +73,6 @@ class Undelivered:
 # What is due: pure
 
 
-def worded(run: str, what: str, happened: str, by_itself: str, command: str) -> tuple[str, str]:
-    """Title and body of an alert: what happened, what X1 does by itself and when, how to decide otherwise."""
-    body = f"{happened}\nX1 by itself: {by_itself}\nTo decide otherwise: {command}"
-    return f"X1 {run}: {what}", body
-
-
 def is_due(rows: Sequence[Row], run: str, key: str, again_after_s: float | None, now: datetime) -> bool:
     """Whether an alert is to be raised: never before in this run, or long enough ago."""
     raised = [row for row in rows if _is(row, "alert_due", run) and row["key"] == key]
@@ -136,7 +130,7 @@ def _to_stderr(line: str) -> None:
 
 
 class Notifier:
-    """`Notifier(addresses(os.environ), ledger, clock, run="x1-50m").alert("spent-30", *worded(...))`
+    """`Notifier(addresses(os.environ), ledger, clock, run="x1-50m").alert("spent-30", title, body)`
 
     Backoff and `again_after_s` are seconds of the clock; what waits for sockets is in real seconds.
     """

@@ -50,6 +50,7 @@ class Sidecar:
     poll_s: float = 300.0
     storage_usd_per_hr: Decimal = ZERO
     tax: Decimal = ZERO  # on top of prices: 0.10 is ten percent; the meter counts it in
+    before_usd: Decimal = ZERO  # spent before this machine, where this ledger may not know it
     planned_s: float | None = None  # by the gate, until the run's own pace is known
     may_terminate: bool = False
     terminate: Callable[[str], None] = lambda _: None
@@ -98,7 +99,7 @@ class Sidecar:
         said = BudgetFile(
             spent_usd=spent,
             rate_usd_per_hr=rate,
-            hours_elapsed=Decimal(str(self._elapsed_s() / 3600)),
+            hours_elapsed=Decimal(str(self.elapsed_s() / 3600)),
             projected_total_usd=projected,
             last_update=self.clock.now(),
             run_id=self.run_id,
@@ -143,9 +144,9 @@ class Sidecar:
                 sum_usd += meter.usd
             else:
                 sum_usd += max(machine.spent_by(self.clock.now()), meter.usd if meter else ZERO)
-        return sum_usd
+        return max(sum_usd, self.before_usd)
 
-    def _elapsed_s(self) -> float:
+    def elapsed_s(self) -> float:
         return self.age_s + self.clock.steady_s() - self.began_s
 
     def _ask(self) -> Literal["billed", "metered", "estimated"]:
@@ -243,7 +244,7 @@ class Sidecar:
             return left_s
         if self.planned_s is None:
             return None
-        return max(0.0, self.planned_s - self._elapsed_s())
+        return max(0.0, self.planned_s - self.elapsed_s())
 
     def _keep(self, said: BudgetFile) -> BudgetFile:
         """Into the ledger first: the file is only its newest line, and carries its number."""

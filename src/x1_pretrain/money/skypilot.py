@@ -15,7 +15,6 @@ from x1_pretrain.errors import INTERRUPTED, UserError
 from x1_pretrain.money.bootstrap import start_script
 from x1_pretrain.money.job import Job
 
-CLOUDS = ("lambda", "runpod")
 _SCRIPT_END = "X1_START_END"
 
 _CAN_NOT = """\

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -24,16 +25,18 @@ from typing import Annotated, Any
 import typer
 
 from x1_pretrain.command import run as run_app
-from x1_pretrain.config import load_config
+from x1_pretrain.config import load_config, parse_assignment
 from x1_pretrain.errors import FAULT, FINISHED, INTERRUPTED, REFUSED, UserError
 from x1_pretrain.money import latch
 from x1_pretrain.money.budget_file import Address
-from x1_pretrain.money.clock import Clock
-from x1_pretrain.money.ledger import NAME, Ledger, LedgerError, Row
+from x1_pretrain.money.channels import addresses
+from x1_pretrain.money.clock import Clock, stamp
+from x1_pretrain.money.ledger import NAME, Ledger, LedgerError, Row, read_rows
+from x1_pretrain.money.notify import Notifier
 from x1_pretrain.records.run_folder import read_jsonl
 
 GRACE_S = 45.0  # real seconds a child gets after SIGTERM: a checkpoint, and some
-FIRST_READING_S = 60.0  # real seconds until the sidecar must have written its file
+FIRST_READING_S = 180.0  # real seconds until the sidecar must have written its file
 SIDECAR_PAUSE_S = 2.0
 RAISE = "--raise-ceiling-to"
 NO_PROGRESS = 3  # relaunches in a row that got no further
@@ -67,7 +70,7 @@ class Supervisor:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         try:
             if not self._first_reading():
-                return REFUSED
+                return INTERRUPTED if self.asked else REFUSED
             return self._until_done()
         finally:
             self._end(self.trainer)
@@ -161,7 +164,10 @@ class Supervisor:
             if self.sidecar is not None and self.sidecar.poll() is not None:
                 say(f"the sidecar ended with exit code {self.sidecar.returncode}, see above: nothing starts")
                 return False
-            if time.monotonic() > end or self.asked:
+            if self.asked:
+                say(f"{self.asked}: nothing was started")
+                return False
+            if time.monotonic() > end:
                 say(f"the sidecar wrote no {self.budget} in {FIRST_READING_S:.0f} s: nothing starts")
                 return False
             time.sleep(0.05)
@@ -234,6 +240,15 @@ def say(text: str) -> None:
 # The command
 
 
+def trainer_options(arguments: Sequence[str], flag: str) -> list[str]:
+    """All values of an option that may be repeated."""
+    found, rest = list[str](), list(arguments)
+    while (value := trainer_option(rest, flag)) is not None:
+        found.append(value)
+        rest = rest[next(i for i, w in enumerate(rest) if w == flag or w.startswith(f"{flag}=")) + 1 :]
+    return found
+
+
 def without_option(arguments: Sequence[str], flag: str) -> list[str]:
     """A person's word is given once: a relaunch does not repeat it."""
     kept = [word for word in arguments if not word.startswith(f"{flag}=")]
@@ -268,6 +283,9 @@ def main(
     terminate: Annotated[
         bool, typer.Option("--terminate", help="the sidecar may end this machine at the ceiling")
     ] = False,
+    spent_before_usd: Annotated[
+        float, typer.Option(min=0, help="what the run had cost before, where its ledger is elsewhere")
+    ] = 0.0,
     max_relaunches: Annotated[int, typer.Option(min=0, help="after exit code 75 or a kill")] = 20,
     pause_s: Annotated[float, typer.Option(min=0, help="seconds before a relaunch")] = 5.0,
 ) -> int:
@@ -283,7 +301,9 @@ def main(
             "x1 supervise [OPTIONS] -- TRAINER OPTIONS: the trainer's options need --config FILE and "
             "--budget-cap-usd USD"
         )
-    loaded = load_config(Path(config))
+    loaded = load_config(
+        Path(config), dict(parse_assignment(text) for text in trainer_options(arguments, "--set"))
+    )
     folder = Path(trainer_option(arguments, "--run-dir") or loaded.folder)
     budget = Address(uri).path if uri else folder / "budget.json"
     if budget is None:
@@ -293,6 +313,11 @@ def main(
     if uri is None:
         arguments += ["--budget-curr-cost-uri", str(budget)]
     clock = Clock.from_environment()
+    ledger = Ledger(folder / NAME, clock)
+    if tag is not None and any(
+        r["event"] == "adopted" and r.get("tag") == tag for r in read_rows(ledger.file)
+    ):
+        arguments = without_option(arguments, RAISE)  # a reboot repeats the script, not the person
     raised = trainer_option(arguments, RAISE)
     sidecar = [sys.executable, "-m", "x1_pretrain.budget_guard", "--run-dir", str(folder)]
     sidecar += ["--output", str(budget), "--cap-usd", raised or cap, "--provider", provider]
@@ -301,13 +326,14 @@ def main(
         sidecar += [flag, value] if value is not None else []
     if rate_usd_per_hr is not None:
         sidecar += ["--rate-usd-per-hr", str(rate_usd_per_hr)]
+    sidecar += ["--spent-before-usd", str(spent_before_usd)] if spent_before_usd else []
     sidecar += ["--terminate"] if terminate else []
     supervisor = Supervisor(
         folder=folder,
         budget=budget,
         trainer_command=[sys.executable, "-m", "x1_pretrain.train", *arguments],
         sidecar_command=sidecar,
-        ledger=Ledger(folder / NAME, clock),
+        ledger=ledger,
         clock=clock,
         max_relaunches=max_relaunches,
         pause_s=pause_s,
@@ -315,7 +341,24 @@ def main(
     code = supervisor.run()
     if code == FINISHED:
         say("the run is finished")
+    if not supervisor.asked:
+        tell_end(folder, ledger, clock, code)
     return code
+
+
+ENDS = {0: "finished", 76: "stopped by the budget", 77: "stopped at once by the budget"}
+
+
+def tell_end(folder: Path, ledger: Ledger, clock: Clock, code: int) -> None:
+    """The machine bills on when its run is over: somebody should know."""
+    notifier = Notifier(addresses(os.environ), ledger, clock, run=folder.name, say=say)
+    if notifier.channels:
+        what = ENDS.get(code, f"ended with exit code {code}")
+        body = (
+            "Its machine is there, and may bill, until somebody ends it: `x1 teardown` where it was launched."
+        )
+        notifier.alert(f"end-{stamp(clock.now())}", f"X1 {folder.name}: the run is over ({what})", body)
+    notifier.close(15.0)
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)

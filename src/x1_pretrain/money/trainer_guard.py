@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from x1_pretrain.config import BudgetConfig
-from x1_pretrain.errors import BUDGET_STOPPED, RefusedError
+from x1_pretrain.errors import BUDGET_CHECKPOINTED, BUDGET_STOPPED, RefusedError
 from x1_pretrain.money import guard, latch
 from x1_pretrain.money.account import account, person_said
 from x1_pretrain.money.clock import Clock, parse_stamp, stamp
@@ -28,6 +28,7 @@ from x1_pretrain.money.watched_file import WatchedFile
 
 TICK_S = 0.25  # real seconds between decisions
 LOCK_S = 15.0
+TELL_S = 3.0
 LEAVE_NOW_S, LEAVE_SAVING_S = 10.0, 300.0  # real seconds the loop gets
 
 
@@ -71,14 +72,15 @@ class TrainerGuard:
     def __post_init__(self) -> None:
         self._began, self._ticked_s = self.clock.now(), self.clock.steady_s()
         self._memory = Memory(self._ticked_s)
-        self._answered_seq = max((r.get("seq", 0) for r in self.ledger.rows()), default=0)
+        said = [r.get("seq", 0) for r in self.ledger.rows() if r["event"] in ("gate", "agreed", "raised")]
+        self._answered_seq = max(said, default=0)  # what a person said between two sessions counts
 
     # --------------------------------------------------------------------------------------------------------
     # Deciding
 
     def first(self, agreed_usd_per_hr: Decimal | None) -> Decision:
         """The reading that a start needs; without one nothing starts. It also says what an hour costs, unless
-        less was agreed before."""
+        that was agreed before."""
         reading, now_s = self.file.read_now(), self.clock.steady_s()
         if reading is None:
             raise self._no_start(
@@ -90,13 +92,13 @@ class TrainerGuard:
                 f"the last update is {guard.minutes(now_s - reading.at_s)} old, expected at most "
                 f"{guard.minutes(self.limits.stale_s)}; is the sidecar alive?"
             )
-        rates = [r for r in (reading.usd_per_hr, agreed_usd_per_hr) if r]
-        if not rates:
+        rate = agreed_usd_per_hr or reading.usd_per_hr
+        if not rate:
             raise self._no_start(
                 "rate_usd_per_hr is missing or 0, and nothing can be counted without a rate; put there what "
                 "an hour costs"
             )
-        self.limits = replace(self.limits, gate_usd_per_hr=min(rates))
+        self.limits = replace(self.limits, gate_usd_per_hr=rate)
         rows = self.ledger.rows()
         gap_s = self._gap_s(rows, reading.spent_usd)
         self._memory = guard.relaunched(now_s, account(rows).known_usd, gap_s, reading.at_s)
@@ -295,9 +297,19 @@ class TrainerGuard:
         return False
 
     def fail(self, why: str) -> None:
-        """Nothing guards any more: save and stop, and tell it."""
-        self._tell(guard.Notice("guard", "the budget guard failed", f"{why}. The run saves and stops."))
-        self._leave(Action.SAVE_AND_STOP, f"the budget guard failed: {why}")
+        """Nothing guards any more: save and stop. What may hang (a disk, a lock) comes last, in a thread."""
+        reason = f"the budget guard failed: {why}"
+        self._last_resort(LEAVE_SAVING_S)
+        self.ask_to_leave(reason, BUDGET_CHECKPOINTED)
+        notice = guard.Notice("guard", "the budget guard failed", f"{why}. The run saves and stops.")
+
+        def tell() -> None:
+            self._leave(Action.SAVE_AND_STOP, reason)
+            self._tell(notice)
+
+        telling = threading.Thread(target=tell, daemon=True)
+        telling.start()
+        telling.join(TELL_S)
 
     def close(self, drain_s: float = 10.0) -> None:
         """Once: what comes later finds it closed."""

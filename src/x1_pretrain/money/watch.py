@@ -22,6 +22,7 @@ from x1_pretrain.command import single
 from x1_pretrain.errors import FINISHED, INTERRUPTED, UserError
 from x1_pretrain.money import latch, pace
 from x1_pretrain.money.account import Rented, account
+from x1_pretrain.money.budget_file import BudgetFile
 from x1_pretrain.money.channels import addresses
 from x1_pretrain.money.clock import Clock, duration_s
 from x1_pretrain.money.guard import ZERO, dollars, minutes
@@ -30,6 +31,9 @@ from x1_pretrain.money.notify import Notifier
 from x1_pretrain.money.providers.opened import open_provider
 from x1_pretrain.money.sidecar import Sidecar
 from x1_pretrain.money.teardown import PROOF, Ending, end_loudly
+
+DRIFT = Decimal("1.2")  # dearer than this times the agreed price is a person's question
+LATE = 1.25  # so much longer than planned, and somebody should look
 
 
 @dataclass
@@ -40,6 +44,7 @@ class Watch:
     sidecar: Sidecar
     clock: Clock
     linger_s: float
+    agreed_usd_per_hr: Decimal = ZERO  # at the launch
     lost_since_s: float | None = None
 
     def run(self, stop: threading.Event) -> int:
@@ -68,12 +73,32 @@ class Watch:
         except (OSError, UserError) as error:
             print(f"watch: {error}", flush=True)
             return
+        self._ask_a_person(said)
         projected = f", {dollars(said.projected_total_usd)} projected" if said.projected_total_usd else ""
         print(
             f"{self.clock.now():%H:%MZ}  {dollars(said.spent_usd)} of {dollars(self.sidecar.ceiling_usd)}"
             f"{projected}  {dollars(said.rate_usd_per_hr or ZERO)}/h  {said.source}",
             flush=True,
         )
+
+    def _ask_a_person(self, said: BudgetFile) -> None:
+        """What can't be seen from here, or decided by a watch: dearer than agreed, longer than planned."""
+        agreed, now = self.sidecar.machine.usd_per_hr, said.rate_usd_per_hr or ZERO
+        name, end = self.folder.name, f"`x1 teardown {self.folder}` ends it; the ceiling holds meanwhile."
+        if now > DRIFT * self.agreed_usd_per_hr:
+            was = dollars(self.agreed_usd_per_hr)
+            body = f"The machine costs {dollars(now)}/h, agreed were {was}/h. {end}"
+            self._tell(f"watch-drift-{agreed:f}", f"X1 {name}: dearer than agreed", body)
+        planned_s = self.sidecar.planned_s
+        if planned_s is not None and self.sidecar.elapsed_s() > LATE * planned_s + self.linger_s:
+            body = (
+                f"It was planned to take {minutes(planned_s)}, and its machine still runs. Is it done? {end}"
+            )
+            self._tell("watch-late", f"X1 {name}: longer than planned", body)
+
+    def _tell(self, key: str, title: str, body: str) -> None:
+        if self.sidecar.notifier.alert(key, title, body):
+            print(f"{title}: {body}", flush=True)
 
     def _over(self) -> bool:
         """It is gone, as two polls say, or stopped working so long ago that nobody will fetch anything from
@@ -129,7 +154,8 @@ def watch(folder: Path, clock: Clock, ceiling_usd: Decimal, poll_s: float, linge
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    code = Watch(folder, sidecar, clock, linger_s).run(stop)
+    agreed = launched_with(rows, machine.tag, "usd_per_hr")
+    code = Watch(folder, sidecar, clock, linger_s, agreed).run(stop)
     proof = f"; proof in {folder / PROOF}" if code == FINISHED else ""
     print(f"{dollars(sidecar.spent_usd)} in all{proof}", flush=True)
     notifier.close(20.0)

@@ -121,10 +121,10 @@ def ceiling_in_force(cap_usd: Decimal, ledger: Ledger, say: Callable[[str], None
     """What the command says, unless a person raised it since; on record either way. A cap below the one that
     was raised is a new decision, to lower it."""
     known = account(ledger.rows())
-    if known.raised and known.ceiling_usd is not None and cap_usd >= known.before_usd:
-        if cap_usd != known.ceiling_usd:
-            say(f"  the ceiling in force is {dollars(known.ceiling_usd)}: a person raised it")
-        return known.ceiling_usd
+    if (ceiling := known.in_force(cap_usd)) != cap_usd:
+        say(f"  the ceiling in force is {dollars(ceiling)}: a person raised it")
+    if known.raised and ceiling == known.ceiling_usd:
+        return ceiling
     if known.ceiling_usd != cap_usd:
         ledger.append("ceiling", f"the ceiling is {dollars(cap_usd)}", ceiling_usd=cap_usd)
     return cap_usd
@@ -142,10 +142,6 @@ def agreed_rate(rows: list[Row]) -> Decimal | None:
         ):
             agreed = usd(row, "usd_per_hr")
     return agreed
-
-
-def passed(row: Row) -> bool:
-    return row["event"] == "gate" and row.get("verdict") == "passed"
 
 
 def open_notifier(config: RunConfig, ledger: Ledger, clock: Clock, say: Callable[[str], None]) -> Notifier:
