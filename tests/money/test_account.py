@@ -224,3 +224,24 @@ def test_a_machine_of_ones_own_costs_only_while_it_works() -> None:
     rented = account([row, poll]).spent_by(later)
     own = account([row | {"bills_idle": False}, poll]).spent_by(later)
     assert (rented, own) == (Decimal("121.00"), Decimal("1.00"))
+
+
+def test_a_raise_holds_until_a_lower_cap_is_given() -> None:
+    raised = account(
+        [row(0, "ceiling", ceiling_usd="35"), row(1, "raised", ceiling_usd="50", before_usd="35")]
+    )
+    assert raised.in_force(Decimal(35)) == raised.in_force(Decimal(60)) == 50
+    assert raised.in_force(Decimal(20)) == 20
+    assert account([]).in_force(Decimal(35)) == 35
+
+
+def test_what_is_settled_counts_a_machine_to_its_end_and_its_bill() -> None:
+    machine = {"tag": "a", "provider": "runpod", "machine_id": "a"}
+    rows = [
+        row(0, "intent", usd_per_hr="1", **machine),
+        row(60, "poll", machine_usd="1", spent_usd="1", usd_per_hr="1", **machine),
+        row(240, "terminate_confirmed", **machine),
+    ]
+    assert account(rows).settled_usd() == 4  # three hours unseen
+    assert account([*rows[:2]]).settled_usd() == 1
+    assert account([*rows[:2], rows[2] | {"billed_usd": "9.5"}]).settled_usd() == Decimal("9.5")

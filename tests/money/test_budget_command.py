@@ -286,3 +286,19 @@ def test_as_a_command_of_its_own(ledger: Ledger) -> None:
     assert (gone.returncode, gone.stdout) == (USAGE, "")
     assert gone.stderr.startswith("x1: ")
     assert gone.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("verb", ["stop", "continue"])
+def test_a_word_is_said_where_the_trainer_reads(
+    verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The ledger at home is not the rented machine's: a word here would reach nobody."""
+    run = tmp_path / "run"
+    ledger = Ledger(run / "ledger.jsonl", Clock())
+    ledger.append("intent", tag="x1-a", provider="runpod", usd_per_hr=Decimal("1.19"))
+    ledger.append("launched", tag="x1-a", machine_id="pod-7")
+    assert run_app(app, [verb, str(run)], prog="x1 budget") == 2
+    assert "its trainer runs on pod-7 and reads the ledger there" in capsys.readouterr().err
+    assert not (run / "STOP.json").exists()
+    (run / "metrics.jsonl").write_text("")  # it runs here after all
+    assert run_app(app, [verb, str(run)], prog="x1 budget") == 0

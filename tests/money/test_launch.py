@@ -512,3 +512,14 @@ def test_killed_right_after_the_request_reconcile_cleans_up(
         assert run_app(reconcile.app, [str(tmp_path / "runs"), "--end"], prog="x1 reconcile") == FINISHED
         assert not fake.world.alive()
     assert (folder / "termination.json").exists()
+
+
+@pytest.mark.parametrize("field", ["mlflow.uri", "budget.curr_cost_uri"])
+def test_a_secret_in_the_config_does_not_travel(
+    field: str, rental: Rental, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(rental, "--set", f"{field}=https://user:{SECRET}@example.org/x") == USAGE
+    assert nothing_happened(rental)
+    error = capsys.readouterr().err
+    assert field in error
+    assert SECRET not in error

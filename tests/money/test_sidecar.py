@@ -496,3 +496,23 @@ def test_a_provider_whose_clock_is_ahead_does_not_start_the_count_in_the_future(
         own, rental.provider, None, "x1-run-1", Decimal("1.19"), None, rental.clock
     )
     assert machine.since == rental.clock.now()
+
+
+def test_what_the_run_cost_before_counts_where_this_ledger_does_not_know_it(rental: Rental) -> None:
+    """A second machine has an empty ledger of its own; one that knows more counts what it knows."""
+    machine = rental.launch()
+    said = sidecar(rental, machine, before_usd=Decimal(20)).poll()
+    assert said.spent_usd >= 20
+    rental.clock.sleep(3600)
+    later = sidecar(rental, machine, before_usd=Decimal(20)).poll()
+    assert near(later.spent_usd - said.spent_usd, HOUR_USD)
+    rental.ledger.append("adopted", tag="old", provider="local", machine_id="old", usd_per_hr=Decimal(1))
+    poll = {"tag": "old", "machine_usd": Decimal(30), "spent_usd": Decimal(30), "usd_per_hr": Decimal(0)}
+    rental.ledger.append("poll", **poll)
+    assert sidecar(rental, machine, before_usd=Decimal(20)).poll().spent_usd >= 30 + later.spent_usd - 20
+
+
+def test_a_raised_ceiling_is_the_sidecars_too(rental: Rental) -> None:
+    one = sidecar(rental, rental.launch())
+    rental.ledger.append("raised", ceiling_usd=Decimal(77), before_usd=Decimal(5))
+    assert one.poll().ceiling_usd == 77

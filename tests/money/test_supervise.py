@@ -18,7 +18,7 @@ import pytest
 from x1_pretrain.money import latch, supervise
 from x1_pretrain.money.clock import Clock
 from x1_pretrain.money.ledger import Ledger
-from x1_pretrain.money.supervise import Supervisor, trainer_option, without_option
+from x1_pretrain.money.supervise import Supervisor, trainer_option, trainer_options, without_option
 
 # writes its file once, then waits; a second argument is how long it lives
 SIDECAR = """
@@ -297,3 +297,19 @@ def test_the_command_needs_a_ceiling(tmp_path: Path) -> None:
     assert "--budget-cap-usd" in done.stderr
     assert done.stderr.count("\n") == 1
     assert json.dumps(done.stdout) == '""'
+
+
+def test_options_that_may_be_repeated() -> None:
+    words = ["--set", "a=1", "--x", "--set=b=2", "--set", "c=3"]
+    assert trainer_options(words, "--set") == ["a=1", "b=2", "c=3"]
+    assert trainer_options(["--x"], "--set") == []
+
+
+def test_a_request_before_the_first_reading_is_an_interruption(
+    made: Callable[..., Supervisor], tmp_path: Path
+) -> None:
+    supervisor = made("0")
+    supervisor.sidecar_command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+    assert supervisor.run() == 75
+    assert sessions(tmp_path) == 0

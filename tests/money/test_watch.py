@@ -238,3 +238,14 @@ def test_what_teardown_could_not_confirm_is_a_fault(rental: Rental, monkeypatch:
     rental.fake.fault("terminate_ignored", times=100_000)
     assert command(str(rental.folder), "--linger", "5m") == FAULT
     assert teardown.PROOF not in [f.name for f in rental.folder.iterdir()]
+
+
+def test_a_dearer_hour_and_a_late_end_are_a_persons_question(rental: Rental) -> None:
+    """From here nobody can save a checkpoint there: the watch asks, once each, and goes on."""
+    rented(rental, "8")
+    rental.fake.fault("price_jump", factor="1.3", after_s=1800)
+    assert command(str(rental.folder)) == FINISHED  # at the ceiling
+    keys = [row["key"] for row in rental.rows("alert_due")]
+    assert sum(key.startswith("watch-drift") for key in keys) == 1
+    assert keys.count("watch-late") == 1
+    assert rental.bill_usd() <= 8
