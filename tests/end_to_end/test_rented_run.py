@@ -3,6 +3,7 @@ alert comes once, and the losses are those of a run that nobody disturbed."""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,26 @@ def test_a_lost_machine_and_a_second_one(
         assert code == 0, output + r.machine_log()
         settled(r, undisturbed)
         assert len(r.fake.world.machines) == 2
+
+
+@pytest.mark.slow
+def test_a_dearer_hour_that_nobody_answers_for(
+    tmp_path: Path, config: Path, corpus: Path, undisturbed: dict[int, float]
+) -> None:
+    """+25 %: an alert, five minutes without an answer, saved and stopped; a person raises, and it goes on."""
+    file = here(config, tmp_path)
+    quick = file.read_text().replace("read_every_s: 120.0", "read_every_s: 60.0\n  answer_s: 120.0")
+    file.write_text(quick)
+    jump = {"kind": "price_jump", "factor": "1.25", "after_s": 240}
+    with rehearsal(tmp_path, file, corpus, [jump]) as r:
+        assert r.end(r.start(linger="1m"))[0] == 0
+        stop = json.loads((r.run / "STOP.json").read_text())
+        assert (stop["exit_code"], "nobody answered" in stop["reason"]) == (76, True)
+        assert 0 < r.step() < STEPS
+        assert any("instead of" in one["title"] for one in r.told)
+        code, output = r.end(r.start("--raise-ceiling-to", "6", linger="1m"))
+        assert code == 0, output + r.machine_log()
+        settled(r, undisturbed)
 
 
 @pytest.mark.slow

@@ -143,7 +143,7 @@ def broken(quote: Quote, max_usd_per_hr: Decimal | None) -> list[str]:
     if max_usd_per_hr is not None and quote.price.usd_per_hr > max_usd_per_hr:
         found.append(
             f"the price: {exact(quote.price.usd_per_hr)}/h is above --max-price "
-            f"{exact(max_usd_per_hr)}/h (--wait 4h looks again for so long)"
+            f"{exact(max_usd_per_hr)}/h (budget.max_usd_per_hr; x1 launch --wait 4h looks again for so long)"
         )
     if quote.buffer_usd < 0:
         found.append(
