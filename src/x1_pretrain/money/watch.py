@@ -85,7 +85,8 @@ class Watch:
         """What can't be seen from here, or decided by a watch: dearer than agreed, longer than planned."""
         agreed, now = self.sidecar.machine.usd_per_hr, said.rate_usd_per_hr or ZERO
         name, end = self.folder.name, f"`x1 teardown {self.folder}` ends it; the ceiling holds meanwhile."
-        if now > DRIFT * self.agreed_usd_per_hr:
+        elsewhere = not (self.folder / "metrics.jsonl").exists()  # else the trainer's guard asks by itself
+        if elsewhere and now > DRIFT * self.agreed_usd_per_hr:
             was = dollars(self.agreed_usd_per_hr)
             body = f"The machine costs {dollars(now)}/h, agreed were {was}/h. {end}"
             self._tell(f"watch-drift-{agreed:f}", f"X1 {name}: dearer than agreed", body)
