@@ -16,6 +16,7 @@ from typing import Literal
 from x1_pretrain import errors
 
 HOUR_S = 3600
+TEARDOWN_S = 300.0  # what ending a machine and seeing it gone takes
 ZERO = Decimal(0)
 
 
@@ -42,7 +43,7 @@ class Limits:
     answer_s: float = 1800
     no_answer: Literal["stop", "continue"] = "stop"
     save_s: float = 60  # what a graceful stop takes
-    end_s: float = 300  # what ending the machine and seeing it gone takes
+    end_s: float = TEARDOWN_S
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from x1_pretrain.money import gate, latch
 from x1_pretrain.money.account import Rented, account
 from x1_pretrain.money.channels import VARIABLE, addresses
 from x1_pretrain.money.clock import Clock, duration_s
-from x1_pretrain.money.guard import dollars
+from x1_pretrain.money.guard import TEARDOWN_S, dollars
 from x1_pretrain.money.ledger import NAME, Ledger, read_rows
 from x1_pretrain.money.machine_jobs import JobOptions, request_for, write_files
 from x1_pretrain.money.notify import Notifier
@@ -47,7 +47,6 @@ from x1_pretrain.money.providers.base import (
     UnknownOutcomeError,
 )
 from x1_pretrain.money.providers.opened import open_provider
-from x1_pretrain.money.sidecar import TEARDOWN_S
 from x1_pretrain.money.teardown import Ending, end_loudly, said_yes
 from x1_pretrain.money.watch import watch
 

@@ -12,12 +12,11 @@ from x1_pretrain.model.flops import flops_per_token, peak_bf16_flops_per_sec
 from x1_pretrain.money import gate, pace
 from x1_pretrain.money.account import account
 from x1_pretrain.money.clock import Clock
-from x1_pretrain.money.guard import ZERO, dollars, minutes
+from x1_pretrain.money.guard import TEARDOWN_S, ZERO, dollars, minutes
 from x1_pretrain.money.ledger import Ledger
 from x1_pretrain.money.meter import hourly_storage_usd
 from x1_pretrain.money.providers import gpus
 from x1_pretrain.money.providers.base import Offer, Provider, ProviderError, UnreachableError
-from x1_pretrain.money.sidecar import TEARDOWN_S
 from x1_pretrain.records.run_folder import read_jsonl
 
 ASK_PRICE_EVERY_S = 300.0

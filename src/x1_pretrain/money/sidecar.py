@@ -20,13 +20,12 @@ from x1_pretrain.money import budget_file, latch
 from x1_pretrain.money.account import Account, Rented, account
 from x1_pretrain.money.budget_file import BudgetFile
 from x1_pretrain.money.clock import Clock, stamp
-from x1_pretrain.money.guard import ZERO, cost, dollars, minutes
+from x1_pretrain.money.guard import TEARDOWN_S, ZERO, cost, dollars, minutes
 from x1_pretrain.money.ledger import Ledger, Row
 from x1_pretrain.money.meter import Meter
 from x1_pretrain.money.notify import Notifier
 from x1_pretrain.money.providers.base import Machine, Provider, ProviderError, Status, UnreachableError
 
-TEARDOWN_S = 300.0  # what ending a machine and seeing it gone takes
 SOONEST_S = 15.0  # between two polls
 QUIET_POLLS = 3  # after so many failed polls a person hears of it
 TROUBLE_AGAIN_S = 3600.0

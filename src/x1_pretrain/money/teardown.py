@@ -21,6 +21,7 @@ from x1_pretrain.command import single
 from x1_pretrain.errors import FAULT, FINISHED, UserError
 from x1_pretrain.money import budget_file
 from x1_pretrain.money.account import Rented, account
+from x1_pretrain.money.audit import PROOF
 from x1_pretrain.money.channels import addresses
 from x1_pretrain.money.clock import Clock, stamp
 from x1_pretrain.money.guard import ZERO, dollars
@@ -30,7 +31,6 @@ from x1_pretrain.money.providers.base import Machine, Provider, ProviderError, S
 from x1_pretrain.money.providers.opened import open_provider
 from x1_pretrain.money.sidecar import last_seq
 
-PROOF = "termination.json"
 READ_EVERY_S = 10.0
 APART_S = 10.0  # between the two reads that count
 ASK_AGAIN_S = 60.0  # still there: the first request may have been ignored

@@ -22,6 +22,7 @@ from x1_pretrain.command import single
 from x1_pretrain.errors import FINISHED, INTERRUPTED, UserError
 from x1_pretrain.money import latch, pace
 from x1_pretrain.money.account import Rented, account
+from x1_pretrain.money.audit import PROOF
 from x1_pretrain.money.budget_file import BudgetFile
 from x1_pretrain.money.channels import addresses
 from x1_pretrain.money.clock import Clock, duration_s
@@ -30,7 +31,7 @@ from x1_pretrain.money.ledger import NAME, Ledger, LedgerError, Row, find_ledger
 from x1_pretrain.money.notify import Notifier
 from x1_pretrain.money.providers.opened import open_provider
 from x1_pretrain.money.sidecar import Sidecar
-from x1_pretrain.money.teardown import PROOF, Ending, end_loudly
+from x1_pretrain.money.teardown import Ending, end_loudly
 
 DRIFT = Decimal("1.2")  # dearer than this times the agreed price is a person's question
 LATE = 1.25  # so much longer than planned, and somebody should look
