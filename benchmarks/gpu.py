@@ -45,8 +45,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # this che
 
 from x1_pretrain.config import ModelConfig, RunConfig, load_config
 from x1_pretrain.learning import optimizers
-from x1_pretrain.model import attention, flops, huggingface, loss
+from x1_pretrain.model import attention, flops, gpus, huggingface, loss
 from x1_pretrain.model.decoder import Decoder
+from x1_pretrain.model.memory import GPU_MEMORY_SHARE
 from x1_pretrain.runtime import assemble, fit
 
 Work = Callable[[], object]
@@ -153,7 +154,7 @@ def peak_gib(device: torch.device, work: Work) -> float:
 def peak_flops(device: torch.device) -> float:
     """The data sheet's bf16 peak, FLOP/s; NaN when the table has none."""
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    return flops.peak_bf16_flops_per_sec(name) or math.nan
+    return gpus.peak_bf16_flops_per_sec(name) or math.nan
 
 
 def mfu_note(bench: Bench, tokens_per_sec: float) -> str:
@@ -175,7 +176,7 @@ def device(bench: Bench) -> Iterator[Row]:
         capability = f"compute capability {found.major}.{found.minor}, {found.multi_processor_count} SMs"
         yield Row("device", "name", found.name, note=capability)
         yield Row("device", "memory", found.total_memory / 2**30, "GiB", driver())
-    yield Row("device", "table peak, bf16", peak_flops(bench.device) / 1e12, "TFLOP/s", "model/flops.py")
+    yield Row("device", "table peak, bf16", peak_flops(bench.device) / 1e12, "TFLOP/s", "model/gpus.toml")
     cores = len(os.sched_getaffinity(0))
     yield Row("device", "python", platform.python_version(), note=f"{cores} cores, {platform.platform()}")
     yield Row("device", "torch", torch.__version__, note=f"CUDA {torch.version.cuda}")
@@ -386,7 +387,7 @@ def micro_batch(bench: Bench) -> Iterator[Row]:
     decoder, _ = build(bench)
     optimizer = optimizers.build(decoder, bench.config.optimizer, bench.device)
     total = torch.cuda.get_device_properties(0).total_memory if bench.device.type == "cuda" else 64 << 20
-    limit = total * fit.GPU_MEMORY_SHARE - 8.0 * sum(p.numel() for p in decoder.parameters())
+    limit = total * GPU_MEMORY_SHARE - 8.0 * sum(p.numel() for p in decoder.parameters())
     begun = time.perf_counter()
     found, how = fit.largest_fitting(bench.config.batch_blocks, probe(bench, decoder), limit)
     note = f"{how}; took {time.perf_counter() - begun:.1f} s"

@@ -1,4 +1,4 @@
-"""What a model counts and costs: parameters, floating-point operations per token, and the peak of a GPU.
+"""What a model counts and costs: parameters, and floating-point operations per token.
 
 Arithmetic on a config; no torch. FLOPs are of training (forward + backward = 3 x forward), a multiply-add is
 two. The same run has a different MFU under each convention, so every number goes by the convention's name.
@@ -8,7 +8,6 @@ L layers, H heads, D head size, T tokens of context, V vocabulary, d = d_model.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -63,32 +62,3 @@ def flops_per_token(config: ModelConfig, context: int | None = None) -> FlopsPer
 def mfu(tokens_per_sec: float, flops: float, peak_flops_per_sec: float, gpus: int = 1) -> float:
     """Share of the GPUs' peak that `flops` per token amount to; say the convention of `flops` beside it."""
     return tokens_per_sec * flops / (peak_flops_per_sec * gpus)
-
-
-# Dense bf16 peaks, in TFLOP/s, from the vendors' data sheets (which print the double, for sparse matrices).
-# The first pattern that matches decides. A plain "H100" is the SXM board.
-_PEAK_TFLOPS = (
-    (r"\bA100\b", 312.0),
-    (r"\bA6000\b", 154.85),
-    (r"\bH100\b.*\bPCIE\b", 756.0),
-    (r"\bH100\b.*\bNVL\b", 835.0),
-    (r"\bH100\b", 989.0),
-    (r"\bH200\b(?!.*\bNVL\b)", 989.0),
-    (r"\bH20\b", 148.0),
-    (r"\bGB[23]00\b", 2500.0),
-    (r"\bB[23]00\b", 2250.0),
-    (r"\bL40S\b", 362.0),
-    (r"\bMI300X\b", 1300.0),
-    (r"\bMI355X\b", 2500.0),
-)
-
-
-def peak_bf16_flops_per_sec(device_name: str) -> float | None:
-    """The data sheet's dense bf16 peak of a GPU by its name, or None: an unknown device has no MFU."""
-    name = device_name.upper().replace("_", "-")
-    if re.search(r"\bMIG\b", name):  # a slice of a GPU has a slice of its peak
-        return None
-    for pattern, tflops in _PEAK_TFLOPS:
-        if re.search(pattern, name):
-            return tflops * 1e12
-    return None

@@ -29,6 +29,7 @@ from x1_pretrain.command import run as run_app
 from x1_pretrain.command import single
 from x1_pretrain.config import RunConfig
 from x1_pretrain.errors import FAULT, FINISHED, REFUSED, RefusedError, UserError
+from x1_pretrain.model import gpus
 from x1_pretrain.money import gate, latch
 from x1_pretrain.money.account import Rented, account
 from x1_pretrain.money.channels import VARIABLE, addresses
@@ -38,7 +39,6 @@ from x1_pretrain.money.ledger import NAME, Ledger, read_rows
 from x1_pretrain.money.machine_jobs import JobOptions, request_for, write_files
 from x1_pretrain.money.notify import Notifier
 from x1_pretrain.money.pricing import Wanted, agree_on_price, look, refusals, refused, work
-from x1_pretrain.money.providers import gpus
 from x1_pretrain.money.providers.base import (
     Offer,
     Provider,

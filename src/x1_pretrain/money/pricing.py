@@ -8,14 +8,15 @@ from pathlib import Path
 
 from x1_pretrain.config import RunConfig
 from x1_pretrain.errors import RefusedError
-from x1_pretrain.model.flops import flops_per_token, peak_bf16_flops_per_sec
+from x1_pretrain.model import gpus
+from x1_pretrain.model.flops import flops_per_token
+from x1_pretrain.model.gpus import peak_bf16_flops_per_sec
 from x1_pretrain.money import gate, pace
 from x1_pretrain.money.account import account
 from x1_pretrain.money.clock import Clock
 from x1_pretrain.money.guard import TEARDOWN_S, ZERO, dollars, minutes
 from x1_pretrain.money.ledger import Ledger
 from x1_pretrain.money.meter import hourly_storage_usd
-from x1_pretrain.money.providers import gpus
 from x1_pretrain.money.providers.base import Offer, Provider, ProviderError, UnreachableError
 from x1_pretrain.records.run_folder import read_jsonl
 

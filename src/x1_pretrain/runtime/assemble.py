@@ -13,9 +13,10 @@ from torch.optim import AdamW
 from x1_pretrain.config import RunConfig
 from x1_pretrain.errors import RefusedError, UserError
 from x1_pretrain.learning import optimizers
-from x1_pretrain.model import attention, flops
+from x1_pretrain.model import attention, gpus
 from x1_pretrain.model.decoder import Decoder
 from x1_pretrain.model.loss import ChunkTerms, chunk_terms, chunk_tokens, compiled_chunk_terms, summed_loss
+from x1_pretrain.model.memory import GPU_MEMORY_SHARE
 from x1_pretrain.records import run_manifest
 from x1_pretrain.runtime import fit
 from x1_pretrain.runtime.signals import Signals
@@ -97,7 +98,7 @@ def fit_machine(
         signals.nothing_to_save = True  # compiling can't be polled
         use_compiled(decoder, machine, found.mode)
     if is_cuda(world) and machine.precision == "bf16":
-        peak = flops.peak_bf16_flops_per_sec(torch.cuda.get_device_name(world.device))
+        peak = gpus.peak_bf16_flops_per_sec(torch.cuda.get_device_name(world.device))
         machine.peak_flops_per_sec = peak * world.size if peak else None
 
 
@@ -135,7 +136,7 @@ def _micro_batch(
     total = torch.cuda.get_device_properties(world.device).total_memory
     moments = 0 if optimizer.state else 8 * sum(p.numel() for p in decoder.parameters())  # not there yet
     probe = fit.cuda_peak(lambda n: dry_run(decoder, n), world.device)
-    found = fit.largest_fitting(blocks, probe, total * fit.GPU_MEMORY_SHARE - moments)
+    found = fit.largest_fitting(blocks, probe, total * GPU_MEMORY_SHARE - moments)
     decoder.zero_grad(set_to_none=True)
     return found
 

@@ -12,7 +12,8 @@ import torch
 
 from x1_pretrain.config import RunConfig
 from x1_pretrain.errors import BUDGET_STOPPED, INTERRUPTED, RefusedError, UserError
-from x1_pretrain.model.flops import flops_per_token, peak_bf16_flops_per_sec
+from x1_pretrain.model.flops import flops_per_token
+from x1_pretrain.model.gpus import peak_bf16_flops_per_sec
 from x1_pretrain.money import gate, latch
 from x1_pretrain.money.account import account
 from x1_pretrain.money.budget_file import Address

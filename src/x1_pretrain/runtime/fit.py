@@ -21,13 +21,13 @@ from typing import Literal
 import torch
 
 from x1_pretrain.config import ModelConfig, RunConfig
+from x1_pretrain.model.memory import sequence_bytes
 
 Precision = Literal["bf16", "fp32"]
 DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 CPU_MICRO_BATCH_TOKENS = 8192  # more only costs memory: the caches of a CPU are full long before
 CPU_MEMORY_SHARE = 0.3
-GPU_MEMORY_SHARE = 0.92  # the rest is left to fragmentation and evaluation
 POLL_S = 0.1
 BF16_GAIN = 1.15  # what bf16 must be faster by to be chosen on a CPU
 
@@ -74,16 +74,10 @@ def divisors_up_to(blocks: int, limit: int) -> list[int]:
     return [n for n in range(min(blocks, limit), 0, -1) if blocks % n == 0]
 
 
-def sequence_bytes(model: ModelConfig, precision: Precision) -> int:
-    """Activations that one sequence keeps for its backward pass: an estimate, for CPUs only."""
-    wide = (2 * model.heads + 2 * model.kv_heads) * model.head_size + 8 * model.d_model + 4 * model.d_ff
-    return model.context * model.layers * wide * (2 if precision == "bf16" else 4)
-
-
 def cpu_micro_batch(
     model: ModelConfig, blocks: int, precision: Precision, free_bytes: int
 ) -> tuple[int, str]:
-    by_memory = max(1, int(free_bytes * CPU_MEMORY_SHARE / sequence_bytes(model, precision)))
+    by_memory = max(1, int(free_bytes * CPU_MEMORY_SHARE / sequence_bytes(model, precision == "bf16")))
     by_cache = max(1, CPU_MICRO_BATCH_TOKENS // model.context)
     chosen = divisors_up_to(blocks, min(by_memory, by_cache))[0]
     return chosen, f"micro-batch: {chosen} sequences (CPU: at most {CPU_MICRO_BATCH_TOKENS} tokens at a time)"

@@ -10,8 +10,8 @@ from datetime import datetime, timedelta
 from decimal import Decimal
 
 from x1_pretrain.errors import UserError
+from x1_pretrain.model import gpus
 from x1_pretrain.money.clock import Clock
-from x1_pretrain.money.providers import gpus
 from x1_pretrain.money.providers.base import Disk, LaunchRequest, Machine, Offer, ProviderError, Status
 
 MACHINE_ID = "this-machine"
@@ -67,7 +67,7 @@ class Local:
 
 def _label(gpu: str) -> str:
     """A GPU at home need not be in the table of those for rent."""
-    for known in gpus.KINDS:
+    for known in gpus.kinds():
         if gpu.lower() == known.name:
             return known.label
     return gpu.upper() if gpu.lower() == "cpu" else gpu

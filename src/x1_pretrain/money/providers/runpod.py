@@ -13,8 +13,8 @@ from decimal import Decimal
 from typing import Any
 
 from x1_pretrain.errors import UserError
+from x1_pretrain.model import gpus
 from x1_pretrain.money.clock import Clock, parse_stamp, stamp
-from x1_pretrain.money.providers import gpus
 from x1_pretrain.money.providers.base import (
     Disk,
     LaunchRequest,

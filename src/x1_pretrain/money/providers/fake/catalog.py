@@ -8,7 +8,7 @@ from decimal import ROUND_CEILING, Decimal
 from typing import Any
 
 from x1_pretrain.errors import UserError
-from x1_pretrain.money.providers import gpus
+from x1_pretrain.model import gpus
 from x1_pretrain.money.providers.fake.machines import World
 
 
