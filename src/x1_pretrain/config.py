@@ -23,6 +23,9 @@ Count = Annotated[int, Field(gt=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Steps = Annotated[int, Field(ge=0)]
+
+DECAY_SHARE = 0.2  # of a wsd run
 
 
 class Section(BaseModel):
@@ -111,11 +114,13 @@ class TrainingConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW with warm-up and cosine decay; weight decay on matrices only."""
+    """AdamW with warm-up and decay; weight decay on matrices only."""
 
     lr: Positive = 3e-4
     min_lr: NonNegative = 3e-5
-    warmup_steps: Annotated[int, Field(ge=0)] = 1000
+    warmup_steps: Steps = 1000
+    schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: warm-up, stable, decay at the end
+    decay_steps: Steps | None = None  # of wsd, up to the last update; none: 20 % of the run
     beta1: Share = 0.9
     beta2: Share = 0.95
     eps: Positive = 1e-8
@@ -126,7 +131,16 @@ class OptimizerConfig(Section):
     def _decays(self) -> Self:
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr {self.min_lr} is above lr {self.lr}")
+        if self.schedule == "cosine" and self.decay_steps is not None:
+            raise ValueError(
+                f"decay_steps {self.decay_steps} belongs to schedule wsd, and the schedule is cosine, which "
+                "decays from the warm-up to the end; set schedule to wsd or leave decay_steps out"
+            )
         return self
+
+    def decay(self, total_steps: int) -> int:
+        """Updates of wsd's decay."""
+        return round(DECAY_SHARE * total_steps) if self.decay_steps is None else self.decay_steps
 
 
 class CheckpointConfig(Section):
@@ -136,6 +150,7 @@ class CheckpointConfig(Section):
     every: Count = 1800
     keep_last: Annotated[int, Field(ge=2)] = 2  # two: a new one is trusted only after it verified
     keep_every: Count | None = None  # keep every checkpoint whose step is a multiple of this
+    at: list[Count] = []  # also save at these steps, and keep those for good
 
 
 class EvaluationConfig(Section):
@@ -222,7 +237,21 @@ class RunConfig(Section):
                 f"optimizer.warmup_steps {self.optimizer.warmup_steps} is more than "
                 f"training.total_steps {self.training.total_steps}"
             )
+        self._decay_fits()
+        if late := [step for step in self.checkpoint.at if step > self.training.total_steps]:
+            raise ValueError(
+                f"checkpoint.at {late[0]} is after the end, training.total_steps {self.training.total_steps}"
+            )
         return self
+
+    def _decay_fits(self) -> None:
+        optimizer, total = self.optimizer, self.training.total_steps
+        decay = optimizer.decay(total)
+        if optimizer.schedule == "wsd" and optimizer.warmup_steps + decay > total:
+            raise ValueError(
+                f"optimizer.warmup_steps {optimizer.warmup_steps} + {decay} of decay (optimizer.decay_steps) "
+                f"are more than training.total_steps {total}"
+            )
 
     def _nearest_batch(self) -> int:
         return max(1, round(self.training.batch_tokens / self.model.context)) * self.model.context
@@ -263,6 +292,11 @@ HARMLESS = (
 )
 
 
+# Fields that came later. At these values a step is what it was before them, so they are left out of the hash:
+# an older run is still itself.
+ADDED: dict[str, Any] = {"optimizer.schedule": "cosine", "optimizer.decay_steps": None}
+
+
 def _is_harmless(path: str) -> bool:
     starred = re.sub(r"^(data\.corpora\.).+(\.[^.]+)$", r"\1*\2", path)
     return any(starred.startswith(h) if h.endswith(".") else starred == h for h in HARMLESS)
@@ -281,7 +315,11 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def step_fields(config: RunConfig) -> dict[str, Any]:
     """The fields that decide what a step computes, flat."""
-    return {path: v for path, v in flatten(config.model_dump()).items() if not _is_harmless(path)}
+    return {
+        path: value
+        for path, value in flatten(config.model_dump()).items()
+        if not _is_harmless(path) and not (path in ADDED and value == ADDED[path])
+    }
 
 
 def config_hash(config: RunConfig, fingerprints: Iterable[str]) -> str:
@@ -292,12 +330,12 @@ def config_hash(config: RunConfig, fingerprints: Iterable[str]) -> str:
 
 def changed_fields(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """`field: before -> after` for each step-deciding field that differs."""
-    paths = sorted(before.keys() | after.keys())
+    was, now = ({**ADDED, **fields} for fields in (before, after))
     missing = "(absent)"
     return [
-        f"{path}: {before.get(path, missing)} -> {after.get(path, missing)}"
-        for path in paths
-        if before.get(path, missing) != after.get(path, missing)
+        f"{path}: {was.get(path, missing)} -> {now.get(path, missing)}"
+        for path in sorted(was.keys() | now.keys())
+        if was.get(path, missing) != now.get(path, missing)
     ]
 
 

@@ -7,6 +7,7 @@ torchrun --standalone --nproc_per_node 4 -m x1_pretrain.train --config ...
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,10 +43,10 @@ from x1_pretrain.runtime.start import get_ready, started
 
 def train(run: Run) -> int:
     """Get ready, train to the last step or to a signal, close. Returns the exit code."""
-    if run.session.resumed is None and not save(run):  # the first proof that a checkpoint fits
+    if run.saved_step < 0 and not save(run):  # the first proof that a checkpoint fits
         raise errors.RefusedError(
-            f"{run.config.checkpoint_folder}: the checkpoint of step 0 can't be saved (see above), so no "
-            "later one could: make room or choose another --ckpt-dir"
+            f"{run.config.checkpoint_folder}: the checkpoint of step {run.step} can't be saved (see above), "
+            "so no later one could: make room or choose another --ckpt-dir"
         )
     get_ready(run)
     run.signals.nothing_to_save = True  # until the first step of this session, which may take long
@@ -61,7 +62,7 @@ def train_loop(run: Run) -> int:
         done = run.step == run.total_steps
         if due(run, run.config.evaluation.every, run.evaluated_step) and not evaluate_and_sample(run):
             continue  # interrupted: the next turn leaves
-        if due(run, run.config.checkpoint.every, run.saved_step):
+        if due(run, run.config.checkpoint.every, run.saved_step, run.config.checkpoint.at):
             if over_budget(run):
                 continue  # the next turn leaves
             if not save(run) and done:
@@ -83,9 +84,9 @@ def train_loop(run: Run) -> int:
         log(run, batch, *result)
 
 
-def due(run: Run, every: int, last: int) -> bool:
-    """At every multiple of `every` and at the end, but not twice at one step."""
-    return (run.step % every == 0 or run.step == run.total_steps) and last < run.step
+def due(run: Run, every: int, last: int, at: Collection[int] = ()) -> bool:
+    """At every multiple of `every`, at the steps of `at` and at the end, but not twice at one step."""
+    return (run.step % every == 0 or run.step in at or run.step == run.total_steps) and last < run.step
 
 
 def over_budget(run: Run) -> bool:
@@ -333,14 +334,14 @@ def write_checkpoint(run: Run) -> None:
     run.event("checkpoint", f"checkpoint {path} ({took:.1f} s)", path=str(path), seconds=round(took, 3))
     older = checkpoint_files.list_checkpoints(folder)
     if len(older) > settings.keep_last and checkpoint_files.verify_folder(path) is None:
-        checkpoint_files.prune(folder, path, settings.keep_last, settings.keep_every)
+        checkpoint_files.prune(folder, path, settings.keep_last, settings.keep_every, settings.at)
 
 
 def make_room(run: Run) -> bool:
     """Whether removing all older checkpoints but the newest good one freed anything."""
     folder = run.config.checkpoint_folder
     good, _ = checkpoint_files.newest_good(folder)
-    if good is None or not checkpoint_files.prune(folder, good, 1, None):
+    if good is None or not checkpoint_files.prune(folder, good, 1, None, run.config.checkpoint.at):
         return False
     run.event("made_room", f"removed older checkpoints to make room; {good.name} stays")
     return True
@@ -360,6 +361,7 @@ def state_of(run: Run) -> RunState:
         precision=run.machine.precision,
         context=run.config.model.context,
         bad_streak=run.bad_streak,
+        parent=run.session.parent,
     )
 
 
@@ -446,6 +448,9 @@ def main(
             help="go on from the newest good checkpoint, or refuse if one exists",
         ),
     ] = True,
+    branch_from: Annotated[
+        Path | None, Flag(help="a new run that goes on from another run's checkpoint folder")
+    ] = None,
     budget_cap_usd: Annotated[
         float | None, Flag(help="the ceiling in dollars: never passed [budget.cap_usd]")
     ] = None,
@@ -490,7 +495,7 @@ def main(
         return rehearse(loaded)
     with (
         Signals() as signals,
-        started(loaded, signals, not resume_from_latest, device, raise_ceiling_to) as run,
+        started(loaded, signals, not resume_from_latest, device, raise_ceiling_to, branch_from) as run,
     ):
         return train(run) if run else errors.FINISHED  # none: it was finished before
 

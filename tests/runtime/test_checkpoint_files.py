@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -153,3 +154,19 @@ def test_each_file_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(files, "sha256", lambda file: hashed.append(file.name) or real(file))
     assert files.verify_folder(path) is None
     assert sorted(hashed) == ["model.safetensors", "state.json"]
+
+
+def test_steps_that_were_asked_for_are_neither_removed_nor_counted_as_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2, 3, 4):
+        files.publish(tmp_path, step, "run", content())
+    newest = tmp_path / "step-000000004"
+    each = sum(file.stat().st_size for file in newest.iterdir())
+    nothing_free = SimpleNamespace(free=files.SAFETY_BYTES)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda folder: nothing_free)
+    room = [files.room_for(tmp_path, count * each, newest, keep_at=[2]) for count in (2, 3)]
+    assert (room, files.room_for(tmp_path, 3 * each, newest)) == ([True, False], True)
+    removed = files.prune(tmp_path, newest, 1, None, keep_at=[2])
+    assert [path.name[-1] for path in removed] == ["3", "1"]
+    assert [path.name[-1] for path in files.list_checkpoints(tmp_path)] == ["4", "2"]

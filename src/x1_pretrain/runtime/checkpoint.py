@@ -43,6 +43,7 @@ class RunState:
     precision: str
     context: int
     bad_streak: int = 0  # steps just before this one whose loss or gradient was not finite
+    parent: dict[str, Any] | None = None  # of a branch: run_id, step, checkpoint it began from, and its trunk
 
 
 def save(folder: Path, state: RunState, decoder: Decoder, optimizer: AdamW, tokenizer: Tokenizer) -> Path:

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -223,13 +223,16 @@ def remove_temporaries(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def prune(folder: Path, newest: Path, keep_last: int, keep_every: int | None) -> list[Path]:
+def prune(
+    folder: Path, newest: Path, keep_last: int, keep_every: int | None, keep_at: Collection[int] = ()
+) -> list[Path]:
     """Remove checkpoints older than `newest`, which was just verified, beyond `keep_last` in all; steps that
-    are multiples of `keep_every` stay, and so does whatever is newer. Returns what was removed."""
+    are multiples of `keep_every` or in `keep_at` stay, and so does whatever is newer. Returns what was
+    removed."""
     removed = []
     older = [path for path in list_checkpoints(folder) if step_of(path) < step_of(newest)]
     for path in older[max(0, keep_last - 1) :]:
-        if keep_every and step_of(path) % keep_every == 0:
+        if (keep_every and step_of(path) % keep_every == 0) or step_of(path) in keep_at:
             continue
         doomed = folder / f"{TEMPORARY}removing-{path.name}"
         path.rename(doomed)  # first out of sight: a kill in between leaves no half folder under a good name
@@ -238,8 +241,9 @@ def prune(folder: Path, newest: Path, keep_last: int, keep_every: int | None) ->
     return removed
 
 
-def room_for(folder: Path, needed_bytes: int, kept: Path | None) -> bool:
-    """Whether a checkpoint would fit, counting what could be removed beside `kept`."""
+def room_for(folder: Path, needed_bytes: int, kept: Path | None, keep_at: Collection[int] = ()) -> bool:
+    """Whether a checkpoint would fit, counting what could be removed beside `kept` and `keep_at`."""
     older = [path for path in list_checkpoints(folder) if kept and step_of(path) < step_of(kept)]
-    removable = sum(file.stat().st_size for path in older for file in path.glob("*"))
+    spare = [path for path in older if step_of(path) not in keep_at]
+    removable = sum(file.stat().st_size for path in spare for file in path.glob("*"))
     return shutil.disk_usage(folder).free + removable >= needed_bytes + SAFETY_BYTES

@@ -22,6 +22,7 @@ from x1_pretrain.corpus.shards import Corpus, open_corpus
 from x1_pretrain.errors import RefusedError, UserError
 from x1_pretrain.records.metrics import JsonLines, read_rows, rewind
 from x1_pretrain.runtime import checkpoint, checkpoint_files
+from x1_pretrain.runtime.branch import read_parent, short
 from x1_pretrain.runtime.checkpoint import RunState
 
 STEP_FILES = (
@@ -107,10 +108,16 @@ class Session:
     last_evaluated: int  # step of the newest evaluation on record, -1 for none
     finished: bool  # an earlier session said so
     locks: list[IO[str]]  # the first rank's
+    branching: bool = False  # a new run: `resumed` and `checkpoint` are still its parent's
 
     @property
     def step(self) -> int:
         return self.resumed.step if self.resumed else 0
+
+    @property
+    def parent(self) -> dict[str, Any] | None:
+        """Of a branch: the run_id, step and checkpoint that it began from."""
+        return self.resumed.parent if self.resumed else None
 
     def __enter__(self) -> Self:
         return self
@@ -139,7 +146,9 @@ def lock_folder(folder: Path) -> IO[str]:
     return lock
 
 
-def open_session(config: RunConfig, corpora: Mapping[str, Corpus], fresh: bool) -> Session:
+def open_session(
+    config: RunConfig, corpora: Mapping[str, Corpus], fresh: bool, branch_from: Path | None = None
+) -> Session:
     """Lock the folder, find where to go on from, and put the records back to that step."""
     folder = config.folder
     for place in (folder, config.checkpoint_folder):
@@ -149,7 +158,7 @@ def open_session(config: RunConfig, corpora: Mapping[str, Corpus], fresh: bool) 
         # checkpoints may lie elsewhere, and be shared with another run by mistake
         for place in dict.fromkeys((folder, config.checkpoint_folder)):
             locks.append(lock_folder(place))
-        return _found(config, corpora, fresh, locks)
+        return _found(config, corpora, fresh, locks, branch_from)
     except OSError as error:
         raise UserError(
             f"{error.filename or folder}: can't be written ({error.strerror}); see --run-dir"
@@ -160,7 +169,13 @@ def open_session(config: RunConfig, corpora: Mapping[str, Corpus], fresh: bool) 
         raise
 
 
-def _found(config: RunConfig, corpora: Mapping[str, Corpus], fresh: bool, locks: list[IO[str]]) -> Session:
+def _found(
+    config: RunConfig,
+    corpora: Mapping[str, Corpus],
+    fresh: bool,
+    locks: list[IO[str]],
+    branch_from: Path | None,
+) -> Session:
     """The session that the locked folder and its checkpoints amount to, or a refusal."""
     folder = config.folder
     good, skipped = checkpoint_files.newest_good(config.checkpoint_folder)
@@ -173,6 +188,7 @@ def _found(config: RunConfig, corpora: Mapping[str, Corpus], fresh: bool, locks:
     state = checkpoint.read_state(good) if good else None
     if state is not None and good is not None:
         _refuse_another_run(config, corpora, state, good)
+    parent = read_parent(config, corpora, branch_from) if branch_from and good is None else None
     checkpoint_files.remove_temporaries(config.checkpoint_folder)
     step = state.step if state else -1
     superseded = {name: rewind(folder / name, step) for name in STEP_FILES}
@@ -184,13 +200,14 @@ def _found(config: RunConfig, corpora: Mapping[str, Corpus], fresh: bool, locks:
         folder=folder,
         run_id=state.run_id if state else new_run_id(config.name),
         number=1 + max((r.get("session", 0) for r in read_rows(folder / "events.jsonl")), default=0),
-        resumed=state,
-        checkpoint=good,
+        resumed=state or parent,
+        checkpoint=Path(parent.parent["checkpoint"]) if parent and parent.parent else good,
         skipped=skipped,
         superseded_rows=superseded["metrics.jsonl"],
         last_evaluated=last_evaluated,
         finished=any(r.get("event") == "finish" for r in read_rows(folder / "events.jsonl")),
         locks=locks,
+        branching=parent is not None,
     )
 
 
@@ -231,15 +248,11 @@ def _refuse_another_run(
     changed = cfg.changed_fields(state.step_fields, cfg.step_fields(config))
     before, now = state.fingerprints, fingerprints
     if before != now:
-        changed.append(f"content of the corpora: {_short(before)} -> {_short(now)}")
+        changed.append(f"content of the corpora: {short(before)} -> {short(now)}")
     raise RefusedError(
         f"{found}: made with another config, which would change what a step is ({'; '.join(changed)}); "
         "put these back to resume, or start a new run with another --run-dir (and --ckpt-dir)"
     )
-
-
-def _short(fingerprints: list[str]) -> str:
-    return "+".join(f[:12] for f in fingerprints)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -43,7 +43,12 @@ from x1_pretrain.runtime.world import World
 
 @contextmanager
 def started(
-    config: RunConfig, signals: Signals, fresh: bool, device: str, raise_ceiling_to: float | None = None
+    config: RunConfig,
+    signals: Signals,
+    fresh: bool,
+    device: str,
+    raise_ceiling_to: float | None = None,
+    branch_from: Path | None = None,
 ) -> Iterator[Run | None]:
     """The run, opened, priced and loaded; None if it was finished before."""
     here = world.join(device, patience_s=2 * config.training.compile_timeout_s + 600)
@@ -52,7 +57,7 @@ def started(
     corpora = open_corpora(config)
     config = resolve(config, corpora)
     assemble.local_blocks(config, here)
-    session = agreed_session(config, corpora, fresh, here)
+    session = agreed_session(config, corpora, fresh, here, branch_from)
     with session, console.Screen(config.training.total_steps, quiet=not here.first) as screen:
         if session.finished and session.step >= config.training.total_steps:
             screen.say(f"{config.name}: finished before, at step {session.step} ({config.folder})")
@@ -104,12 +109,14 @@ def agreed_guard(
     return found if isinstance(found, TrainerGuard) else None
 
 
-def agreed_session(config: RunConfig, corpora: Mapping[str, Corpus], fresh: bool, here: World) -> Session:
+def agreed_session(
+    config: RunConfig, corpora: Mapping[str, Corpus], fresh: bool, here: World, branch_from: Path | None
+) -> Session:
     """The first rank opens the run; the others learn what it found, or end with the same refusal."""
     found: Session | UserError | None = None
     if here.first:
         try:
-            found = open_session(config, corpora, fresh)
+            found = open_session(config, corpora, fresh, branch_from)
         except UserError as error:
             found = error
     if here.size > 1:
@@ -168,7 +175,7 @@ def build(
         windows=windows(corpora, config.model.context, config.evaluation.tokens),
         sink=None,
         step=session.step,
-        saved_step=session.step if state else -1,
+        saved_step=session.step if state and not session.branching else -1,
         evaluated_step=session.last_evaluated,
         bad_streak=state.bad_streak if state else 0,
         clock=Clock(earlier_s=state.elapsed_s if state else 0.0),
@@ -180,7 +187,7 @@ def build(
 
 def refuse_without_room(config: RunConfig, good: Path, needed: int) -> None:
     """A resumed run that could not save would be relaunched, and paid, again and again."""
-    if not checkpoint_files.room_for(config.checkpoint_folder, needed, good):
+    if not checkpoint_files.room_for(config.checkpoint_folder, needed, good, config.checkpoint.at):
         raise RefusedError(
             f"{config.checkpoint_folder}: no room for a checkpoint of {needed / 2**30:.2f} GiB beside "
             f"{good.name}; free some space and relaunch the same command"
@@ -209,7 +216,11 @@ def open_folder(run: Run) -> None:
     for path, reason in session.skipped:
         run.event("skipped_checkpoint", f"skipped {path}: {reason}", path=str(path))
     every = config.log.every
-    if session.checkpoint is None:
+    if session.branching:
+        parent = session.parent or {}
+        told = f"branches from {session.checkpoint}, step {run.step} of run {parent.get('run_id')}"
+        run.event("branch", f"run {session.run_id} {told}", **parent)
+    if session.checkpoint is None or session.branching:
         run.event("start", f"run {session.run_id} starts in {config.folder}", log_every=every)
         return
     redone = f"; {session.superseded_rows} rows of later steps set aside" if session.superseded_rows else ""
@@ -333,6 +344,7 @@ def manifest(run: Run) -> dict[str, Any]:
         "flops_per_token": {"6N": flops.six_n, "palm": flops.palm, "causal": flops.causal},
         "tokens_per_step": config.training.batch_tokens,
         "total_steps": config.training.total_steps,
+        "parent": run.session.parent,
         "precision": run.machine.precision,
         "attention": run.machine.attention.removeprefix("attention: "),
         "compile": run.machine.compile_mode,
