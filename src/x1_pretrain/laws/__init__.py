@@ -1,4 +1,4 @@
-"""Scaling laws: what a loss does as N and D grow, with honest intervals, and the plans that follow.
+"""Scaling laws: what a loss does as N and D grow, with honest intervals, and the runs that measure it.
 
-No torch, and nothing that takes long to import: `x1 plan` and `x1 predict` answer at once.
+No torch, and nothing that takes long to import: `x1 predict` answers at once.
 """

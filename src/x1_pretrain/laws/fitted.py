@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from x1_pretrain.laws import forms
 from x1_pretrain.laws.forms import F64, Counts, Law
 
 SCHEMA_VERSION = 1
-KEPT_DRAWS = 1000  # in the file; the intervals of the parameters come from all of them
+KEPT_DRAWS = 4000  # as many are used and kept in the file, so that both give the same intervals
 Z95 = 1.959963984540054
 
 
@@ -49,24 +49,24 @@ class Fitted:
     without_largest: Law | None  # the law fitted without the largest budget
     n_range: tuple[float, float]
     d_range: tuple[float, float]
-    flops_range: tuple[float, float]
+    flops_range: tuple[float, float]  # of 6ND
     prior_dominated: bool
     reasons: tuple[str, ...]  # why no frequentist interval, where there is none
     origin: str
 
     def band(self, quantity: Callable[[Law], Any], scatter: float = 0.0) -> Band:
-        """A positive quantity of the law with its 95 % interval."""
+        """A positive quantity of the law with its 95 % interval; of a posterior the median is the point."""
         point = float(quantity(self.law))
         if not len(self.draws):
             return Band(point, np.nan, np.nan)
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             logs = np.log(np.asarray(quantity(Law.of(self.draws)), dtype=float))
-        low, high = np.nanquantile(logs, [0.025, 0.975])
+        low, middle, high = np.nanquantile(logs, [0.025, 0.5, 0.975])
         error = scatter**2 + self.model_error(quantity) ** 2
-        centre = np.log(point)
+        centre = middle if self.method == "posterior" else np.log(point)
         down = np.hypot(max(centre - low, 0.0), Z95 * error**0.5)
         up = np.hypot(max(high - centre, 0.0), Z95 * error**0.5)
-        return Band(point, float(np.exp(centre - down)), float(np.exp(centre + up)))
+        return Band(*(float(np.exp(centre + by)) for by in (0.0, -down, up)))
 
     def model_error(self, quantity: Callable[[Law], Any]) -> float:
         """How far ln(quantity) moves when the largest budget is left out; 0 where that was not fitted."""
@@ -110,7 +110,7 @@ def read_fit(file: Path) -> Fitted:
         raise UserError(f"--fit {file}: not valid JSON ({error})") from None
     try:
         return _fitted(tree, str(file))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"--fit {file}: not a fit.json that this version reads ({type(error).__name__}: {error}); make "
             "it anew with `python -m x1_pretrain.fit_scaling_law`"
@@ -126,6 +126,9 @@ def _fitted(tree: dict[str, Any], origin: str) -> Fitted:
     law = Law(*(float(tree[field]["point"]) for field in forms.FIELDS))
     if not all(np.isfinite(law)) or min(law[1:]) <= 0:
         raise ValueError(f"the point estimate is {tuple(law)}")
+    for key, known in (("method", ("bootstrap", "posterior", "none")), ("N_counts", get_args(Counts))):
+        if tree[key] not in known:
+            raise ValueError(f"{key} is {tree[key]!r}, expected one of {', '.join(known)}")
     held_out = tree.get("without_largest_budget")
     ranges = [tuple(map(float, tree["ranges"][key])) for key in ("N", "D", "flops")]
     return Fitted(
@@ -146,4 +149,6 @@ def _fitted(tree: dict[str, Any], origin: str) -> Fitted:
 
 
 def _rows(rows: Any) -> F64:
-    return np.asarray(rows, dtype=float).reshape(-1, 5)
+    if any(len(row) != len(forms.FIELDS) for row in rows):
+        raise ValueError(f"a draw that is not {len(forms.FIELDS)} numbers")
+    return np.asarray(rows, dtype=float).reshape(-1, len(forms.FIELDS))

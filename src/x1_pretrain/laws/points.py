@@ -79,7 +79,7 @@ def budgets(flops: F64) -> I64:
 
 def largest_budget(flops: F64) -> npt.NDArray[np.bool_]:
     """The points to leave out when asking how well the rest predicts them: the largest budget, or the fifth
-    of the points with the most FLOPs where budgets run into each other."""
+    of the points with the most FLOPs where that is nearly nothing or nearly all."""
     number = budgets(flops)
     top = np.asarray(number == number.max())
-    return top if top.mean() <= 0.5 else np.asarray(flops >= np.quantile(flops, 0.8))
+    return top if 0.1 <= top.mean() <= 0.5 else np.asarray(flops >= np.quantile(flops, 0.8))
