@@ -12,7 +12,11 @@ from hypothesis import strategies as st
 from tests.conftest import REPOSITORY
 from tests.corpora import tiny_config
 from x1_pretrain import config as cfg
+from x1_pretrain import train
+from x1_pretrain.command import run
 from x1_pretrain.errors import UserError
+from x1_pretrain.learning.recipe import recipe
+from x1_pretrain.model.flops import flops_per_token, parameter_counts
 
 PUBLISHED = REPOSITORY / "configs" / "x1-50m-a100.yaml"
 
@@ -83,7 +87,7 @@ LEAVES = sorted(cfg.flatten(cfg.parse_config(tiny_config(), "test").model_dump()
 def test_every_field_is_either_harmless_or_part_of_the_hash() -> None:
     """A new field counts as changing a step until someone decides otherwise."""
     config = cfg.parse_config(tiny_config(), "test")
-    harmless = {leaf for leaf in LEAVES if leaf not in cfg.step_fields(config)}
+    harmless = {leaf for leaf in LEAVES if leaf not in cfg.step_fields(config)} - set(cfg.ADDED)
     assert {leaf.split(".")[0] for leaf in harmless} <= {
         *(
             "name",
@@ -134,3 +138,111 @@ def test_where_the_data_lie_does_not_matter_but_the_mixture_does() -> None:
 
     assert cfg.config_hash(mixture("a", 1.0), []) == cfg.config_hash(mixture("b", 1.0), [])
     assert cfg.config_hash(mixture("a", 1.0), []) != cfg.config_hash(mixture("a", 2.0), [])
+
+
+WSD = {"schedule": "wsd", "decay_steps": 6}
+
+
+def test_fields_that_came_later_leave_an_older_run_as_it_was() -> None:
+    """The hash of the tiny config as it was computed before `schedule` and `decay_steps` existed."""
+    config = cfg.parse_config(tiny_config(), "test")
+    assert cfg.config_hash(config, ["a"]).startswith("e9ff6060f9441a2b")
+    default = cfg.OptimizerConfig().model_dump()
+    assert {path: default[path.removeprefix("optimizer.")] for path in cfg.ADDED} == cfg.ADDED
+    wsd = cfg.parse_config(tiny_config(optimizer=WSD), "test")
+    assert cfg.config_hash(wsd, ["a"]) != cfg.config_hash(config, ["a"])
+    assert cfg.changed_fields(cfg.step_fields(config), cfg.step_fields(wsd)) == [
+        "optimizer.decay_steps: None -> 6",
+        "optimizer.schedule: cosine -> wsd",
+    ]
+
+
+def test_the_decay_of_wsd_is_a_fifth_of_the_run_unless_said() -> None:
+    assert [cfg.OptimizerConfig(schedule="wsd").decay(total) for total in (1, 7, 440, 8800)] == [
+        0,
+        1,
+        88,
+        1760,
+    ]
+    assert cfg.OptimizerConfig(schedule="wsd", decay_steps=0).decay(440) == 0
+
+
+@pytest.mark.parametrize(
+    ("sections", "named"),
+    [
+        ({"optimizer": {"decay_steps": 6}}, "decay_steps 6 belongs to schedule wsd"),
+        ({"optimizer": {**WSD, "decay_steps": 26}}, "warmup_steps 5 + 26 of decay"),
+        ({"optimizer": {"schedule": "wsd", "warmup_steps": 25}}, "warmup_steps 25 + 6 of decay"),
+        ({"checkpoint": {"at": [3, 31]}}, "checkpoint.at 31 is after the end, training.total_steps 30"),
+        ({"checkpoint": {"at": [0]}}, "checkpoint.at.0"),
+    ],
+)
+def test_schedules_and_checkpoints_that_do_not_fit_are_refused(sections: dict[str, Any], named: str) -> None:
+    with pytest.raises(UserError, match=named.replace("+", r"\+")):
+        cfg.parse_config(tiny_config(**sections), "test")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The three sizes of lab 01
+
+LAB = {
+    "A": (5e6, 8800, ["--mlflow-uri", "file:///workspace/mlruns"]),
+    "B": (25e6, 1760, []),
+    "C": (100e6, 440, []),
+}
+
+
+@pytest.mark.parametrize("size", LAB)
+def test_the_numbers_in_a_published_configs_comments_are_its_arithmetic(size: str) -> None:
+    file = REPOSITORY / "configs" / f"x1-isoflop-{size}.yaml"
+    text, config = file.read_text(), cfg.load_config(file)
+    counts, flops = parameter_counts(config.model), flops_per_token(config.model)
+    matrices, steps, _ = LAB[size]
+    assert counts.matrices == pytest.approx(matrices, rel=0.04)
+    tokens = steps * 524_288
+    for number in (f"{counts.matrices:,}", f"{counts.total:,}", f"{tokens:,}", f"{flops.six_n * tokens:.3g}"):
+        assert number in text
+    assert f"{flops.causal * tokens:.3g} in truth" in text
+    assert f"= {tokens / counts.matrices:.3g} tokens a parameter" in text
+    assert config.model.d_ff == round(8 / 3 * config.model.d_model / 64) * 64
+    assert config.model.head_size == 64
+    assert (config.training.total_steps, config.training.batch_tokens) == (steps, 524_288)
+    told = recipe(config.model, tokens, 524_288)
+    optimizer = config.optimizer
+    assert (optimizer.lr, optimizer.min_lr, optimizer.warmup_steps) == (
+        told.lr,
+        told.min_lr,
+        told.warmup_steps,
+    )
+    assert (optimizer.schedule, optimizer.decay(steps)) == ("wsd", told.decay_steps)
+
+
+def test_the_three_sizes_share_nothing_that_they_write_and_all_that_they_read() -> None:
+    configs = [cfg.load_config(REPOSITORY / "configs" / f"x1-isoflop-{size}.yaml") for size in LAB]
+    assert len({c.folder for c in configs}) == len({c.checkpoint_folder for c in configs}) == 3
+    assert {c.data.dir for c in configs} == {"/workspace/data/tokenized"}
+    assert {c.mlflow.uri for c in configs} == {None}
+    assert len({(c.evaluation.tokens, c.seed, c.model.context, c.model.vocab_size) for c in configs}) == 1
+
+
+@pytest.mark.parametrize("size", LAB)
+def test_the_published_command_of_lab_01_without_its_folder_is_one_line(
+    size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As written: no --data-dir, no --ckpt-dir. Here the config's folder is absent, and the flag is named."""
+    if Path("/workspace/data/tokenized").exists():
+        pytest.skip("/workspace/data/tokenized is there")
+    monkeypatch.chdir(tmp_path)
+    _, steps, more = LAB[size]
+    command = [
+        "--config",
+        str(REPOSITORY / "configs" / f"x1-isoflop-{size}.yaml"),
+        "--total-steps",
+        str(steps),
+    ]
+    command += ["--eval-every", str(steps // 10), *more, "--mlflow-experiment", f"isoflop-{size}"]
+    assert run(train.app, command, prog="x1 train") == 2
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1
+    assert said.startswith("x1: /workspace/data/tokenized: no such corpus folder; pass --data-dir DIR")
+    assert not list(tmp_path.iterdir())
