@@ -9,8 +9,12 @@ from x1_pretrain import __version__
 
 # verb -> (module with a typer `app`, one line of help)
 VERBS: dict[str, tuple[str, str]] = {
+    "plan": ("x1_pretrain.planning.command", "from dollars to a run: every number with its formula"),
     "tokenize": ("x1_pretrain.tokenize_data", "raw text (parquet, jsonl, plain files) -> a corpus folder"),
     "train": ("x1_pretrain.train", "train from a config; the same command resumes"),
+    "isoflop": ("x1_pretrain.laws.isoflop", "small runs of several sizes on one budget, for a law"),
+    "fit": ("x1_pretrain.fit_scaling_law", "measured runs -> a scaling law with honest intervals"),
+    "predict": ("x1_pretrain.laws.predict", "what a law says: tokens for a size, loss, the next run"),
     "launch": ("x1_pretrain.money.launch", "price a run, rent its machine, watch it until it is gone"),
     "supervise": ("x1_pretrain.money.supervise", "sidecar and trainer on this machine, kept alive"),
     "budget": ("x1_pretrain.money.budget_command", "what a run cost; a person's word to its guard"),
