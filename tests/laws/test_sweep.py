@@ -40,13 +40,21 @@ def test_by_6nd_the_labs_sizes_are_far_apart_in_truth() -> None:
 
 @pytest.mark.parametrize("points", [1, 2, 3, 8])
 def test_points_are_evenly_spaced_on_a_log_scale_from_a_twentieth(points: int) -> None:
-    found = sweep.lengths(20_000, points)
+    found = sweep.lengths(20_000, sweep.lengths_of(points))
     expected = np.geomspace(1000, 20_000, points) if points > 1 else [20_000]
     assert found == pytest.approx(expected, abs=0.51)
 
 
+def test_a_shorter_span_has_no_short_runs() -> None:
+    assert sweep.lengths(1000, sweep.lengths_of(3, 4.0)) == [250, 500, 1000]
+    runs = sweep.plan({BUDGET: LAB}, "true", 3, None, 4.0)
+    for run in runs:
+        trunk = next(one for one in runs if one.name == run.trunk)
+        assert 3.9 < max(trunk.steps / one.steps for one in runs if one.trunk == run.trunk) < 4.1
+
+
 def test_points_that_rounding_made_the_same_are_there_once() -> None:
-    found = sweep.lengths(20, 12)
+    found = sweep.lengths(20, sweep.lengths_of(12))
     assert found == sorted(set(found))
     assert (found[0], found[-1], len(found) < 12) == (1, 20, True)
     assert len(sweep.plan({BUDGET: [*LAB, LAB[0]]})) == 3  # a size given twice, or two that are one shape

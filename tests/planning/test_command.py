@@ -337,6 +337,21 @@ def test_a_file_of_someone_elses_is_not_overwritten(x1: Said) -> None:
     assert run(app, ["--dollars", "30", "--output", "plan.yaml"]) == 0  # a plan may follow a plan
 
 
+def test_an_edited_plan_is_a_persons_own_work(x1: Said) -> None:
+    assert "plan.yaml: written" in x1("--dollars", "35", *MINE)
+    edited = Path("plan.yaml").read_text().replace("seed: 42", "seed: 43")
+    assert "seed: 43" in edited
+    Path("plan.yaml").write_text(edited)
+    assert "not written: plan.yaml is there" in x1("--dollars", "30", *MINE)
+    assert Path("plan.yaml").read_text() == edited
+    assert "edited since" in x1("--dollars", "30", *MINE, "--output", "plan.yaml", code=78)
+
+
+def test_json_writes_no_file_unless_told(x1: Said) -> None:
+    x1.tree("--dollars", "35", *MINE)
+    assert not Path("plan.yaml").exists()
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Promises
 

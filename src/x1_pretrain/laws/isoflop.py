@@ -227,6 +227,9 @@ def main(
     cooldowns: Annotated[
         int, Flag(min=1, help="points from each size, by branches with their own decay")
     ] = 1,
+    span: Annotated[
+        float, Flag(min=1.5, help="the shortest cooldown has the longest's tokens over this")
+    ] = sweep.SPAN,
     count: Annotated[
         Literal["true", "6n"], Flag(help="what a budget counts: all the work, or 6 x matrices x tokens")
     ] = "true",
@@ -253,6 +256,7 @@ def main(
         float | None, Flag(help="a person's decision to go on after the guard stopped a run")
     ] = None,
     device: Annotated[str, Flag(help="cpu, cuda or auto")] = "auto",
+    brief: Annotated[bool, Flag("--brief", help="a line a run; what they say goes into OUTPUT/logs")] = False,
     dry_run: Annotated[bool, Flag("--dry-run", help="print the plan and leave")] = False,
     collect_: Annotated[bool, Flag("--collect", help="only make runs.csv of the runs named")] = False,
     include_unfinished: Annotated[bool, Flag("--include-unfinished", help="with --collect")] = False,
@@ -275,7 +279,8 @@ def main(
         raise UserError(no_corpus(shared))
     vocab = shared.model.vocab_size or (found.vocab_size if found else GPT2_VOCABULARY)
     model = shared.model.model_copy(update={"vocab_size": vocab, "context": context or shared.model.context})
-    planned = sweep.plan(models_for(budgets, wanted, count, model), count, cooldowns, batch_tokens)
+    models = models_for(budgets, wanted, count, model)
+    planned = sweep.plan(models, count, cooldowns, batch_tokens, span)
     hour, basis = hourly(gpu, usd_per_hr)
     pace = pace_of(gpu, mfu, flops_per_sec)
     tokens = evaluated(shared, found)
@@ -288,7 +293,7 @@ def main(
     refuse_dear(planned, pace, hour, cap)
     agree(output, plan_tree(jobs, found.fingerprints))
     purse = Purse(budget_cap_usd, budget_curr_cost_uri, raise_ceiling_to)
-    return carry_out(jobs, output, ["--device", device], purse, given_usd_per_hr)
+    return carry_out(jobs, output, ["--device", device], purse, given_usd_per_hr, brief)
 
 
 app = single(main)

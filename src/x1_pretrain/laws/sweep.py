@@ -26,7 +26,7 @@ Count = Literal[
     "true", "6n"
 ]  # what a budget of FLOPs counts: all the work, or 6 FLOPs a parameter in matrices
 
-SPAN = 20.0  # the shortest cooldown has the trunk's tokens over this
+SPAN = 20.0  # the shortest cooldown has the trunk's tokens over this, unless asked otherwise
 MIN_STEPS = 100  # of the shortest run: a loss after fewer updates is about the optimizer
 FEWEST_STEPS = 5  # below this a run has no warm-up, no decay and no meaning
 WARMUP_SHARE = 0.25  # of the shortest run that shares it, at most
@@ -102,23 +102,24 @@ def plan(
     count: Count = "true",
     cooldowns: int = 1,
     batch_tokens: int | None = None,
+    span: float = SPAN,
 ) -> tuple[PlannedRun, ...]:
     """The runs for each budget and its models, each trunk before its branches. What rounding made the same,
     models or points, is there once."""
     runs: list[PlannedRun] = []
     for budget, models in sizes.items():
         distinct = list(dict.fromkeys(models))
-        batch = batch_tokens or batch_for(distinct, budget, count, cooldowns)
+        batch = batch_tokens or batch_for(distinct, budget, count, span if cooldowns > 1 else 1.0)
         for model in sorted(distinct, key=lambda m: parameter_counts(m).matrices):
-            runs += family(model, budget, count, cooldowns, batch)
+            runs += family(model, budget, count, lengths_of(cooldowns, span), batch)
     return _named_apart(runs)
 
 
-def batch_for(models: Sequence[ModelConfig], budget: float, count: Count, cooldowns: int) -> int:
+def batch_for(models: Sequence[ModelConfig], budget: float, count: Count, span: float) -> int:
     """One batch for a budget: by the rule, and so small that its shortest run still has MIN_STEPS."""
     ruled = min(recipe(model, tokens_on(model, budget, count)).batch_tokens for model in models)
     least = min(models, key=lambda model: tokens_on(model, budget, count))
-    shortest = tokens_on(least, budget, count) / (SPAN if cooldowns > 1 else 1.0)
+    shortest = tokens_on(least, budget, count) / span
     sequences = shortest / MIN_STEPS / least.context
     if sequences < 1:
         raise UserError(
@@ -130,10 +131,12 @@ def batch_for(models: Sequence[ModelConfig], budget: float, count: Count, cooldo
     return min(ruled, int(2 ** math.floor(math.log2(sequences))) * least.context)
 
 
-def family(model: ModelConfig, budget: float, count: Count, cooldowns: int, batch: int) -> list[PlannedRun]:
+def family(
+    model: ModelConfig, budget: float, count: Count, parts: Sequence[float], batch: int
+) -> list[PlannedRun]:
     """A trunk and its branches, longest last but for the trunk, which comes first."""
     steps = round(tokens_on(model, budget, count) / batch)
-    shorter, own = lengths(steps, cooldowns)[:-1], recipe(model, max(1, steps) * batch, batch)
+    shorter, own = lengths(steps, parts)[:-1], recipe(model, max(1, steps) * batch, batch)
     shortest = min([steps, *shorter])
     matrices = label(parameter_counts(model).matrices)
     if shortest < FEWEST_STEPS:
@@ -170,11 +173,14 @@ def decay_of(steps: int) -> int:
     return max(1, round(DECAY_SHARE * steps))
 
 
-def lengths(steps: int, points: int) -> list[int]:
-    """Steps of the points of one trunk, evenly spaced on a log scale up to the trunk's own."""
-    if points == 1:
-        return [steps]
-    return sorted({round(steps * SPAN ** (-back / (points - 1))) for back in range(points)})
+def lengths_of(points: int, span: float = SPAN) -> list[float]:
+    """The points of one trunk as shares of it, evenly spaced on a log scale, its own end last."""
+    return [span ** (-back / (points - 1)) for back in range(points - 1, 0, -1)] + [1.0]
+
+
+def lengths(steps: int, parts: Sequence[float]) -> list[int]:
+    """In steps; what rounding makes the same is there once."""
+    return sorted({round(steps * part) for part in parts})
 
 
 def _named_apart(runs: Sequence[PlannedRun]) -> tuple[PlannedRun, ...]:

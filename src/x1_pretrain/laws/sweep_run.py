@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -139,8 +139,9 @@ class Relay:
         if self.child is not None and self.child.poll() is None:
             self.child.send_signal(number)
 
-    def wait_for(self, command: Sequence[str]) -> int:
-        self.child = start(command)
+    def wait_for(self, command: Sequence[str], log: Path | None = None) -> int:
+        with nullcontext() if log is None else log.open("ab") as output:
+            self.child = start(command, output)
         if self.asked:  # it came while the child was being made
             self.child.send_signal(signal.SIGTERM)
         return self.child.wait()
@@ -160,7 +161,12 @@ def relaying() -> Iterator[Relay]:
 
 
 def carry_out(
-    jobs: Sequence[Job], output: Path, options: Sequence[str], purse: Purse, usd_per_hr: Decimal | None
+    jobs: Sequence[Job],
+    output: Path,
+    options: Sequence[str],
+    purse: Purse,
+    usd_per_hr: Decimal | None,
+    brief: bool = False,
 ) -> int:
     """Each run that has not finished, in order; the exit code of the first that did not end well."""
     done = [job.finished() for job in jobs]
@@ -174,10 +180,15 @@ def carry_out(
             rate = worked_flops / worked_s if worked_s else None
             print(header(job, number + 1, len(jobs), left / rate if rate else None), flush=True)
             begun = time.monotonic()
-            code = relay.wait_for(command(job, output, [*options, *purse.options(job.folder)]))
-            table(jobs, output, usd_per_hr)
+            log = log_of(job, output) if brief else None
+            code = relay.wait_for(command(job, output, [*options, *purse.options(job.folder)]), log)
+            found = table(jobs, output, usd_per_hr)
+            if brief:
+                print(outcome(job, found, time.monotonic() - begun), flush=True)
             if code or relay.asked:
-                print(f"x1: {why(code or errors.INTERRUPTED, job, number + 1, len(jobs))}", file=sys.stderr)
+                seen = f"see {log}" if log else "see above"
+                reason = why(code or errors.INTERRUPTED, job, f"run {number + 1} of {len(jobs)}", seen)
+                print(f"x1: {reason}", file=sys.stderr)
                 return code if code > 0 else errors.INTERRUPTED if relay.asked else errors.FAULT
             done[number] = True
             worked_s, worked_flops = worked_s + time.monotonic() - begun, worked_flops + job.run.own_flops
@@ -204,23 +215,36 @@ def header(job: Job, number: int, runs: int, eta_s: float | None) -> str:
     return f"\n-- run {number} of {runs}: {run.name}, {part}to {human(run.tokens)} tokens{eta}"
 
 
+def log_of(job: Job, output: Path) -> Path:
+    file = output / "logs" / f"{job.run.name}.log"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return file
+
+
+def outcome(job: Job, found: collect.Collected, seconds: float) -> str:
+    """The loss of the run that just ended, from its records."""
+    rows = (row for row in found.rows if Path(row["run_dir"]) == job.folder)
+    nats = next((row["val_loss"] for row in rows), None)
+    return f"   {f'loss {nats:.4f}' if nats is not None else 'not finished'}, {duration(seconds)}"
+
+
 def table(jobs: Sequence[Job], output: Path, usd_per_hr: Decimal | None) -> collect.Collected:
     found = collect.collect([job.folder for job in jobs], usd_per_hr)
     collect.write_table(output / TABLE, found.rows)
     return found
 
 
-def why(code: int, job: Job, number: int, runs: int) -> str:
+def why(code: int, job: Job, which: str, seen: str) -> str:
     """Why the sweep ends here, and how to go on."""
-    where = f"run {number} of {runs}, {job.run.name},"
+    where = f"{which}, {job.run.name},"
     again = "the same command goes on from there"
     raised = "to go on, add --raise-ceiling-to USD to the same command"
     told = {
         errors.INTERRUPTED: f"{where} was interrupted and saved; {again}",
         errors.BUDGET_CHECKPOINTED: f"{where} was stopped by the budget, its checkpoint is saved; {raised}",
         errors.BUDGET_STOPPED: f"{where} was stopped over the budget; {raised}",
-        errors.REFUSED: f"{where} was refused (see above); once that is settled, {again}",
+        errors.REFUSED: f"{where} was refused ({seen}); once that is settled, {again}",
     }
     if code < 0:
         return f"{where} was killed by {signal.Signals(-code).name}; {again}"
-    return told.get(code, f"{where} ended with exit code {code} (see above); once that is mended, {again}")
+    return told.get(code, f"{where} ended with exit code {code} ({seen}); once that is mended, {again}")

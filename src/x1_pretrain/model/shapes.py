@@ -19,7 +19,10 @@ from x1_pretrain.model.flops import parameter_counts
 RULES = (
     (
         "width",
-        "a multiple of 64, of 128 from 1024, of 256 from 2048, of 1024 from 4096; heads must share keys",
+        (
+            "a multiple of 64 (of 16 below, for toys), of 128 from 1024, of 256 from 2048, of 1024 from "
+            "4096; heads must share keys"
+        ),
     ),
     (
         "depth",
@@ -28,7 +31,7 @@ RULES = (
             "at 768, the published 50M run has 96, LLaMA 7B and 13B have 128"
         ),
     ),
-    ("head size", "64 below d_model 2048 (GPT-2), else 128 (LLaMA)"),
+    ("head size", "64 below d_model 2048 (GPT-2), else 128 (LLaMA); 16 below d_model 64"),
     (
         "key-value heads",
         (
@@ -86,7 +89,7 @@ def aspect(d_model: int) -> float:
 
 
 def head_size(d_model: int) -> int:
-    return 64 if d_model < 2048 else 128
+    return 16 if d_model < 64 else 64 if d_model < 2048 else 128
 
 
 def kv_heads(heads: int) -> int | None:
@@ -110,11 +113,21 @@ def context_for(matrices: float) -> int:
 
 
 def _widths() -> Iterator[int]:
-    d_model = 64
+    d_model = 32
     while d_model <= WIDEST:
         if kv_heads(d_model // head_size(d_model)):
             yield d_model
-        d_model += 64 if d_model < 1024 else 128 if d_model < 2048 else 256 if d_model < 4096 else 1024
+        d_model += (
+            16
+            if d_model < 64
+            else 64
+            if d_model < 1024
+            else 128
+            if d_model < 2048
+            else 256
+            if d_model < 4096
+            else 1024
+        )
 
 
 def _config(d_model: int, layers: int, vocab_size: int = 1, context: int | None = None) -> ModelConfig:

@@ -20,7 +20,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import IO, Annotated, Any
 
 import typer
 
@@ -206,9 +206,11 @@ class Supervisor:
             process.wait()
 
 
-def start(command: Sequence[str]) -> subprocess.Popen[bytes]:
+def start(command: Sequence[str], log: IO[bytes] | None = None) -> subprocess.Popen[bytes]:
     """A child in a group of its own (Ctrl-C reaches it through us), told to end when we are gone."""
-    return subprocess.Popen(command, start_new_session=True, preexec_fn=_end_with_parent)
+    return subprocess.Popen(
+        command, start_new_session=True, preexec_fn=_end_with_parent, stdout=log, stderr=log
+    )
 
 
 def _end_with_parent() -> None:

@@ -39,6 +39,7 @@ from x1_pretrain.planning.flags import (
 )
 from x1_pretrain.planning.planner import BUFFER, Ask, plan
 
+DEFAULT = Path("plan.yaml")
 Flag = typer.Option
 
 
@@ -74,7 +75,9 @@ def main(
     buffer: Annotated[float, Flag(min=0, max=0.9, help="share of the dollars that is kept back")] = BUFFER,
     disk_gib: Annotated[int, Flag(min=10, help="disk of the machine")] = DISK_GIB,
     tax: Annotated[float | None, Flag(min=0, max=1, help="sales tax [0.10 at Lambda]")] = None,
-    output: Annotated[Path | None, Flag(help="write the config for x1 train")] = None,
+    output: Annotated[
+        Path | None, Flag(help="the config for x1 train [plan.yaml; none with --json]", show_default=False)
+    ] = None,
     explain: Annotated[bool, Flag("--explain", help="each formula with its numbers put in")] = False,
     as_json: Annotated[bool, Flag("--json", help="for machines")] = False,
 ) -> None:
@@ -117,6 +120,8 @@ def main(
 def _plan(wanted: Wanted, output: Path | None, explain: bool, as_json: bool) -> None:
     made = plan(ask_for(wanted))
     notes = remarks.notes(made)
+    if output is None and not as_json and (not DEFAULT.exists() or config_file.untouched(DEFAULT)):
+        output = DEFAULT
     if output is not None:
         written = config_file.write(made, output, corpora(wanted, made))
         notes.append(f"{output}: written; `x1 train --config {output}` runs it as {written.name}")
@@ -124,7 +129,9 @@ def _plan(wanted: Wanted, output: Path | None, explain: bool, as_json: bool) -> 
         print(_json(config_file.tree(made, wanted.steps, wanted.flops, wanted.ratio, notes)))
         return
     if output is None:
-        notes.append("--output plan.yaml writes it for x1 train; --explain puts numbers into the formulas")
+        notes.append(f"not written: {DEFAULT} is there and is not as x1 plan wrote it; --output NAME")
+    if not explain:
+        notes.append("--explain puts numbers into the formulas")
     screen.show(made, wanted.steps, wanted.flops, wanted.ratio, notes, explain)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from decimal import Decimal
 from pathlib import Path
@@ -22,10 +23,12 @@ PLACE = "/workspace/data/tokenized"
 
 
 def write(made: Plan, file: Path, corpora: dict[str, str]) -> RunConfig:
-    """Writes the config, after checking that training would take it; never over a file that is not a plan."""
-    if file.exists() and not file.read_text(encoding="utf-8", errors="replace").startswith(FIRST_LINE):
-        raise RefusedError(f"--output {file}: is there and was not made by x1 plan; choose another name")
-    text = as_yaml(made, corpora)
+    """Writes the config, after checking that training would take it; never over a person's own work."""
+    if file.exists() and not untouched(file):
+        raise RefusedError(
+            f"--output {file}: is there and was edited since, or was not made by x1 plan; choose another name"
+        )
+    text = sealed(as_yaml(made, corpora))
     config = parse_config(parse_yaml(text, str(file)), str(file))
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -33,6 +36,20 @@ def write(made: Plan, file: Path, corpora: dict[str, str]) -> RunConfig:
     except OSError as error:
         raise UserError(f"--output {file}: can't be written ({error.strerror})") from None
     return config
+
+
+def sealed(text: str) -> str:
+    """With the hash of what follows in its first line, so that an edit is noticed."""
+    return f"{FIRST_LINE}, as {hashlib.sha256(text.encode()).hexdigest()[:12]}; edit at will.\n{text}"
+
+
+def untouched(file: Path) -> bool:
+    """As it was written: a new plan may take its place."""
+    try:
+        text = file.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"--output {file}: can't be read ({error.strerror})") from None
+    return text == sealed(text.partition("\n")[2])
 
 
 def as_yaml(made: Plan, corpora: dict[str, str]) -> str:
@@ -47,7 +64,7 @@ def _head(made: Plan) -> list[str]:
     )
     size = f"{human(made.counts.matrices)} parameters in matrices, {human(made.counts.total)} in all"
     return [
-        f"{FIRST_LINE}: {what}.",
+        f"# {what[0].upper()}{what[1:]}.",
         f"# {size}.",
         f"name: {name_of(made)}",
         "seed: 42",
