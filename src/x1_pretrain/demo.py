@@ -1,5 +1,5 @@
 """The whole way in minutes, with nothing to download: text, tokens, a plan, a run that is interrupted and
-resumed, its evaluation, its artifacts.
+resumed, its evaluation, a rented machine under a ceiling, a scaling law that predicts a run, its artifacts.
 
 The text is this machine's own Python installation: the standard library's source (domain `code`), its
 docstrings and help topics (domain `prose`).
@@ -18,19 +18,21 @@ import sys
 import sysconfig
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 import yaml
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from x1_pretrain.command import run as run_app
 from x1_pretrain.command import single
 from x1_pretrain.config import RunConfig, parse_config
 from x1_pretrain.demo_budget import rented_run
+from x1_pretrain.demo_law import law
 from x1_pretrain.errors import INTERRUPTED, UserError
 from x1_pretrain.records.console import compact, duration
 from x1_pretrain.records.metrics import read_rows
@@ -191,15 +193,16 @@ def plan(minutes: float) -> RunConfig:
 # 3. The commands, as anyone would type them
 
 
-def x1(*args: str | Path) -> int:
-    """Show a command and run it."""
-    return _wait(_start(*args))
+def x1(*args: str | Path, env: Mapping[str, str] | None = None) -> int:
+    """Show a command and run it; `env` is added to its environment."""
+    return _wait(_start(*args, env=env))
 
 
-def _start(*args: str | Path) -> subprocess.Popen[bytes]:
+def _start(*args: str | Path, env: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
     words = [str(a) for a in args]
-    say(f"\n[bold]$ x1 {shlex.join(words)}[/bold]")
-    return subprocess.Popen([sys.executable, "-m", "x1_pretrain.cli", *words])
+    say(f"\n[bold]$ x1 {escape(shlex.join(words))}[/bold]")
+    command = [sys.executable, "-m", "x1_pretrain.cli", *words]
+    return subprocess.Popen(command, env={**os.environ, **(env or {})})
 
 
 def _wait(process: subprocess.Popen[bytes]) -> int:
@@ -278,7 +281,7 @@ def check_resume(run: Path, steps: int) -> str:
 
 def main(
     output: Annotated[Path, typer.Option(help="folder for all the demo makes")] = Path("demo"),
-    minutes: Annotated[float, typer.Option(min=0.05, help="minutes of training")] = 5.0,
+    minutes: Annotated[float, typer.Option(min=0.05, help="minutes of training")] = 3.5,
 ) -> None:
     """The whole way in minutes, on this machine's own Python as text. Nothing is downloaded."""
     begun = time.perf_counter()
@@ -313,7 +316,10 @@ def main(
     say("\n[bold]5. Under a ceiling[/bold]: a rented machine, its hour in a minute, and a price that jumps")
     rented_run(output / "rented", corpus, seconds_per_step)
 
-    say("\n[bold]6. Artifacts[/bold]: what to show others, and a reviewer's checks")
+    say("\n[bold]6. A law[/bold]: three sizes on one budget, and a larger one predicted before it is trained")
+    law(output / "law", text, x1)
+
+    say("\n[bold]7. Artifacts[/bold]: what to show others, and a reviewer's checks")
     _must(x1("export", run, "--output", artifacts), "export")
     _must(x1("verify", run, "--export", artifacts), "verify")
     last_words(output, artifacts, run, time.perf_counter() - begun)
@@ -324,6 +330,7 @@ def last_words(output: Path, artifacts: Path, run: Path, seconds: float) -> None
     pictures = ", ".join(p.name for p in sorted(artifacts.glob("*.png")))
     say(f"\n[bold]Done in {duration(seconds)}.[/bold]")
     say(f"  pictures   {artifacts}{os.sep} ({pictures})")
+    say(f"  the law    {output / 'law'}{os.sep} (fit.json, prediction.md, iso-flop.png)")
     say(f"  the model  {newest} (loads with transformers.AutoModelForCausalLM.from_pretrained)")
     say("\nThree commands to try next:")
     say(

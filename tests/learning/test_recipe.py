@@ -30,6 +30,10 @@ def test_the_published_formulas(flops: float, lr: float, batch: float) -> None:
     assert lr_rule(flops) == pytest.approx(0.3118 / flops**0.125)
 
 
+def test_the_rate_is_not_extrapolated_to_toys() -> None:
+    assert lr_rule(6e11) == lr_rule(1e17) == pytest.approx(0.3118 / 1e17**0.125)
+
+
 def test_fifty_million_on_ten_billion() -> None:
     made = recipe(SMALL, 10e9)
     assert made.batch_tokens == 262_144  # 348k by the rule with attention; 256 sequences, not 512

@@ -71,10 +71,11 @@ def test_the_ladder_climbs_in_small_steps() -> None:
 def test_every_shape_follows_the_rules() -> None:
     for model in shapes.ladder(low=1e5, high=5e11):
         size, heads = matrices(model), model.heads
-        unit = 16 if model.d_model < 64 else 64 if model.d_model < 1024 else 128
+        unit = 16 if model.d_model < 128 else 64 if model.d_model < 1024 else 128
         assert model.d_model % unit == 0
         assert model.d_model == heads * model.head_size
-        assert model.head_size == (16 if model.d_model < 64 else 64 if model.d_model < 2048 else 128)
+        width = model.d_model
+        assert model.head_size == (16 if width <= 64 else 32 if width <= 128 else 64 if width < 2048 else 128)
         assert 2.5 <= model.d_ff / model.d_model <= 3.01
         assert model.d_ff % (64 if model.d_model < 1024 else 256) == 0
         assert heads % model.kv_heads == 0

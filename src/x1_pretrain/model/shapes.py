@@ -20,8 +20,8 @@ RULES = (
     (
         "width",
         (
-            "a multiple of 64 (of 16 below, for toys), of 128 from 1024, of 256 from 2048, of 1024 from "
-            "4096; heads must share keys"
+            "a multiple of 64, of 128 from 1024, of 256 from 2048, of 1024 from 4096; toys have 16, 32, 48, "
+            "64 or 96; heads must share keys"
         ),
     ),
     (
@@ -31,7 +31,7 @@ RULES = (
             "at 768, the published 50M run has 96, LLaMA 7B and 13B have 128"
         ),
     ),
-    ("head size", "64 below d_model 2048 (GPT-2), else 128 (LLaMA); 16 below d_model 64"),
+    ("head size", "64 below d_model 2048 (GPT-2), else 128 (LLaMA); toys 16 up to 64, 32 up to 128"),
     (
         "key-value heads",
         (
@@ -54,6 +54,7 @@ RULES = (
 )
 
 WIDEST, DEEPEST, FEWEST = 24_576, 160, 2
+STEPS = ((64, 16), (128, 32), (1024, 64), (2048, 128), (4096, 256), (WIDEST + 1, 1024))  # of the width, below
 STRAY = 0.085  # the handicap: so much of the logarithm of size for one e-fold of depth
 
 
@@ -89,7 +90,9 @@ def aspect(d_model: int) -> float:
 
 
 def head_size(d_model: int) -> int:
-    return 16 if d_model < 64 else 64 if d_model < 2048 else 128
+    if d_model <= 128:
+        return 16 if d_model <= 64 else 32  # one head of 64 learns far slower than four of 16
+    return 64 if d_model < 2048 else 128
 
 
 def kv_heads(heads: int) -> int | None:
@@ -113,21 +116,11 @@ def context_for(matrices: float) -> int:
 
 
 def _widths() -> Iterator[int]:
-    d_model = 32
+    d_model = 16
     while d_model <= WIDEST:
         if kv_heads(d_model // head_size(d_model)):
             yield d_model
-        d_model += (
-            16
-            if d_model < 64
-            else 64
-            if d_model < 1024
-            else 128
-            if d_model < 2048
-            else 256
-            if d_model < 4096
-            else 1024
-        )
+        d_model += next(step for below, step in STEPS if d_model < below)
 
 
 def _config(d_model: int, layers: int, vocab_size: int = 1, context: int | None = None) -> ModelConfig:
