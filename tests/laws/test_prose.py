@@ -97,7 +97,7 @@ def _posterior(draws: F64, prior: F64) -> Posterior:
         noise=(0.006, 0.6),
         source="three laws",
     )
-    return Posterior(believed, draws, prior, np.full(len(draws), 0.006), 350.0, 0.72)
+    return Posterior(believed, draws, prior, np.full(len(draws), 0.006), 350.0, 1e9, 0.72)
 
 
 def page(report: Report) -> str:

@@ -49,7 +49,9 @@ def report(
     draws = bootstrap(points, best, replicates, seed) if verdict.identified else NONE
     if len(draws) and (trouble := judge_draws(draws)):
         verdict, draws = replace(verdict, identified=False, reasons=verdict.reasons + trouble), NONE
-    believed = sample(points, prior or prior_for(points), seed) if bayesian or not len(draws) else None
+    believed = (
+        sample(points, prior or prior_for(points), seed, target_n) if bayesian or not len(draws) else None
+    )
     held_out = leave_largest_out(points) if len(draws) else None
     fitted = (
         _by_posterior(points, verdict, believed)

@@ -9,6 +9,7 @@ The same command goes on where it was interrupted. It ends with `runs.csv` in th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -281,6 +282,8 @@ def main(
     model = shared.model.model_copy(update={"vocab_size": vocab, "context": context or shared.model.context})
     models = models_for(budgets, wanted, count, model)
     planned = sweep.plan(models, count, cooldowns, batch_tokens, span)
+    if (lr := overrides.get("optimizer.lr")) is not None:
+        planned = tuple(replace(run, lr=float(lr)) for run in planned)
     hour, basis = hourly(gpu, usd_per_hr)
     pace = pace_of(gpu, mfu, flops_per_sec)
     tokens = evaluated(shared, found)

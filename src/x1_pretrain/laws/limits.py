@@ -106,11 +106,12 @@ def dominance(report: Report, found: Prediction) -> str:
     if believed is None or prior is None:
         return ""
     narrowed = f"from a factor of {words.factor(prior):.2g} either way to {words.factor(found.tokens):.2g}"
-    share = f"{believed.shrinkage:.0%} of the variance of ln D_opt(1 B) under the prior"
+    share = (
+        f"{believed.shrinkage:.0%} of the variance of ln D_opt({human(believed.target_n)}) under the prior"
+    )
     if report.fitted.prior_dominated:
         return (
             f"The answer is prior-dominated: the runs took away {share}, narrowing it {narrowed}; where it "
-            "lies "
-            "within that is still what was believed beforehand, and another prior would move it."
+            "lies within that is still what was believed beforehand, and another prior would move it."
         )
     return f"The runs decide the answer: they took away {share}, narrowing it {narrowed}."

@@ -20,7 +20,7 @@ from x1_pretrain.laws.forms import F64, Law
 from x1_pretrain.laws.points import Points
 from x1_pretrain.laws.results import Posterior, Prior
 
-REFERENCE_N = 1e9  # the question by which a posterior is judged: D_opt of a model of this size
+REFERENCE_N = 1e9  # a posterior is judged by D_opt of a model of this size, unless another is asked for
 
 # Correlation of the errors of two points of one trunk. They share the initialization, the order of data and
 # the model size, so also the misfit of the law at that size, which outweighs the noise of a rerun; but each
@@ -189,7 +189,7 @@ def whitening(points: Points) -> F64:
 # The sampler
 
 
-def sample(points: Points, prior: Prior, seed: int = 0) -> Posterior:
+def sample(points: Points, prior: Prior, seed: int = 0, target_n: float = REFERENCE_N) -> Posterior:
     """Draws of the law before and after the points. The same seed gives the same draws."""
     rng = np.random.default_rng(seed)
     chain = walk(Target.of(points, prior), prior_thetas(prior, CROWD * WALKERS, rng), rng)
@@ -202,7 +202,8 @@ def sample(points: Points, prior: Prior, seed: int = 0) -> Posterior:
         prior_draws=before.rows(),
         noise=np.exp(theta[:, 5]),
         effective=1.0 / (1.0 / len(theta) + 1.0 / effective(chain)),
-        shrinkage=1.0 - float(_log_tokens(laws).var() / _log_tokens(before).var()),
+        target_n=target_n,
+        shrinkage=1.0 - float(_log_tokens(laws, target_n).var() / _log_tokens(before, target_n).var()),
     )
 
 
@@ -291,5 +292,5 @@ def prior_dominated(posterior: Posterior) -> bool:
     return not posterior.shrinkage >= LEAST_SHRINKAGE
 
 
-def _log_tokens(laws: Law) -> F64:
-    return np.asarray(np.log(forms.tokens_for(laws, REFERENCE_N)))
+def _log_tokens(laws: Law, n: float) -> F64:
+    return np.asarray(np.log(forms.tokens_for(laws, n)))

@@ -102,7 +102,8 @@ class Posterior:
     prior_draws: F64  # (P, 5)
     noise: F64  # (R,) sd of ln L
     effective: float  # draws that are worth independent ones, of the slowest parameter
-    shrinkage: float  # 1 - posterior variance / prior variance, of ln D_opt(1B)
+    target_n: float  # the size that is asked about
+    shrinkage: float  # 1 - posterior variance / prior variance, of ln D_opt(target_n)
 
 
 @dataclass(frozen=True)

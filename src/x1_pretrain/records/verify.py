@@ -233,7 +233,9 @@ def blocks_in_order(run: Run) -> Check:
         count += len(expected)
         if row["blocks"] != [list(draw) for draw in expected]:
             problems.append(f"step {row['step']} read other blocks than the order says")
-    if [row["step"] for row in rows] != list(range(1, len(rows) + 1)):
+    begun = openings(run.events())[:1]  # a branch begins at its parent's step
+    first = 1 + (begun[0]["step"] if begun else 0)
+    if [row["step"] for row in rows] != list(range(first, first + len(rows))):
         problems.append("the steps in blocks.jsonl have a gap or a double")
     evidence = f"{count:,} blocks of {context} tokens over {len(rows):,} steps are those of the order"
     return judged(name, problems, evidence)
