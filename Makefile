@@ -43,6 +43,7 @@ bench: setup
 	$(BIN)/python benchmarks/tokenize.py
 	$(BIN)/python benchmarks/model.py
 	$(BIN)/python benchmarks/spend.py
+	$(BIN)/python benchmarks/laws.py
 
 clean:
 	rm -rf .venv demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

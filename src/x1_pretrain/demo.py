@@ -316,7 +316,7 @@ def main(
     say("\n[bold]5. Under a ceiling[/bold]: a rented machine, its hour in a minute, and a price that jumps")
     rented_run(output / "rented", corpus, seconds_per_step)
 
-    say("\n[bold]6. A law[/bold]: three sizes on one budget, and a larger one predicted before it is trained")
+    say("\n[bold]6. A law[/bold]: three sizes on a budget; a run of twice the FLOPs, predicted first")
     law(output / "law", text, x1)
 
     say("\n[bold]7. Artifacts[/bold]: what to show others, and a reviewer's checks")
