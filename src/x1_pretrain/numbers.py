@@ -52,7 +52,7 @@ def flop(value: float) -> str:
 def interval(low: float, high: float, point: float | None = None, digits: int = 3) -> str:
     """[20.1, 25.3], in the unit of the point where that reads well; else each end with its own unit."""
     unit, name = _unit(high if point is None else point, digits)
-    if not 0.01 <= low / unit <= high / unit < 10_000:
+    if not 0.01 <= low / unit <= high / unit < 1_000:
         return f"[{human(low, digits)}, {human(high, digits)}]"
     ends = ", ".join(_rounded(end / unit, digits) for end in (low, high))
     return f"[{ends}]" if point is not None else f"[{ends}] {name}".rstrip()

@@ -130,17 +130,21 @@ def test_names_tell_runs_apart_even_when_sizes_read_the_same() -> None:
 # Where the optimum is expected
 
 
-def test_the_expected_optimum_is_the_lowest_loss_on_the_budget_of_6nd() -> None:
+def test_the_expected_optimum_is_the_lowest_loss_that_the_budget_pays_for() -> None:
+    """Whatever sizes were asked for: no other shape does better with the tokens it can pay."""
     runs = trunks(sweep.plan({BUDGET: LAB}))
-    for counts in ("total", "matrices"):
-        found = sweep.bracket(runs, counts)  # type: ignore[arg-type]
-        sizes = [run.total if counts == "total" else run.matrices for run in runs]
-        flops = np.exp(np.mean([np.log(6.0 * n * run.tokens) for n, run in zip(sizes, runs, strict=True)]))
-        grid = np.geomspace(1e6, 1e9, 200_001)
-        best = grid[np.argmin(forms.loss(forms.REFIT.law, grid, flops / 6 / grid))]
-        assert found.optimum == pytest.approx(best, rel=1e-3)
+    for counts, field in (("total", "total"), ("matrices", "matrices")):
+        found = sweep.bracket(runs, counts, "true")  # type: ignore[arg-type]
+        nats = {}
+        for shape in shapes.ladder(50257, 1024, low=1e6, high=1e9):
+            n = getattr(parameter_counts(shape), field)
+            nats[float(n)] = forms.loss(forms.REFIT.law, n, BUDGET / flops_per_token(shape).causal)
+        assert nats[found.optimum] == min(nats.values())
         assert found.low <= found.optimum <= found.high
-        assert (found.smallest, found.largest, found.holds) == (min(sizes), max(sizes), True)
+        sizes = [getattr(run, field) for run in runs]
+        assert (found.smallest, found.largest) == (min(sizes), max(sizes))
+        other = sweep.bracket(trunks(sweep.plan({BUDGET: LAB[:2]})), counts, "true")  # type: ignore[arg-type]
+        assert other.optimum == found.optimum
 
 
 @pytest.mark.parametrize("counts", ["total", "matrices"])
@@ -148,11 +152,11 @@ def test_the_expected_optimum_is_the_lowest_loss_on_the_budget_of_6nd() -> None:
 def test_sizes_on_one_side_of_the_optimum_are_told_which_to_add(counts: forms.Counts, side: str) -> None:
     wanted = (1e6, 2e6) if side == "small" else (200e6, 400e6)
     models = [shapes.shape_for(n, 50257, 1024) for n in wanted]
-    found = sweep.bracket(sweep.plan({BUDGET: models}), counts)
+    found = sweep.bracket(sweep.plan({BUDGET: models}), counts, "true")
     assert not found.holds
     add = sweep.size_to_add(found, 50257, 1024)
     assert add is not None
-    again = sweep.bracket(sweep.plan({BUDGET: [*models, shapes.shape_for(add, 50257, 1024)]}), counts)
+    again = sweep.bracket(sweep.plan({BUDGET: [*models, shapes.shape_for(add, 50257, 1024)]}), counts, "true")
     assert again.holds
 
 
@@ -170,8 +174,8 @@ def test_the_default_sizes_have_the_optimum_in_between(
     models = sweep.default_models(budget, count, vocab, context)
     runs = sweep.plan({budget: models}, count)
     assert len(runs) == len(sweep.DEFAULT_SIZES)
-    assert sweep.bracket(runs, "total").holds
-    assert sweep.bracket(runs, "matrices").holds
+    assert sweep.bracket(runs, "total", count).holds
+    assert sweep.bracket(runs, "matrices", count).holds
 
 
 # ------------------------------------------------------------------------------------------------------------

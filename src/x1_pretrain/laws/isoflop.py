@@ -282,6 +282,8 @@ def main(
     model = shared.model.model_copy(update={"vocab_size": vocab, "context": context or shared.model.context})
     models = models_for(budgets, wanted, count, model)
     planned = sweep.plan(models, count, cooldowns, batch_tokens, span)
+    if len(wanted) > (shapes_made := len({run.model for run in planned if run.budget == budgets[0]})):
+        print(f"--sizes: {len(wanted)} were asked for, and their nearest shapes are {shapes_made}")
     if (lr := overrides.get("optimizer.lr")) is not None:
         planned = tuple(replace(run, lr=float(lr)) for run in planned)
     hour, basis = hourly(gpu, usd_per_hr)

@@ -56,7 +56,7 @@ def prior_and_posterior(report: Report, found: Prediction) -> Iterable[str]:
         return
     yield "## Prior and posterior side by side"
     yield _prior_words(believed)
-    yield _side_by_side(report, believed)
+    yield _side_by_side(report)
     yield dominance(report, found)
 
 
@@ -76,12 +76,12 @@ def _prior_words(believed: Posterior) -> str:
     return (
         f'What was believed before the first run, the prior "{prior.name}": {"; ".join(parts)} (one standard '
         f"deviation of the logarithm each); runs scatter by {prior.noise[0]:.2%} of the loss, within a "
-        "factor of "
-        f"{np.exp(prior.noise[1]):.2g}. Its source: {prior.source}."
+        f"factor of {np.exp(prior.noise[1]):.2g}. Its source: {prior.source}."
     )
 
 
-def _side_by_side(report: Report, believed: Posterior) -> str:
+def _side_by_side(report: Report) -> str:
+    fitted = report.fitted
     asked: tuple[tuple[str, Callable[[Law], object]], ...] = (
         ("E", lambda law: law.E),
         ("alpha", lambda law: law.alpha),
@@ -90,7 +90,7 @@ def _side_by_side(report: Report, believed: Posterior) -> str:
     )
     rows = []
     for name, quantity in asked:
-        cells = [_middle(quantity(Law.of(draws))) for draws in (believed.prior_draws, believed.draws)]
+        cells = [_middle(quantity(Law.of(draws))) for draws in (fitted.prior_draws, fitted.draws)]
         rows.append(f"| {name} | {cells[0]} | {cells[1]} |")
     return "\n".join(["| | prior: median, middle 95 % | posterior: the same |", "|---|---|---|", *rows])
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from x1_pretrain.laws import forms, prediction
 from x1_pretrain.laws.fitted import Band
-from x1_pretrain.laws.forms import F64
+from x1_pretrain.laws.forms import F64, Law
 from x1_pretrain.laws.points import budgets
 from x1_pretrain.laws.results import Report
 from x1_pretrain.numbers import compact, flop, human, with_interval
@@ -47,7 +47,13 @@ class Group:
 
     label: str
     member: npt.NDArray[np.bool_]
-    flops: float  # C = 6ND of the curve through them
+    flops: float  # C = 6ND of the curve through them, at ...
+    size: float  # ... this N
+    tilt: float  # d ln C / d ln N along the curve: runs of one true budget have not one 6ND
+
+    def tokens(self, n: F64) -> F64:
+        """D of the curve at these sizes."""
+        return np.asarray(self.flops * (n / self.size) ** self.tilt / (6 * n))
 
 
 def draw(report: Report, file: Path) -> None:
@@ -83,10 +89,16 @@ def groups(report: Report) -> list[Group]:
     separate = _on_budgets(report)
     number = budgets(points.flops) if separate else _bands(points.flops)
     found = [number == one for one in np.unique(number)]
-    six_nd = 6.0 * points.n * points.d
-    centres = [float(np.exp(np.log(six_nd[member]).mean())) for member in found]
-    names = [_name(points.flops[member], separate) for member in found]
-    return [Group(name, member, c) for name, member, c in zip(names, found, centres, strict=True)]
+    return [_group(report, member, separate) for member in found]
+
+
+def _group(report: Report, member: npt.NDArray[np.bool_], one: bool) -> Group:
+    points = report.points
+    sizes, work = np.log(points.n[member]), np.log(6.0 * (points.n * points.d)[member])
+    tilted = one and len(np.unique(sizes)) > 1
+    tilt = float(np.polyfit(sizes, work, 1)[0]) if tilted else 0.0
+    middle, flops = (float(np.exp(logs.mean())) for logs in (sizes, work))
+    return Group(_name(points.flops[member], one), member, flops, middle, tilt)
 
 
 def _on_budgets(report: Report) -> bool:
@@ -133,12 +145,21 @@ def _losses(ax: Axes, report: Report) -> None:
 def _curve(ax: Axes, report: Report, group: Group, style: dict[str, Any]) -> tuple[Band, float]:
     """The law along one budget; returns its best size with the interval, and the loss there."""
     fitted, n = report.fitted, report.points.n[group.member]
-    size, _, _ = prediction.best_for(fitted, group.flops)
+    size = fitted.band(lambda law: _best_size(law, group))
     ends = (min(n.min() / 1.5, size.point / 2), max(n.max() * 1.5, size.point * 2))
     along = np.geomspace(*ends, SAMPLES)
-    nats = forms.loss(fitted.law, along, group.flops / (6 * along))
+    nats = forms.loss(fitted.law, along, group.tokens(along))
     ax.plot(along, nats, color=style["color"], linestyle=style["linestyle"], linewidth=1.8, zorder=3)
-    return size, float(forms.loss(fitted.law, size.point, group.flops / (6 * size.point)))
+    at = np.array([size.point])
+    return size, float(forms.loss(fitted.law, at, group.tokens(at))[0])
+
+
+def _best_size(law: Law, group: Group) -> Any:
+    """Where the law is lowest along the curve: alpha A N^-alpha = (1 - tilt) beta B D^-beta."""
+    alone = 1.0 - group.tilt
+    scale = group.tokens(np.array([1.0]))[0]  # D = scale N^-alone
+    power = law.alpha + law.beta * alone
+    return np.power(law.alpha * law.A / (alone * law.beta * law.B) * scale**law.beta, 1.0 / power)
 
 
 def _optima(ax: Axes, best: list[tuple[Band, float]], method: str) -> None:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from x1_pretrain.laws.forms import F64, Law
 from x1_pretrain.laws.points import Points
-from x1_pretrain.laws.results import HOFFMANN, Estimate, Estimator, Form
+from x1_pretrain.laws.results import HOFFMANN, TIED, Estimate, Estimator, Form
 
 Flags = npt.NDArray[np.bool_]
 
@@ -45,10 +45,12 @@ LONGEST_STEP = np.array([3.0, 3.0, 3.0, 0.5, 0.5])  # in u, v, e, alpha, beta: t
 def estimate(
     points: Points, form: Form = HOFFMANN, estimator: Estimator = "huber", starts: int = 64
 ) -> Estimate:
-    """The best optimum that the starts reach."""
+    """The best optimum that the starts reach; of the free form never a worse one than with alpha = beta."""
     problem = _problem(points, form)
-    weights = np.ones((starts, len(points)))
-    found, objective = _solve(problem, _starts(problem, starts), weights, estimator)
+    begin = _starts(problem, starts)
+    if form == HOFFMANN and starts >= 8:
+        begin[-1] = _numbers(problem, estimate(points, TIED, estimator, starts // 4).law)
+    found, objective = _solve(problem, begin, np.ones((len(begin), len(points))), estimator)
     best = int(np.argmin(objective))
     same = objective <= objective[best] * (1 + AGREE) + PERFECT * len(points)
     law = Law(*(float(v) for v in _laws(problem, found[best : best + 1])[0]))

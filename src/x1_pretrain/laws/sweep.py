@@ -219,14 +219,31 @@ class Bracket:
         return self.smallest < self.optimum < self.largest
 
 
-def bracket(trunks: Sequence[PlannedRun], counts: Counts) -> Bracket:
-    """Of the trunks on one budget. The law's budget is C = 6ND by the same count: the mean of the runs'."""
-    sizes = [float(run.total if counts == "total" else run.matrices) for run in trunks]
-    logs = [math.log(6.0 * n * run.tokens) for n, run in zip(sizes, trunks, strict=True)]
-    flops = math.exp(sum(logs) / len(logs))
-    optima = [float(forms.optimum(known.law, flops)[0]) for known in forms.PUBLISHED]
-    refit = float(forms.optimum(forms.REFIT.law, flops)[0])
-    return Bracket(trunks[0].budget, counts, min(sizes), max(sizes), refit, min(optima), max(optima))
+def bracket(trunks: Sequence[PlannedRun], counts: Counts, count: Count) -> Bracket:
+    """Of the trunks on one budget: the optimum is that of all shapes there are, each on what it can pay."""
+    sizes = [_sized(run.model, counts) for run in trunks]
+    budget, model = trunks[0].budget, trunks[0].model
+    ladder = _ladder(model.vocab, model.context)
+
+    def optimum(law: forms.Law) -> float:
+        def nats(shape: ModelConfig) -> float:
+            return float(forms.loss(law, _sized(shape, counts), tokens_on(shape, budget, count)))
+
+        return _sized(min(ladder, key=nats), counts)
+
+    optima = [optimum(known.law) for known in forms.PUBLISHED]
+    refit = optimum(forms.REFIT.law)
+    return Bracket(budget, counts, min(sizes), max(sizes), refit, min(optima), max(optima))
+
+
+def _sized(model: ModelConfig, counts: Counts) -> float:
+    found = parameter_counts(model)
+    return float(found.total if counts == "total" else found.matrices)
+
+
+def _ladder(vocab_size: int, context: int) -> list[ModelConfig]:
+    """From the smallest toy."""
+    return shapes.ladder(vocab_size, context, low=1.0)
 
 
 def size_to_add(found: Bracket, vocab_size: int, context: int) -> float | None:
@@ -234,9 +251,10 @@ def size_to_add(found: Bracket, vocab_size: int, context: int) -> float | None:
     if found.holds:
         return None
     wanted = found.optimum * (2.0 if found.optimum >= found.largest else 0.5)
-    if found.counts == "matrices":
-        return float(parameter_counts(shapes.shape_for(wanted, vocab_size, context)).matrices)
-    return float(parameter_counts(_of_total(wanted, shapes.ladder(vocab_size, context))).matrices)
+    nearest = min(
+        _ladder(vocab_size, context), key=lambda shape: abs(math.log(_sized(shape, found.counts) / wanted))
+    )
+    return float(parameter_counts(nearest).matrices)
 
 
 def default_models(budget: float, count: Count, vocab_size: int, context: int) -> list[ModelConfig]:
@@ -247,7 +265,7 @@ def default_models(budget: float, count: Count, vocab_size: int, context: int) -
         tokens = tokens_on(model, budget, count)
         return float(forms.loss(forms.REFIT.law, parameter_counts(model).total, tokens))
 
-    ladder = shapes.ladder(vocab_size, context)
+    ladder = _ladder(vocab_size, context)
     best = parameter_counts(min(ladder, key=expected)).total
     return [_of_total(best * factor, ladder) for factor in DEFAULT_SIZES]
 

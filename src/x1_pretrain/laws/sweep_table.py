@@ -56,7 +56,7 @@ def told(
     hours, usd = price(whole, usd_per_hr)
     work, alone = sum(run.own_flops for run in runs), sum(run.flops for run in trunks)
     said = [
-        f"{len(runs)} runs, {flop(work)} FLOPs in all"
+        f"{len(runs)} run{'s' * (len(runs) > 1)}, {flop(work)} FLOPs in all"
         + (f", {work / alone - 1:+.0%} for the cooldowns" if len(runs) > len(trunks) else "")
         + (f", {hours} hours" if hours else "")
         + (f", ${usd}" if usd else "")
@@ -68,6 +68,9 @@ def told(
             "included"
         ),
     ]
+    if short := [run.name for run in runs if run.steps < sweep.MIN_STEPS]:
+        few = f"fewer than {sweep.MIN_STEPS} steps, where a loss is about the optimizer"
+        said.append(f"  {few}: {', '.join(short)}; fewer --batch-tokens or a smaller --span")
     for budget in dict.fromkeys(run.budget for run in runs):
         mine = [run for run in trunks if run.budget == budget]
         said += budget_lines(mine, count)
@@ -85,14 +88,14 @@ def budget_lines(trunks: Sequence[PlannedRun], count: Count) -> list[str]:
             + "); --count true puts them on one"
         )
     for counts in ("total", "matrices"):
-        found = sweep.bracket(trunks, counts)
+        found = sweep.bracket(trunks, counts, count)
         model = trunks[0].model
         what = "all parameters, as the laws count" if counts == "total" else "parameters in matrices"
         spread = f"{compact(found.optimum)} (published laws: {compact(found.low)} to {compact(found.high)})"
         add = sweep.size_to_add(found, model.vocab, model.context)
         verdict = "in between" if add is None else f"not in between: add --sizes {sweep.label(add)}"
         if add in [float(run.matrices) for run in trunks]:
-            verdict = "not in between, and the ladder of shapes ends here: another budget would help"
+            verdict = "not in between, and no shape lies beyond: another budget would help"
         sizes = f"{compact(found.smallest)} to {compact(found.largest)}"
         said.append(f"  {what}: sizes {sizes}, expected optimum {spread}: {verdict}")
     return said

@@ -37,7 +37,7 @@ from x1_pretrain.planning.flags import (
     read_data,
     refuse_contradictions,
 )
-from x1_pretrain.planning.planner import BUFFER, Ask, plan
+from x1_pretrain.planning.planner import BUFFER, Ask, Plan, plan
 
 DEFAULT = Path("plan.yaml")
 Flag = typer.Option
@@ -120,19 +120,32 @@ def main(
 def _plan(wanted: Wanted, output: Path | None, explain: bool, as_json: bool) -> None:
     made = plan(ask_for(wanted))
     notes = remarks.notes(made)
-    if output is None and not as_json and (not DEFAULT.exists() or config_file.untouched(DEFAULT)):
+    dialled = (wanted.dollars is not None or wanted.hours is not None) and not as_json
+    if output is None and dialled and (not DEFAULT.exists() or config_file.untouched(DEFAULT)):
         output = DEFAULT
     if output is not None:
         written = config_file.write(made, output, corpora(wanted, made))
         notes.append(f"{output}: written; `x1 train --config {output}` runs it as {written.name}")
+        notes.append(f"to rent its machine: {launch_line(made, output, wanted)}")
     if as_json:
         print(_json(config_file.tree(made, wanted.steps, wanted.flops, wanted.ratio, notes)))
         return
-    if output is None:
+    if output is None and dialled:
         notes.append(f"not written: {DEFAULT} is there and is not as x1 plan wrote it; --output NAME")
     if not explain:
         notes.append("--explain puts numbers into the formulas")
     screen.show(made, wanted.steps, wanted.flops, wanted.ratio, notes, explain)
+
+
+def launch_line(made: Plan, output: Path, wanted: Wanted) -> str:
+    """What rents the machine of this plan, under its ceiling."""
+    provider, _, tier = made.ask.machine.price.where.lower().partition(" ")
+    known = provider in ("runpod", "lambda")
+    where = f"--provider {provider}" if known else "--provider runpod"
+    more = f" --tier {tier}" if known and tier in ("secure", "community") else ""
+    more += f" --gpus {wanted.gpus}" if wanted.gpus > 1 else ""
+    ceiling = f"--budget-cap-usd {made.quote.ceiling_usd:.2f}"
+    return f"x1 launch --config {output} {where}{more} --gpu {wanted.gpu} {ceiling}"
 
 
 def _judge(config: RunConfig, wanted: Wanted, explain: bool, as_json: bool) -> None:
@@ -151,6 +164,7 @@ def _judge(config: RunConfig, wanted: Wanted, explain: bool, as_json: bool) -> N
         hours=wanted.hours,
         data=data,
         buffer=wanted.buffer,
+        every=(config.checkpoint.every, config.evaluation.every),
     )
     judged = critique.judge(config, ask, claim)
     notes = remarks.notes_on_judged(judged.priced)

@@ -217,7 +217,9 @@ def _machine(made: Plan) -> Iterator[Derived]:
         "checkpoints",
         every,
         f"every {every:,} steps",
-        f"{CHECKPOINT_H * 60:.0f} min, at least {FEWEST_CHECKPOINTS} in all",
+        "as given"
+        if made.ask.every
+        else f"{CHECKPOINT_H * 60:.0f} min, at least {FEWEST_CHECKPOINTS} in all",
         f"{every * made.seconds / recipe.steps / 60:.0f} min apart, {recipe.steps // every:,} in all, "
         f"{KEPT - 1} kept",
         "what an interruption may cost",
@@ -227,7 +229,7 @@ def _machine(made: Plan) -> Iterator[Derived]:
         "evaluations",
         rarer,
         f"every {rarer:,} steps",
-        f"at checkpoints, at most {EVALUATION_SHARE:.0%} of the arithmetic",
+        "as given" if made.ask.every else f"at checkpoints, at most {EVALUATION_SHARE:.0%} of the arithmetic",
         f"{EVALUATION_TOKENS:,} / 3 of every {rarer * recipe.batch_tokens:,} tokens",
         "a forward pass is a third of a step",
     )

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 from functools import cached_property
 
+import numpy as np
+
 from x1_pretrain.config import EvaluationConfig, ModelConfig
 from x1_pretrain.errors import UserError
 from x1_pretrain.laws.fitted import Band
@@ -36,6 +38,7 @@ from x1_pretrain.planning.data_check import Data, bytes_per_token
 
 OFF = (2.0, 4.0, 10.0)  # tokens per parameter wrong by so much
 BUFFER = 0.10  # of the dollars, kept for restarts and for hours that are slower than thought
+LAST_EPOCH = 40  # of the data; by then a repeated token is worth 8 % of a fresh one (arXiv 2305.16264)
 CHECKPOINT_H = 0.5  # what an interruption may cost
 FEWEST_CHECKPOINTS = 20
 EVALUATION_SHARE = 0.01  # of the arithmetic, at most
@@ -89,6 +92,7 @@ class Ask:
     batch_tokens: int | None = None
     buffer: float = BUFFER
     asked_n: float | None = None  # in matrices, before the nearest architecture was taken
+    every: tuple[int, int] | None = None  # steps between checkpoints and evaluations, of a plan that exists
 
     @property
     def tokens_wanted(self) -> float | None:
@@ -224,6 +228,8 @@ class Plan:
     @property
     def checkpoint_every(self) -> int:
         """Steps: half an hour's worth, and at least twenty in a run; down to two digits."""
+        if self.ask.every:
+            return self.ask.every[0]
         wanted = min(
             CHECKPOINT_H * 3600 * self.recipe.steps / self.seconds, self.recipe.steps / FEWEST_CHECKPOINTS
         )
@@ -233,6 +239,8 @@ class Plan:
     @property
     def evaluation_every(self) -> int:
         """Steps: at checkpoints, or fewer of them where evaluating (forward only: a third) costs more."""
+        if self.ask.every:
+            return self.ask.every[1]
         batch, steps = self.recipe.batch_tokens, self.recipe.steps
         cheap = math.ceil(EVALUATION_TOKENS / 3 / (EVALUATION_SHARE * batch))
         times = -(-cheap // self.checkpoint_every)  # at every so many checkpoints
@@ -333,9 +341,11 @@ def choose(ask: Ask, found: Candidates, seconds: float | None, binding: str) -> 
             raise UserError("--dollars: is needed, or --hours, --tokens or --n; for example --dollars 35")
         return Choice(ask.models[0], float(tokens_for(ask.belief.law, found.n[0]))), "the law's optimum"
     bought = ask.speed.flops_per_sec * seconds / found.palm
+    worth = LAST_EPOCH * ask.data.tokens if ask.data else math.inf
     if ask.inference_tokens and len(ask.models) > 1:
         return best_served(found, bought, ask.belief, ask.data, ask.inference_tokens), binding
-    return best(found, bought, ask.belief, ask.data), binding
+    choice = best(found, np.minimum(bought, worth), ask.belief, ask.data)
+    return choice, f"the data: {LAST_EPOCH} epochs" if choice.tokens == worth else binding
 
 
 def _for_tokens(ask: Ask, found: Candidates, tokens: float, seconds: float | None) -> Choice:

@@ -10,6 +10,7 @@ from pathlib import Path
 from x1_pretrain.laws import forms
 from x1_pretrain.model.flops import parameter_counts
 from x1_pretrain.model.memory import training_memory
+from x1_pretrain.money import gate
 from x1_pretrain.numbers import human
 from x1_pretrain.planning.critique import UNLIKELY_MFU
 from x1_pretrain.planning.planner import Plan
@@ -91,6 +92,9 @@ def _data(made: Plan) -> Iterator[str]:
         )
     if epochs > MOST_EPOCHS:
         yield f"{epochs:.1f} epochs: beyond {MOST_EPOCHS:g} a repeat is worth ever less; more text helps most"
+    if made.binding.startswith("the data") and made.ask.dollars is not None:
+        left = made.ask.dollars - made.quote.total_usd
+        yield f"the data end this plan, not the dollars: {gate.exact(left)} of them would buy nothing more"
 
 
 def _law(made: Plan) -> Iterator[str]:
