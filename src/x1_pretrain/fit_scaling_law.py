@@ -7,6 +7,8 @@ The input needs run_id, N, D and val_loss a row; `x1 isoflop` writes it from run
 
 from __future__ import annotations
 
+import shutil
+import textwrap
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,12 +19,14 @@ from x1_pretrain.command import single
 from x1_pretrain.errors import UserError
 from x1_pretrain.laws import fit_file, prose
 from x1_pretrain.laws.fitting import report
+from x1_pretrain.laws.points import Points
 from x1_pretrain.laws.posterior import PRIORS, prior_for
 from x1_pretrain.laws.reading import read_points
 from x1_pretrain.numbers import parse_amount
 
 FEWEST_REPLICATES = 100  # the ends of a 95 % interval are then two or three replicates each
 FEWEST_POINTS = 3
+USUAL_N = 1e9
 
 Flag = typer.Option
 
@@ -31,7 +35,9 @@ def main(
     input: Annotated[Path, Flag(help="runs.csv: run_id, N, D, val_loss, ... a row", show_default=False)],
     output: Annotated[Path, Flag(help="fit.json; the picture and the page go beside it", show_default=False)],
     bootstrap: Annotated[int, Flag(help="replicates; whole runs are drawn, not points")] = 4000,
-    n: Annotated[str, Flag(help="predict D_opt for this many parameters")] = "1B",
+    n: Annotated[
+        str | None, Flag(help="predict D_opt for this many parameters [1B, or ten times the largest N]")
+    ] = None,
     count: Annotated[
         Literal["matrices", "total"] | None, Flag(help="what N counts [default: the column N as it is]")
     ] = None,
@@ -59,18 +65,32 @@ def main(
             f"{FEWEST_POINTS} to say anything (five numbers; 15 runs on three budgets pin it down)"
         )
     believed = prior_for(points, prior) if prior else None
-    found = report(points, bootstrap, seed, parse_amount(n, "--n"), believed, bayesian)
+    target = parse_amount(n, "--n") if n else nearby(points)
+    found = report(points, bootstrap, seed, target, believed, bayesian)
     fit_file.write(found, output)
-    page = output.with_name("prediction.md")
+    page = beside(output, "prediction.md")
     page.write_text(prose.page(found), encoding="utf-8")
     written = [output, page]
     if picture:
         from x1_pretrain.laws.picture import draw
 
-        draw(found, output.with_name("iso-flop.png"))
-        written.append(output.with_name("iso-flop.png"))
-    print(prose.summary(found))
-    print(f"\nwritten: {', '.join(map(str, written))}; next: x1 predict --fit {output} --n {n}")
+        written.append(beside(output, "iso-flop.png"))
+        draw(found, written[-1])
+    width = min(110, shutil.get_terminal_size((110, 24)).columns)
+    for line in prose.summary(found).splitlines():
+        print(textwrap.fill(line, width, subsequent_indent="  ", break_on_hyphens=False))
+    print(f"\nwritten: {', '.join(map(str, written))}; next: x1 predict --fit {output} --n {target:.12g}")
+
+
+def nearby(points: Points) -> float:
+    """A billion, as everybody asks; where that is a thousand times what was measured, ten times that."""
+    largest = float(points.n.max())
+    return USUAL_N if largest * 1000 >= USUAL_N else float(f"{10 * largest:.1g}")
+
+
+def beside(output: Path, name: str) -> Path:
+    """Next to fit.json as the labs have it; next to another fit under its name."""
+    return output.with_name(name if output.stem == "fit" else f"{output.stem}-{name}")
 
 
 app = single(main)

@@ -347,6 +347,27 @@ def test_an_edited_plan_is_a_persons_own_work(x1: Said) -> None:
     assert "edited since" in x1("--dollars", "30", *MINE, "--output", "plan.yaml", code=78)
 
 
+def test_the_data_end_a_plan_that_dollars_would_not(x1: Said) -> None:
+    said = x1("--dollars", "35", *MINE, "--data-tokens", "10M")
+    assert "what decided: the data: 40 epochs" in " ".join(said.split())
+    tree = x1.tree("--dollars", "35", *MINE, "--data-tokens", "10M")
+    assert 395e6 < tree["tokens"] <= 400e6
+    assert tree["quote"]["total_usd"] < 5
+    assert any("the data end this plan, not the dollars" in note for note in tree["notes"])
+    assert x1.tree("--dollars", "35", *MINE, "--data-tokens", "10B")["decided_by"] == "--dollars"
+
+
+def test_a_sum_writes_no_file(x1: Said) -> None:
+    x1("--n", "70B", "--tokens", "200B", "--gpus", "2048", *MINE)
+    assert not Path("plan.yaml").exists()
+
+
+def test_the_ceiling_goes_on_to_launch(x1: Said) -> None:
+    assert "x1 launch --config plan.yaml" in x1("--dollars", "35", *MINE)
+    said = " ".join(x1("--dollars", "35", "--gpu", "a100-80gb").split())
+    assert re.search(r"x1 launch --config plan.yaml --provider \w+ .*--budget-cap-usd 35.00", said)
+
+
 def test_json_writes_no_file_unless_told(x1: Said) -> None:
     x1.tree("--dollars", "35", *MINE)
     assert not Path("plan.yaml").exists()

@@ -151,6 +151,10 @@ def _law_lines(fitted: Fitted) -> list[str]:
     ]
 
 
+def _dollars(usd: float) -> str:
+    return f"${usd:,.2f}" if usd >= 0.01 else f"${usd:.1g}"
+
+
 def counted(fitted: Fitted) -> str:
     return {
         "matrices": "parameters in matrices",
@@ -176,7 +180,7 @@ def _size_lines(fitted: Fitted, size: Prediction) -> list[str]:
 def _at_lines(fitted: Fitted, n: float, d: float, band: Band) -> list[str]:
     one = " (one run)" if band.has_interval else ""
     far = distance(prediction.beyond(fitted, n, d))
-    return [f"  {f'at D = {human(d)}':<14}{_nats(band)} nats per token{one}; D/N = {d / n:.3g}{far}"]
+    return [f"  {f'at D = {human(d)}':<13} {_nats(band)} nats per token{one}; D/N = {d / n:.3g}{far}"]
 
 
 def _regret_lines(size: Prediction) -> list[str]:
@@ -218,7 +222,7 @@ def _next_lines(runs: tuple[NextRun, ...]) -> list[str]:
     by = "dollar" if runs[0].usd is not None else "FLOP"
     said = [f"what to run next, the most for a {by} first (what it does to the draws of D_opt, either way)"]
     for found in runs[:3]:
-        cost = f"${found.usd:,.2f}" if found.usd is not None else f"{flop(found.flops)} FLOPs"
+        cost = f"{flop(found.flops)} FLOPs" if found.usd is None else _dollars(found.usd)
         width = f"x{found.width_before:.3g} -> x{found.width_after:.3g}"
         said.append(f"  {f'{human(found.n)} on {human(found.d)}':<20}{cost:<18}{width}")
     return said

@@ -195,7 +195,7 @@ def carry_out(
     found = table(jobs, output, usd_per_hr)
     print(f"-- all {len(jobs)} runs finished: {len(found.rows)} points in {output / TABLE}")
     fit = f"--input {output / TABLE} --output {output / 'fit.json'}"
-    print(f"next: python -m x1_pretrain.fit_scaling_law {fit}")
+    print(f"next: x1 fit {fit}")
     return errors.FINISHED
 
 

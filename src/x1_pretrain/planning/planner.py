@@ -341,11 +341,16 @@ def choose(ask: Ask, found: Candidates, seconds: float | None, binding: str) -> 
             raise UserError("--dollars: is needed, or --hours, --tokens or --n; for example --dollars 35")
         return Choice(ask.models[0], float(tokens_for(ask.belief.law, found.n[0]))), "the law's optimum"
     bought = ask.speed.flops_per_sec * seconds / found.palm
-    worth = LAST_EPOCH * ask.data.tokens if ask.data else math.inf
+    worth = worth_drawing(ask)
     if ask.inference_tokens and len(ask.models) > 1:
         return best_served(found, bought, ask.belief, ask.data, ask.inference_tokens), binding
     choice = best(found, np.minimum(bought, worth), ask.belief, ask.data)
     return choice, f"the data: {LAST_EPOCH} epochs" if choice.tokens == worth else binding
+
+
+def worth_drawing(ask: Ask) -> float:
+    """Tokens, before repeats of the data are worth next to nothing."""
+    return LAST_EPOCH * ask.data.tokens if ask.data else math.inf
 
 
 def _for_tokens(ask: Ask, found: Candidates, tokens: float, seconds: float | None) -> Choice:
@@ -399,7 +404,7 @@ def bigger(left_out: tuple[ModelConfig, ...], made: Plan, seconds: float | None)
     bought = (
         ask.flops / found.causal if ask.flops else ask.speed.flops_per_sec * (seconds or 0.0) / found.palm
     )
-    choice = best(found, bought, ask.belief, ask.data)
+    choice = best(found, np.minimum(bought, worth_drawing(ask)), ask.belief, ask.data)
     there = ask.belief.expected(choice.model, choice.tokens, ask.data).point
     return choice.model if there < made.expected.point else None
 
