@@ -213,7 +213,7 @@ def test_a_published_law_comes_with_the_spread_of_all_of_them() -> None:
     ]
     assert made.expected.low == pytest.approx(min(values))
     assert made.expected.high == pytest.approx(max(values))
-    assert sorted(spread(SMALL, float(made.tokens))) == pytest.approx(sorted(values))
+    assert sorted(spread(SMALL, float(made.tokens), None)) == pytest.approx(sorted(values))
 
 
 def test_a_law_of_ones_own_brings_its_interval_and_its_count() -> None:

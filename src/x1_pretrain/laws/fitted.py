@@ -63,6 +63,8 @@ class Fitted:
             logs = np.log(np.asarray(quantity(Law.of(self.draws)), dtype=float))
         low, middle, high = np.nanquantile(logs, [0.025, 0.5, 0.975])
         error = scatter**2 + self.model_error(quantity) ** 2
+        if not np.isfinite(error):  # without the largest budget there is no answer at all
+            return Band(point, np.nan, np.nan)
         centre = middle if self.method == "posterior" else np.log(point)
         down = np.hypot(max(centre - low, 0.0), Z95 * error**0.5)
         up = np.hypot(max(high - centre, 0.0), Z95 * error**0.5)
@@ -74,7 +76,7 @@ class Fitted:
             return 0.0
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             moved = float(np.log(quantity(self.without_largest) / quantity(self.law)))
-        return abs(moved) if np.isfinite(moved) else 0.0
+        return abs(moved) if np.isfinite(moved) else np.inf
 
     def tokens_for(self, n: float) -> Band:
         """D_opt(N)."""

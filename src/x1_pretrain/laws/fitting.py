@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from x1_pretrain.config import DECAY_SHARE
 from x1_pretrain.laws import forms
 from x1_pretrain.laws.bootstrap import bootstrap, leave_largest_out
 from x1_pretrain.laws.fitted import KEPT_DRAWS, Band, Fitted
@@ -52,7 +53,7 @@ def report(
     believed = (
         sample(points, prior or prior_for(points), seed, target_n) if bayesian or not len(draws) else None
     )
-    held_out = leave_largest_out(points) if len(draws) else None
+    held_out = leave_largest_out(points) if len(draws) and believed is None else None
     fitted = (
         _by_posterior(points, verdict, believed)
         if believed is not None
@@ -87,8 +88,11 @@ def rivals(points: Points) -> tuple[Estimate, ...]:
 def usd_per_flop(points: Points) -> float | None:
     """What a FLOP of 6ND cost in these runs, where the file says so."""
     known = np.isfinite(points.usd) & (points.usd > 0)
-    work = 6 * (points.n * points.d)[known]
-    return float(points.usd[known].sum() / work.sum()) if known.any() else None
+    work = 6 * points.n * points.d
+    for cluster in np.unique(points.cluster):  # branches paid for their own decay only, the trunk for all
+        member = np.flatnonzero(points.cluster == cluster)
+        work[np.delete(member, np.argmax(work[member]))] *= DECAY_SHARE
+    return float(points.usd[known].sum() / work[known].sum()) if known.any() else None
 
 
 def _by_bootstrap(
@@ -118,7 +122,7 @@ def _by_posterior(points: Points, verdict: Verdict, believed: Posterior) -> Fitt
         draws=thinned(believed.draws),
         prior_draws=thinned(believed.prior_draws),
         counts=points.counts,
-        scatter=float(np.median(believed.noise)),
+        scatter=float(np.sqrt(np.mean(believed.noise**2))),
         without_largest=None,
         n_range=_range(points.n),
         d_range=_range(points.d),
@@ -161,15 +165,10 @@ def thinned(draws: F64) -> F64:
 
 
 def predicted(fitted: Fitted, n: float) -> dict[str, Band]:
-    """D_opt(N), the loss there, and at the data's largest FLOPs."""
+    """D_opt(N), and the loss there."""
     best = fitted.tokens_for(n)
     return {
         "D_opt": best,
         "D_per_N": Band(*(value / n for value in best)),
         "loss": fitted.loss(n, best.point),
     }
-
-
-def flops_at(fitted: Fitted, n: float) -> float:
-    """C = 6ND of the optimum with n parameters."""
-    return float(6 * n * forms.tokens_for(fitted.law, n))

@@ -6,7 +6,7 @@ nat a token means something else; what can be said of its level is how far the p
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -43,36 +43,47 @@ class Belief:
     def loss(self, n: F64, tokens: F64, data: Data | None) -> F64:
         """Of candidates; what repeats, of tokens and of parameters, counts for less."""
         worth = tokens if data is None else np.array([data.effective(float(t)) for t in np.ravel(tokens)])
-        return np.asarray(forms.loss(self.law, self.useful(n, data), worth))
+        return np.asarray(forms.loss(self.law, self.useful(n, tokens, data), worth))
 
-    def useful(self, n: F64, data: Data | None) -> F64:
-        """Parameters beyond what the unique tokens call for are worth less (Muennighoff et al. 2023)."""
-        if data is None:
-            return n
-        enough = parameters_for(self.law, data.tokens)
-        excess = np.maximum(n / enough - 1.0, 0.0)
-        grown = 1.0 + forms.REPEAT_PARAMETERS * (1.0 - np.exp(-excess / forms.REPEAT_PARAMETERS))
-        return np.asarray(np.where(n > enough, enough * grown, n))
+    def useful(self, n: F64, tokens: F64, data: Data | None) -> F64:
+        """Where data repeat, parameters beyond what the unique tokens call for are worth less (Muennighoff et
+        al. 2023)."""
+        return n if data is None else np.where(tokens > data.tokens, _faded(self.law, n, data.tokens), n)
+
+    def counted(self, model: ModelConfig, tokens: float, data: Data | None) -> tuple[float, float]:
+        """N and D as they enter the law."""
+        worth = tokens if data is None else data.effective(tokens)
+        return float(self.useful(np.array(self.n(model)), np.array(tokens), data)), worth
 
     def expected(self, model: ModelConfig, tokens: float, data: Data | None) -> Band:
         """Of one run, with its interval or with the spread of the published laws."""
-        worth = tokens if data is None else data.effective(tokens)
+        n, worth = self.counted(model, tokens, data)
         if self.own:
-            useful = float(self.useful(np.array(self.n(model)), data))
-            return self.fitted.loss(useful, worth)
-        point = float(self.loss(np.array([self.n(model)]), np.array([tokens]), data)[0])
-        others = spread(model, worth)
+            return self.fitted.loss(n, worth)
+        point = float(forms.loss(self.law, n, worth))
+        others = spread(model, tokens, data)
         return Band(point, min(point, *others), max(point, *others))
 
 
 REFIT = Belief(published(forms.REFIT), own=False)
 
 
-def spread(model: ModelConfig, worth: float) -> list[float]:
+def spread(model: ModelConfig, tokens: float, data: Data | None) -> list[float]:
     """What each published law says, with either count of parameters."""
-    counts = parameter_counts(model)
-    sizes = (counts.matrices, counts.total)
-    return [float(forms.loss(one.law, n, worth)) for one in forms.PUBLISHED for n in sizes]
+    counts: tuple[forms.Counts, ...] = ("matrices", "total")
+    beliefs = [
+        Belief(replace(published(one), counts=which), own=False)
+        for one in forms.PUBLISHED
+        for which in counts
+    ]
+    return [float(forms.loss(one.law, *one.counted(model, tokens, data))) for one in beliefs]
+
+
+def _faded(law: Law, n: F64, unique: float) -> F64:
+    enough = parameters_for(law, unique)
+    excess = np.maximum(n / enough - 1.0, 0.0)
+    grown = 1.0 + forms.REPEAT_PARAMETERS * (1.0 - np.exp(-excess / forms.REPEAT_PARAMETERS))
+    return np.asarray(np.where(n > enough, enough * grown, n))
 
 
 def counted(counts: ParameterCounts, which: str) -> float:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from x1_pretrain.config import ModelConfig
-from x1_pretrain.laws.forms import F64
+from x1_pretrain.laws.forms import F64, Law
 from x1_pretrain.model.flops import flops_per_token
 from x1_pretrain.planning.belief import Belief, parameters_for
 from x1_pretrain.planning.data_check import Data
@@ -103,8 +103,16 @@ def best_served(found: Candidates, tokens: F64, belief: Belief, data: Data | Non
 
 def tokens_to_reach(found: Candidates, target: F64, belief: Belief, data: Data | None) -> F64:
     """Of every candidate; infinite where it never gets there."""
-    law = belief.law
-    left = target - law.E - law.A * np.power(belief.useful(found.n, data), -law.alpha)
+    fresh = _worth_for(belief.law, found.n, target)
+    if data is None:
+        return fresh
+    repeated = _worth_for(belief.law, belief.useful(found.n, np.array(np.inf), data), target)
+    return np.where(fresh <= data.tokens, fresh, data.drawn_for(repeated))
+
+
+def _worth_for(law: Law, n: F64, target: F64) -> F64:
+    """The fresh tokens with which the law gives this loss."""
+    left = target - law.E - law.A * np.power(n, -law.alpha)
     with np.errstate(divide="ignore", invalid="ignore"):
-        worth = np.where(left > 0, np.power(law.B / np.where(left > 0, left, 1.0), 1.0 / law.beta), np.inf)
-    return worth if data is None else data.drawn_for(worth)
+        worth = np.power(law.B / np.where(left > 0, left, 1.0), 1.0 / law.beta)
+    return np.asarray(np.where(left > 0, worth, np.inf))

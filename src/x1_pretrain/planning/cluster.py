@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from x1_pretrain.config import ModelConfig
 from x1_pretrain.model.flops import parameter_counts
+from x1_pretrain.model.memory import largest_micro_batch, training_memory
 
 NODE_GPUS = 8
 BETWEEN_NODES_GB_PER_SEC = 50.0  # assumed: one 400 Gb/s network card a GPU
-STATE_BYTES = 16  # a parameter: fp32 weight, gradient and two moments
 WIDTHS = (8, 64, 1024)
 
 
@@ -64,17 +64,14 @@ class Shared:
 
     def stops(self, gpus: int, compute_s: float, moved_s: float | None) -> str:
         sequences = self.batch_tokens / self.model.context
-        if self.memory_gib is not None and self.states_gib > self.memory_gib:
-            return f"states of {self.states_gib:,.0f} GiB on {self.memory_gib:,.0f}: shard the model"
+        if self.memory_gib is not None and largest_micro_batch(self.model, 1, self.memory_gib) is None:
+            needed = training_memory(self.model, 1).total / 2**30
+            return f"{needed:,.0f} GiB for one sequence on {self.memory_gib:,.0f}: shard the model"
         if sequences < gpus:
             return f"{sequences:,.0f} sequences a step, fewer than GPUs"
         if moved_s is not None and moved_s > compute_s:
             return "exchange takes longer than arithmetic"
         return ""
-
-    @property
-    def states_gib(self) -> float:
-        return STATE_BYTES * parameter_counts(self.model).total / 2**30
 
     def widest(self) -> int:
         """The largest power of two at which data parallelism makes sense; 0 for none."""

@@ -12,10 +12,19 @@ from dataclasses import dataclass, replace
 from x1_pretrain.config import RunConfig
 from x1_pretrain.errors import UserError
 from x1_pretrain.laws import forms
-from x1_pretrain.learning.recipe import Recipe, batch_rule, body_flops_per_token, lr_rule
+from x1_pretrain.learning.recipe import (
+    BATCH_POWER,
+    BATCH_SCALE,
+    DEEPSEEK,
+    Recipe,
+    batch_rule,
+    body_flops_per_token,
+    lr_line,
+    lr_rule,
+)
 from x1_pretrain.model.flops import mfu
 from x1_pretrain.model.memory import training_memory
-from x1_pretrain.numbers import flop, human
+from x1_pretrain.numbers import human
 from x1_pretrain.planning.belief import spread
 from x1_pretrain.planning.choice import Candidates
 from x1_pretrain.planning.planner import KEPT, Ask, Plan, amount, plan, trainable
@@ -240,17 +249,17 @@ def _band(config: RunConfig, priced: Plan) -> Iterator[Finding]:
     if config.verify.loss_band is None:
         return
     low, high = config.verify.loss_band
-    data, tokens = priced.ask.data, priced.tokens
-    worth = data.effective(tokens) if data else float(tokens)
-    law = priced.ask.belief.law
+    data, tokens, belief = priced.ask.data, float(priced.tokens), priced.ask.belief
+    counts: tuple[forms.Counts, ...] = ("matrices", "total")
+    both = [replace(belief, fitted=replace(belief.fitted, counts=which)) for which in counts]
     by_matrices, by_all = (
-        float(forms.loss(law, n, worth)) for n in (priced.counts.matrices, priced.counts.total)
+        float(forms.loss(one.law, *one.counted(priced.model, tokens, data))) for one in both
     )
     outside = [value for value in (by_matrices, by_all) if not low <= value <= high]
     if not outside:
         return
     word = "would" if len(outside) == 2 else "may well"
-    others = spread(priced.model, worth)
+    others = spread(priced.model, tokens, data)
     yield Finding(
         f"the band [{low:.2f}, {high:.2f}] of verify.loss_band",
         f"the law says {by_matrices:.2f} (N in matrices) or {by_all:.2f} (all parameters), the published "
@@ -272,7 +281,7 @@ def _rate(config: RunConfig, priced: Plan) -> Iterator[Finding]:
     times, word = (rule / lr, "below") if lr < rule else (lr / rule, "above")
     yield Finding(
         f"learning rate {lr:g}",
-        f"{times:.1f} times {word} the rule, 0.3118 x ({flop(flops)})^-0.125 = {rule:.2g}",
+        f"{times:.1f} times {word} the rule, {lr_line(flops).numbers}",
         "DeepSeek LLM 2024; measured WSD runs of 48M parameters agree: 1.5e-3 at 10 B tokens, 2e-3 at 44 B",
         f"try {rule:.1e} on 2 % of the steps before the whole run",
     )
@@ -286,7 +295,7 @@ def _batch(config: RunConfig, priced: Plan) -> Iterator[Finding]:
     yield Finding(
         f"batch of {batch:,} tokens",
         f"{max(batch / rule, rule / batch):.1f} times {word} the rule, {human(rule)}",
-        "DeepSeek LLM 2024: 0.2920 C^0.3271",
+        f"{DEEPSEEK}: {BATCH_SCALE} C^{BATCH_POWER}",
         "larger batches waste tokens, smaller ones the GPU; the rate moves with it, about as its square root",
     )
 
@@ -315,7 +324,8 @@ def _schedule(config: RunConfig) -> Iterator[Finding]:
             f"stopped before step {steps:,}, by money or by you, it is 0.02 to 0.07 nats above a run that "
             "was planned for that length",
             "intermediate checkpoints of the OLMo ladder",
-            "set optimizer.schedule to wsd, which decays whenever you decide to end",
+            "set optimizer.schedule to wsd: a shorter run then branches off any checkpoint before the decay "
+            "(x1 train --branch-from CHECKPOINT --total-steps N)",
         )
 
 

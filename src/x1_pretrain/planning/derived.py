@@ -253,14 +253,13 @@ def _outcome(made: Plan) -> Iterator[Derived]:
         else "spread of published laws and of both counts of N: other data, other tokenizer; a level of your "
         "own needs a fit of your own"
     )
-    worth = made.ask.data.effective(made.tokens) if made.ask.data else float(made.tokens)
+    n, worth = belief.counted(made.model, float(made.tokens), made.ask.data)
     yield Derived(
         "final loss",
         loss.point,
         f"{loss.point:.2f} [{loss.low:.2f}, {loss.high:.2f}]" if loss.has_interval else f"{loss.point:.2f}",
         "E + A/N^alpha + B/D^beta, nats a token",
-        f"{law.E:.3f} + {law.A:.4g}/({flop(belief.n(made.model))})^{law.alpha:.3f} + "
-        f"{law.B:.4g}/({flop(worth)})^{law.beta:.3f}",
+        f"{law.E:.3f} + {law.A:.4g}/({flop(n)})^{law.alpha:.3f} + {law.B:.4g}/({flop(worth)})^{law.beta:.3f}",
         f"{belief.name}, N = {belief.counts}; {where}",
     )
     regrets = made.regrets()
