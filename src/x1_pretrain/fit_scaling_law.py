@@ -25,6 +25,7 @@ from x1_pretrain.laws.reading import read_points
 from x1_pretrain.numbers import parse_amount
 
 FEWEST_REPLICATES = 100  # the ends of a 95 % interval are then two or three replicates each
+MOST_REPLICATES = 100_000
 FEWEST_POINTS = 3
 USUAL_N = 1e9
 
@@ -53,11 +54,14 @@ def main(
     seed: Annotated[int, Flag(min=0, help="of the bootstrap and of the sampler")] = 0,
 ) -> None:
     """Fit a scaling law to measured runs: fit.json, iso-flop.png and prediction.md."""
+    if bootstrap > MOST_REPLICATES:
+        raise UserError(f"--bootstrap {bootstrap}: {MOST_REPLICATES:,} are the most; 4000 tell all there is")
     if bootstrap < FEWEST_REPLICATES:
         raise UserError(
             f"--bootstrap {bootstrap}: too few for a 95 % interval, whose ends are the outermost fortieths; "
             f"give {FEWEST_REPLICATES} or more (4000 take a quarter of a second)"
         )
+    refuse_overwriting(input, output)
     points = read_points(input, count, allow_undecayed, bits)
     if len(points) < FEWEST_POINTS:
         raise UserError(
@@ -69,17 +73,22 @@ def main(
     found = report(points, bootstrap, seed, target, believed, bayesian)
     fit_file.write(found, output)
     page = beside(output, "prediction.md")
-    page.write_text(prose.page(found), encoding="utf-8")
+    fit_file.whole(page, lambda new: new.write_text(prose.page(found), encoding="utf-8"))
     written = [output, page]
     if picture:
         from x1_pretrain.laws.picture import draw
 
         written.append(beside(output, "iso-flop.png"))
-        draw(found, written[-1])
+        fit_file.whole(written[-1], lambda new: draw(found, new))
     width = min(110, shutil.get_terminal_size((110, 24)).columns)
     for line in prose.summary(found).splitlines():
         print(textwrap.fill(line, width, subsequent_indent="  ", break_on_hyphens=False))
     print(f"\nwritten: {', '.join(map(str, written))}; next: x1 predict --fit {output} --n {target:.12g}")
+
+
+def refuse_overwriting(input: Path, output: Path) -> None:
+    if output.suffix in (".csv", ".md", ".png") or output.resolve() == input.resolve():
+        raise UserError(f"--output {output}: is for the fit, a file such as {output.with_name('fit.json')}")
 
 
 def nearby(points: Points) -> float:

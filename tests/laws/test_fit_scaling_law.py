@@ -176,6 +176,52 @@ def test_a_mistake_is_one_line(
     assert said in one_line(capsys)
 
 
+@pytest.mark.parametrize("name", ["runs.csv", "prediction.md", "iso-flop.png"])
+def test_the_fit_is_not_written_over_its_input_or_its_own_page(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    file = tmp_path / "runs.csv"
+    file.write_text(LAB, encoding="utf-8")
+    args = ["--input", str(file), "--output", str(tmp_path / name)]
+    assert run(fit_scaling_law.app, args, prog="fit") == 2
+    assert "--output" in one_line(capsys)
+    assert file.read_text(encoding="utf-8") == LAB
+
+
+def test_a_place_for_the_page_that_is_taken_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out" / "prediction.md").mkdir(parents=True)
+    assert fit(tmp_path, LAB)[0] == 2
+    assert "prediction.md" in one_line(capsys)
+    assert not list((tmp_path / "out").glob(".*.new"))
+
+
+def test_bayesian_gives_one_interval_to_fit_and_predict(tmp_path: Path) -> None:
+    _, found = fit(tmp_path, grid([0.25, 0.5, 1.0, 2.0, 4.0]), "--bayesian")
+    assert found["without_largest_budget"] is None
+    told = found["predictions"]["1e+09"]["D_opt"]["posterior95"]
+    band = read_fit(tmp_path / "out" / "fit.json").tokens_for(1e9)
+    assert [band.low, band.high] == pytest.approx(told, rel=1e-3)
+
+
+def test_a_second_fit_does_not_take_the_first_ones_page(tmp_path: Path) -> None:
+    fit(tmp_path, LAB)
+    page = (tmp_path / "out" / "prediction.md").read_text(encoding="utf-8")
+    args = ["--input", str(tmp_path / "runs.csv"), "--output", str(tmp_path / "out" / "tight.json")]
+    assert run(fit_scaling_law.app, [*args, "--prior", "tight", "--no-picture"], prog="fit") == 0
+    assert (tmp_path / "out" / "prediction.md").read_text(encoding="utf-8") == page
+    assert (tmp_path / "out" / "tight-prediction.md").exists()
+
+
+def test_dollars_of_branches_are_for_their_own_steps() -> None:
+    from dataclasses import replace
+
+    trunk = points([1e6] * 3, [5e7, 1e8, 2e8], [4.2, 4.0, 3.9], cluster=[0, 0, 0])
+    priced = replace(trunk, usd=np.array([0.05, 0.1, 1.0]))  # each fifth of its length, and the trunk
+    assert usd_per_flop(priced) == pytest.approx(1.0 / (6e6 * 2e8))
+
+
 def test_a_folder_that_can_not_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "out").write_text("in the way", encoding="utf-8")
     file = tmp_path / "runs.csv"

@@ -145,7 +145,7 @@ def test_a_file_is_read_whole(tmp_path: Path) -> None:
 
 def test_what_may_be_absent(tmp_path: Path) -> None:
     file = tmp_path / "fit.json"
-    content = tree(without_largest_budget=None, draws=[])
+    content = tree(without_largest_budget=None, method="none", draws=[])
     del content["prior_draws"]
     file.write_text(json.dumps(content))
     fit = read_fit(file)

@@ -215,3 +215,20 @@ def test_the_replicates_of_pure_noise_run_away() -> None:
 
 def test_a_good_cloud_is_enough() -> None:
     assert verdict(cloud(30)).identified
+
+
+def test_one_budget_with_a_little_jitter_is_one_budget() -> None:
+    rng = np.random.default_rng(0)
+    flops, n = 1e18 * np.exp(rng.uniform(-0.3, 0.3, 16)), np.geomspace(2e7, 5e8, 16)
+    nats = 1.8 + 480.0 * n**-0.35 + 2000.0 * (flops / 6 / n) ** -0.37
+    jittered = points(n, flops / 6 / n, nats * np.exp(rng.normal(0, 0.003, 16)))
+    assert any("one budget only" in why for why in judge(jittered, solver.estimate(jittered)).reasons)
+
+
+def test_a_second_budget_needs_more_than_one_run() -> None:
+    rng = np.random.default_rng(0)
+    n = np.append(np.geomspace(2e7, 5e8, 12), 1e9)
+    d = np.append(1e18 / 6 / n[:12], 1e10)
+    nats = (1.8 + 480.0 * n**-0.35 + 2000.0 * d**-0.37) * np.exp(rng.normal(0, 0.003, 13))
+    reasons = judge(points(n, d, nats), solver.estimate(points(n, d, nats))).reasons
+    assert any("all runs but one" in why for why in reasons)

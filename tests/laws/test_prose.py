@@ -258,7 +258,7 @@ def test_how_the_answer_depends_on_the_choice() -> None:
     ("times", "said", "unsaid"),
     [
         (0.5, "lie inside what was measured", "extrapolates"),
-        (1.3, "at the edge of what was measured: at most 1.3 times the largest", "extrapolates"),
+        (1.3, "at the edge of what was measured: at most 1.3 times outside", "extrapolates"),
         (3.0, "3 times the largest FLOPs of the runs.", "small error of an exponent"),
         (100, "100 times the largest FLOPs of the runs. At such a distance", "inside what was measured"),
     ],

@@ -56,7 +56,12 @@ def collect(
         if not steps:
             found.left_out.append(f"{folder}: no validation loss on record")
         elif unfinished or is_finished(run):
-            found.rows.append(row_of(run, steps[-1], losses[-1], usd_per_hr))
+            row = row_of(run, steps[-1], losses[-1], usd_per_hr)
+            twin = next((one for one in found.rows if one["run_id"] == row["run_id"]), None)
+            if twin:
+                found.left_out.append(f"{folder}: a copy of {twin['run_dir']}, run {row['run_id']}")
+            else:
+                found.rows.append(row)
         else:
             found.left_out.append(
                 f"{folder}: unfinished, evaluated at step {steps[-1]:,} of {run.total_steps:,}"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from x1_pretrain.errors import UserError
 from x1_pretrain.laws import forms
-from x1_pretrain.laws.fitted import SCHEMA_VERSION, Band
+from x1_pretrain.laws.fitted import KIND, SCHEMA_VERSION, Band
 from x1_pretrain.laws.fitting import predicted
 from x1_pretrain.laws.forms import F64, Law
 from x1_pretrain.laws.results import Estimate, HeldOut, Posterior, Report
@@ -27,7 +29,7 @@ def tree(report: Report) -> dict[str, Any]:
     parameters = {name: {"ci95": None} | _band(band, interval) for name, band in fields}
     return {
         "schema_version": SCHEMA_VERSION,
-        "kind": "scaling-law-fit",
+        "kind": KIND,
         **parameters,
         "form": "L = E + A / N^alpha + B / D^beta, nats per token",
         "N_counts": points.counts,
@@ -61,13 +63,22 @@ def text(report: Report) -> str:
 
 
 def write(report: Report, file: Path) -> None:
+    whole(file, lambda new: new.write_text(text(report), encoding="utf-8"))
+
+
+def whole(file: Path, fill: Callable[[Path], object]) -> None:
+    """The old content or the new one, never a half, and nothing left over."""
+    new = file.with_name(f".{file.name}.new")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        new = file.with_name(f".{file.name}.new")
-        new.write_text(text(report), encoding="utf-8")
+        fill(new)
         new.replace(file)
     except OSError as error:
-        raise UserError(f"--output {file}: can't be written ({error.strerror})") from None
+        with suppress(OSError):
+            new.unlink(missing_ok=True)
+        raise UserError(
+            f"--output {file}: can't be written ({error.strerror or error}); make room or name another place"
+        ) from None
 
 
 def _ends(band: Band) -> list[float] | None:

@@ -20,6 +20,7 @@ from x1_pretrain.laws import forms
 from x1_pretrain.laws.forms import F64, Counts, Law
 
 SCHEMA_VERSION = 1
+KIND = "scaling-law-fit"
 KEPT_DRAWS = 4000  # as many are used and kept in the file, so that both give the same intervals
 Z95 = 1.959963984540054
 
@@ -126,20 +127,35 @@ def _fitted(tree: dict[str, Any], origin: str) -> Fitted:
             f"({SCHEMA_VERSION}); update x1"
         )
     law = Law(*(float(tree[field]["point"]) for field in forms.FIELDS))
-    if not all(np.isfinite(law)) or min(law[1:]) <= 0:
-        raise ValueError(f"the point estimate is {tuple(law)}")
+    _refuse_no_law(np.array([law]), "the point estimate")
+    if tree.get("kind", KIND) != KIND:
+        raise ValueError(f"kind is {tree['kind']!r}, expected {KIND!r}")
     for key, known in (("method", ("bootstrap", "posterior", "none")), ("N_counts", get_args(Counts))):
         if tree[key] not in known:
             raise ValueError(f"{key} is {tree[key]!r}, expected one of {', '.join(known)}")
     held_out = tree.get("without_largest_budget")
     ranges = [tuple(map(float, tree["ranges"][key])) for key in ("N", "D", "flops")]
+    if not all(0 < low <= high < np.inf for low, high in ranges):
+        raise ValueError(f"ranges are {tree['ranges']}, expected [smallest, largest] each")
+    scatter, draws = float(tree["scatter"]), _rows(tree["draws"])
+    if not 0 <= scatter < np.inf:
+        raise ValueError(f"scatter is {scatter}")
+    if (tree["method"] == "none") != (len(draws) == 0):
+        raise ValueError(f"{len(draws)} draws of method {tree['method']}")
+    _refuse_no_law(draws, "a draw")
+    if held_out:
+        _refuse_no_law(
+            np.array([[held_out["law"][f] for f in forms.FIELDS]], dtype=float), "the held-out law"
+        )
+    if not isinstance(tree["identifiability"]["reasons"], list):
+        raise ValueError("identifiability.reasons is no list")
     return Fitted(
         law=law,
         method=tree["method"],
-        draws=_rows(tree["draws"]),
+        draws=draws,
         prior_draws=_rows(tree.get("prior_draws", [])),
         counts=tree["N_counts"],
-        scatter=float(tree["scatter"]),
+        scatter=scatter,
         without_largest=Law(*(float(held_out["law"][f]) for f in forms.FIELDS)) if held_out else None,
         n_range=(ranges[0][0], ranges[0][1]),
         d_range=(ranges[1][0], ranges[1][1]),
@@ -148,6 +164,14 @@ def _fitted(tree: dict[str, Any], origin: str) -> Fitted:
         reasons=tuple(tree["identifiability"]["reasons"]),
         origin=origin,
     )
+
+
+def _refuse_no_law(rows: F64, what: str) -> None:
+    """E at least 0, the rest above, all finite, exponents below anything that was ever fitted."""
+    wrong = ~np.isfinite(rows).all(axis=1) | (rows[:, 0] < 0) | (rows[:, 1:] <= 0).any(axis=1)
+    wrong |= (rows[:, [2, 4]] > 100).any(axis=1)
+    if wrong.any():
+        raise ValueError(f"{what} is {tuple(map(float, rows[wrong][0]))}")
 
 
 def _rows(rows: Any) -> F64:

@@ -31,6 +31,7 @@ RANK_TOLERANCE = 1e-10
 # half the time, but D_opt was known to a factor of 900 at best.
 MOST_CORRELATION = 0.999
 ONE_BUDGET = float(np.log(1.5))  # spread of ln C; two budgets that far apart can do, with five sizes each
+SMEARED = float(np.log(3.0))  # a chain of runs without a gap is one budget, unless it is as long as this
 LEAST_RESIDUAL_SD = 1e-6  # of ln L: repeated runs differ by 3e-4 and more, so this is no measurement
 LEAST_E_SHARE = 1e-3  # of the smallest loss
 LEAST_E_NATS = 1e-3
@@ -95,9 +96,15 @@ def _badly_laid(points: Points) -> Iterator[str]:
         if len(points) > 1 and np.ptp(np.log(values)) < SAME:
             yield f"all points have one {what} ({values[0]:.4g}): what it does to the loss was not measured"
             return
-    if len(points) > 1 and np.ptp(np.log(flops)) < ONE_BUDGET:
+    number = budgets(flops)
+    first = number == np.bincount(number).argmax() if len(points) else number == 0
+    one = np.ptp(np.log(flops[first])) < SMEARED if len(points) else False
+    if len(points) > 1 and (np.ptp(np.log(flops)) < ONE_BUDGET or (one and first.all())):
         trade = "where N grows D shrinks, and what one does to the loss can pass for the other"
         yield f"one budget only ({flops.min():.3g} to {flops.max():.3g} FLOPs): {trade}; add a second budget"
+    elif one and len(np.unique(points.cluster[~first])) < 2:
+        there = f"about {flops[first].mean():.3g} FLOPs"
+        yield f"all runs but one are on one budget ({there}): add more on a second"
     elif len(points) > 2 and abs(together := float(np.corrcoef(log_n, log_d)[0, 1])) > MOST_CORRELATION:
         so = "what one does to the loss can pass for the other"
         yield f"N and D move together (correlation of their logarithms {together:.5f}): {so}"

@@ -28,6 +28,7 @@ from x1_pretrain.laws.sweep_table import Held, data_lines, hourly, pace_of, tabl
 from x1_pretrain.model import shapes
 from x1_pretrain.money.gate import ASSUMED_MFU
 from x1_pretrain.numbers import parse_amount
+from x1_pretrain.records.run_folder import is_run
 
 GPT2_VOCABULARY = 50257
 
@@ -296,6 +297,8 @@ def main(
         return 0
     cap = max((usd for usd in (budget_cap_usd, raise_ceiling_to) if usd is not None), default=None)
     refuse_dear(planned, pace, hour, cap)
+    if is_run(output) or (output / "train.bin").exists():
+        raise RefusedError(f"--output {output}: is a run or a corpus; give the sweep a folder of its own")
     agree(output, plan_tree(jobs, found.fingerprints))
     purse = Purse(budget_cap_usd, budget_curr_cost_uri, raise_ceiling_to)
     return carry_out(jobs, output, ["--device", device], purse, given_usd_per_hr, brief)

@@ -38,14 +38,14 @@ def distance(found: Prediction) -> str:
             f"{human(found.n)} parameters on {human(found.tokens.point)} tokens lie inside what was measured."
         )
     if not over:
-        return (
-            f"The target lies at the edge of what was measured: at most {far.furthest:.2g} times the largest."
-        )
-    words = ", ".join(f"{human(ratio)} times the largest {what}" for what, ratio in over)
+        return f"The target lies at the edge of what was measured: at most {far.furthest:.2g} times outside."
+    words = ", ".join(
+        f"{human(ratio)} times {'below the smallest' if what in far.below else 'the largest'} {what}"
+        for what, ratio in over
+    )
     risk = (
         " At such a distance a small error of an exponent is a large one of D_opt, and nothing measured "
-        "here could "
-        "show it."
+        "here could show it."
         if far.furthest > FAR
         else ""
     )

@@ -235,10 +235,14 @@ def distance(beyond: Beyond) -> str:
     if beyond.furthest <= 1:
         return ", inside what was measured"
     if beyond.furthest <= FAR:
-        return f", at the edge of what was measured ({beyond.furthest:.2g}x the largest)"
-    parts = [("N", beyond.n), ("D", beyond.d), ("6ND", beyond.flops)]
-    over = ", ".join(f"{name} {human(ratio)}x" for name, ratio in parts if ratio > FAR)
-    return f", an extrapolation: times the largest fitted, {over}"
+        return f", at the edge of what was measured ({beyond.furthest:.2g}x outside)"
+    parts = [("N", beyond.n), ("D", beyond.d), ("FLOPs", beyond.flops)]
+    over = ", ".join(
+        f"{name} {human(ratio)}x {'below the smallest' if name in beyond.below else 'the largest'}"
+        for name, ratio in parts
+        if ratio > FAR
+    )
+    return f", an extrapolation: {over} fitted"
 
 
 def _nats(band: Band) -> str:

@@ -50,11 +50,13 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Beyond:
-    """How many times the largest fitted N, D and 6ND the question is; NaN for a law without data."""
+    """How far outside the fitted N, D and 6ND the question lies: times the largest, or the smallest over it;
+    at most 1 inside. NaN for a law without data."""
 
     n: float
     d: float
     flops: float
+    below: frozenset[str] = frozenset()  # of "N", "D", "FLOPs": those that lie below the smallest
 
     @property
     def furthest(self) -> float:
@@ -103,7 +105,12 @@ def regret(fitted: Fitted, flops: float, factor: float) -> Regret:
 
 
 def beyond(fitted: Fitted, n: float, d: float) -> Beyond:
-    return Beyond(n / fitted.n_range[1], d / fitted.d_range[1], 6.0 * n * d / fitted.flops_range[1])
+    ranges = {"N": (n, fitted.n_range), "D": (d, fitted.d_range), "FLOPs": (6 * n * d, fitted.flops_range)}
+    below = frozenset(what for what, (value, (low, _)) in ranges.items() if value < low)
+    n_far, d_far, work_far = (
+        low / value if value < low else value / high for value, (low, high) in ranges.values()
+    )
+    return Beyond(n_far, d_far, work_far, below)
 
 
 def best_for(fitted: Fitted, flops: float) -> tuple[Band, Band, Band]:

@@ -271,6 +271,7 @@ def _choice(e: Estimate, tokens: float, misfit: float) -> str:
 
 def _choice_words(report: Report, tokens: list[float]) -> str:
     """What the choice does among the rows that fit about as well."""
+    tokens = [value for value in tokens if 0 < value < np.inf]
     if len(tokens) < 2:
         return "No other row fits these runs as well."
     band = report.fitted.tokens_for(report.target_n)

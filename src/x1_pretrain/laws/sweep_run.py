@@ -223,7 +223,7 @@ def log_of(job: Job, output: Path) -> Path:
 
 def outcome(job: Job, found: collect.Collected, seconds: float) -> str:
     """The loss of the run that just ended, from its records."""
-    rows = (row for row in found.rows if Path(row["run_dir"]) == job.folder)
+    rows = (row for row in found.rows if Path(row["run_dir"]) == job.folder.resolve())
     nats = next((row["val_loss"] for row in rows), None)
     return f"   {f'loss {nats:.4f}' if nats is not None else 'not finished'}, {duration(seconds)}"
 

@@ -40,6 +40,7 @@ from x1_pretrain.planning.flags import (
 from x1_pretrain.planning.planner import BUFFER, Ask, Plan, plan
 
 DEFAULT = Path("plan.yaml")
+MOST = {"--n": 1e13, "--flops": 1e30, "--flops-per-sec": 1e24, "--dollars": 1e10, "--usd-per-hr": 1e7}
 Flag = typer.Option
 
 
@@ -179,7 +180,12 @@ def _judge(config: RunConfig, wanted: Wanted, explain: bool, as_json: bool) -> N
 
 
 def _amount(flag: str, text: str | None) -> float | None:
-    return None if text is None else parse_amount(text, flag)
+    if text is None:
+        return None
+    value, most = parse_amount(text, flag), MOST.get(flag, 1e18)
+    if value > most:
+        raise UserError(f"{flag} {text}: more than {most:g}, beyond anything that can be planned")
+    return value
 
 
 def _whole(flag: str, text: str | None) -> int | None:
@@ -192,7 +198,7 @@ def _whole(flag: str, text: str | None) -> int | None:
 def _money(flag: str, text: str | None) -> Decimal | None:
     if text is None:
         return None
-    return Decimal(repr(parse_amount(text.strip().removeprefix("$"), flag)))
+    return Decimal(repr(_amount(flag, text.strip().removeprefix("$"))))
 
 
 def _above(flag: str, value: float | None) -> float | None:

@@ -197,7 +197,7 @@ def show_judged(judged: Judged, notes: list[str], explain: bool) -> None:
     _say(out, said if count else NOTHING_WRONG)
     for one in judged.findings:
         _say(out, _finding(one))
-    if instead := judged.instead:
+    if (instead := judged.instead) and instead.expected.point < made.expected.point:
         out.print()
         _say(
             out,
