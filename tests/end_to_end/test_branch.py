@@ -14,7 +14,7 @@ from tests.end_to_end.processes import Training, curve, last_step, rows, wait_un
 
 from x1_pretrain.config import load_config
 from x1_pretrain.records.run_folder import open_run
-from x1_pretrain.records.verify import verify
+from x1_pretrain.records.verify import PASSED, blocks_in_order, verify
 from x1_pretrain.runtime.branch import read_parent
 from x1_pretrain.runtime.checkpoint import read_state
 from x1_pretrain.runtime.checkpoint_files import list_checkpoints
@@ -84,6 +84,7 @@ def test_a_branch_ends_as_a_run_of_its_own_would(
         for d in row["blocks"]
     ]
     assert len(drawn) == len(set(drawn)) == 20 * 8  # no token twice
+    assert blocks_in_order(open_run(tmp_path / "branch")).result == PASSED
 
 
 def test_a_branch_is_a_run_of_its_own_that_says_where_it_is_from(
@@ -111,11 +112,20 @@ def test_the_same_command_resumes_a_branch_from_its_own_checkpoints(
     assert branch(run, "--ckpt-every", "4").code == 0
     before = (weights(run), curve(run), json.loads((run / "manifest.json").read_text())["parent"])
     shutil.rmtree(run / "checkpoints" / "step-000000020")
-    outcome = branch(run, "--ckpt-every", "4", step=30)  # ignored: the run has checkpoints of its own
+    outcome = branch(run, "--ckpt-every", "4")
     assert outcome.code == 0, outcome.err
     assert "goes on from" in outcome.out
     assert before == (weights(run), curve(run), json.loads((run / "manifest.json").read_text())["parent"])
     assert [e["event"] for e in rows(run / "events.jsonl")].count("branch") == 1
+
+
+def test_a_run_that_has_begun_takes_no_other_past(tmp_path: Path, branch: Any, trunk: Path) -> None:
+    run = tmp_path / "branch"
+    assert branch(run).code == 0
+    outcome = branch(run, step=30)
+    assert outcome.code == 78
+    assert "branched from" in outcome.one_line
+    assert "step-000000012" in outcome.one_line
 
 
 def test_the_seconds_until_the_branch_are_the_parents(config: Path, corpus: Path, trunk: Path) -> None:

@@ -201,6 +201,12 @@ def carry_out(
 
 def command(job: Job, output: Path, options: Sequence[str]) -> list[str]:
     """The same one starts and resumes the run."""
+    if job.branch_from and not job.branch_from.is_dir() and not is_run(job.folder):
+        trunk = job.branch_from.parents[1]
+        raise errors.UserError(
+            f"{job.branch_from}: {job.run.name} begins with this checkpoint, and it is gone; remove {trunk} to "
+            "have its trunk trained again"
+        )
     file = output / "configs" / f"{job.run.name}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
     write(file, cfg.to_yaml(job.config))

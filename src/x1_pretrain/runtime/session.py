@@ -188,6 +188,7 @@ def _found(
     state = checkpoint.read_state(good) if good else None
     if state is not None and good is not None:
         _refuse_another_run(config, corpora, state, good)
+        _refuse_another_parent(folder, state, branch_from)
     parent = read_parent(config, corpora, branch_from) if branch_from and good is None else None
     checkpoint_files.remove_temporaries(config.checkpoint_folder)
     step = state.step if state else -1
@@ -209,6 +210,17 @@ def _found(
         locks=locks,
         branching=parent is not None,
     )
+
+
+def _refuse_another_parent(folder: Path, state: RunState, branch_from: Path | None) -> None:
+    """A run that has begun has its past: another can't be given to it. By the step: trunks may be moved."""
+    began = Path((state.parent or {}).get("checkpoint", "")).name
+    if branch_from is not None and branch_from.resolve().name != began:
+        past = f"branched from {state.parent['checkpoint']}" if state.parent else "did not branch off another"
+        raise RefusedError(
+            f"--branch-from {branch_from}: the run in {folder} {past}; leave it out to go on, or give a new "
+            "--run-dir"
+        )
 
 
 def _refuse_corpus(place: Path) -> None:
