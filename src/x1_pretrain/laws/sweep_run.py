@@ -180,6 +180,7 @@ def carry_out(
             rate = worked_flops / worked_s if worked_s else None
             print(header(job, number + 1, len(jobs), left / rate if rate else None), flush=True)
             begun = time.monotonic()
+            refuse_without_beginning(job)
             log = log_of(job, output) if brief else None
             code = relay.wait_for(command(job, output, [*options, *purse.options(job.folder)]), log)
             found = table(jobs, output, usd_per_hr)
@@ -199,14 +200,16 @@ def carry_out(
     return errors.FINISHED
 
 
+def refuse_without_beginning(job: Job) -> None:
+    if job.branch_from and not job.branch_from.is_dir() and not is_run(job.folder):
+        raise errors.UserError(
+            f"{job.branch_from}: {job.run.name} begins with this checkpoint, and it is gone; remove "
+            f"{job.branch_from.parents[1]} to have its trunk trained again"
+        )
+
+
 def command(job: Job, output: Path, options: Sequence[str]) -> list[str]:
     """The same one starts and resumes the run."""
-    if job.branch_from and not job.branch_from.is_dir() and not is_run(job.folder):
-        trunk = job.branch_from.parents[1]
-        raise errors.UserError(
-            f"{job.branch_from}: {job.run.name} begins with this checkpoint, and it is gone; remove {trunk} to "
-            "have its trunk trained again"
-        )
     file = output / "configs" / f"{job.run.name}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
     write(file, cfg.to_yaml(job.config))
