@@ -283,6 +283,11 @@ def test_finished_runs_are_skipped_and_the_rest_is_done(
 ) -> None:
     jobs[0].folder.parent.mkdir(parents=True)
     build_run(jobs[0].folder)
+    assert jobs[1].branch_from is not None
+    with pytest.raises(errors.UserError, match="it is gone; remove"):  # a finished trunk without it
+        sweep_run.carry_out(jobs, tmp_path, [], Purse(), None)
+    jobs[1].branch_from.mkdir(parents=True)
+    capfd.readouterr()
     asked: list[str] = []
 
     def command(job: Job, output: Path, options: Any) -> list[str]:
