@@ -47,7 +47,7 @@ from x1_pretrain.config import ModelConfig, RunConfig, load_config
 from x1_pretrain.learning import optimizers
 from x1_pretrain.model import attention, flops, gpus, huggingface, loss
 from x1_pretrain.model.decoder import Decoder
-from x1_pretrain.model.memory import GPU_MEMORY_SHARE
+from x1_pretrain.model.memory import GPU_MEMORY_SHARE, largest_micro_batch, training_memory
 from x1_pretrain.runtime import assemble, fit
 
 Work = Callable[[], object]
@@ -357,7 +357,13 @@ def speeds(bench: Bench, check: str, mode: str, micro_batches: list[int]) -> Ite
             yield Row(check, what, "out of memory")
             continue
         rate = sequences * bench.config.model.context / seconds
-        note = f"{mfu_note(bench, rate)}; first step {first_s:.1f} s, peak +{gib:.1f} GiB"
+        told = training_memory(bench.config.model, sequences)
+        more = (
+            told.total - told.weights - told.moments
+        ) / 2**30  # those are there before, or not at all here
+        note = (
+            f"{mfu_note(bench, rate)}; first step {first_s:.1f} s, peak +{gib:.1f} GiB, foretold {more:.1f}"
+        )
         yield Row(check, what, rate, "tokens/s", note)
 
 
@@ -396,6 +402,8 @@ def micro_batch(bench: Bench) -> Iterator[Row]:
     optimizer.step()  # its state is there from the first step on
     most = largest(lambda n: probe(bench, decoder)(n) is not None, bench.config.batch_blocks)
     yield Row("micro_batch", "most that runs", float(most), "sequences", "any number, divisor or not")
+    told = largest_micro_batch(bench.config.model, bench.config.batch_blocks, total / 2**30)
+    yield Row("micro_batch", "foretold by the memory model", float(told or 0), "sequences", "model/memory.py")
     divisor = fit.divisors_up_to(bench.config.batch_blocks, most)[0]
     yield Row("micro_batch", "largest divisor that runs", float(divisor), "sequences")
 
