@@ -18,6 +18,7 @@ from x1_pretrain.command import run as run_app
 from x1_pretrain.command import single
 from x1_pretrain.errors import UserError
 from x1_pretrain.laws import fit_file, prose
+from x1_pretrain.laws.fitted import KEPT_DRAWS
 from x1_pretrain.laws.fitting import report
 from x1_pretrain.laws.points import Points
 from x1_pretrain.laws.posterior import PRIORS, prior_for
@@ -25,7 +26,7 @@ from x1_pretrain.laws.reading import read_points
 from x1_pretrain.numbers import parse_amount
 
 FEWEST_REPLICATES = 100  # the ends of a 95 % interval are then two or three replicates each
-MOST_REPLICATES = 100_000
+MOST_REPLICATES = KEPT_DRAWS
 FEWEST_POINTS = 3
 USUAL_N = 1e9
 
@@ -55,7 +56,9 @@ def main(
 ) -> None:
     """Fit a scaling law to measured runs: fit.json, iso-flop.png and prediction.md."""
     if bootstrap > MOST_REPLICATES:
-        raise UserError(f"--bootstrap {bootstrap}: {MOST_REPLICATES:,} are the most; 4000 tell all there is")
+        raise UserError(
+            f"--bootstrap {bootstrap}: {MOST_REPLICATES} are the most: fit.json keeps each of them"
+        )
     if bootstrap < FEWEST_REPLICATES:
         raise UserError(
             f"--bootstrap {bootstrap}: too few for a 95 % interval, whose ends are the outermost fortieths; "

@@ -45,7 +45,7 @@ def tree(report: Report) -> dict[str, Any]:
         "robustness": [_estimate(report.best), *map(_estimate, report.others)],
         "without_largest_budget": _held_out(report.held_out),
         "prior": _prior(report.posterior),
-        "isoflop_parabolas": [p._asdict() if hasattr(p, "_asdict") else vars(p) for p in report.parabolas],
+        "isoflop_parabolas": [vars(parabola) for parabola in report.parabolas],
         "next_runs": [vars(run) for run in report.next_runs],
         "ranges": {"N": fitted.n_range, "D": fitted.d_range, "flops": fitted.flops_range},
         "data": {"file": points.origin, "sha256": points.sha256, "notes": points.notes},

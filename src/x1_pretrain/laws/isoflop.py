@@ -26,11 +26,10 @@ from x1_pretrain.laws.sweep import Count, Pace, PlannedRun
 from x1_pretrain.laws.sweep_run import TABLE, Job, Purse, agree, carry_out, plan_tree
 from x1_pretrain.laws.sweep_table import Held, data_lines, hourly, pace_of, table, told
 from x1_pretrain.model import shapes
+from x1_pretrain.model.flops import GPT2_VOCABULARY
 from x1_pretrain.money.gate import ASSUMED_MFU
 from x1_pretrain.numbers import parse_amount
 from x1_pretrain.records.run_folder import is_run
-
-GPT2_VOCABULARY = 50257
 
 # What the sweep itself decides for each run, and the flag that has a say in it.
 OWN = {
@@ -90,11 +89,17 @@ def held(base: RunConfig) -> Held | None:
     if not all((folder / "manifest.json").is_file() for folder in folders):
         return None
     manifests = [read_manifest(folder) for folder in folders]
+    whole = sum(corpus.weight for corpus in base.data.mixture().values())
     domains = [sum(end - start for start, end in s) for m in manifests for s in m.val_spans.values()]
     return Held(
         vocab_size=max(m.tokenizer.vocab_size for m in manifests),
         fingerprints=tuple(m.fingerprint for m in manifests),
         train_tokens=sum(m.train.tokens for m in manifests),
+        drawn_most=max(
+            corpus.weight / whole / m.train.tokens
+            for corpus, m in zip(base.data.mixture().values(), manifests, strict=True)
+            if m.train.tokens
+        ),
         val_tokens=max(domains, default=0),
     )
 

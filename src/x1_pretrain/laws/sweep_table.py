@@ -137,6 +137,7 @@ class Held:
     vocab_size: int
     fingerprints: tuple[str, ...]  # none where the data are not here
     train_tokens: int
+    drawn_most: float  # epochs for each token of a run, of the corpus that is repeated most
     val_tokens: int  # of the largest domain: with this limit all of them are evaluated
 
 
@@ -147,7 +148,7 @@ def data_lines(
     if found is None:
         return [f"  the corpus is not here: a vocabulary of {vocab_size:,} is assumed"]
     longest = max(planned, key=lambda run: run.tokens)
-    epochs = longest.tokens / found.train_tokens
+    epochs = longest.tokens * found.drawn_most
     repeats = f"; beyond {MANY_EPOCHS:g} a repeated token teaches less" if epochs > MANY_EPOCHS else ""
     part = "the whole held-out part" if val_tokens >= found.val_tokens else "the same held-out tokens"
     return [

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 from x1_pretrain.config import ModelConfig
 
+GPT2_VOCABULARY = 50_257  # what is assumed where no corpus says
+
 
 class ParameterCounts(NamedTuple):
     """Parameters on disk: vocabulary padding is not counted."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from x1_pretrain.config import RunConfig
 from x1_pretrain.errors import RefusedError
 from x1_pretrain.model import gpus
-from x1_pretrain.model.flops import flops_per_token
+from x1_pretrain.model.flops import GPT2_VOCABULARY, flops_per_token
 from x1_pretrain.model.gpus import peak_bf16_flops_per_sec
 from x1_pretrain.money import gate, pace
 from x1_pretrain.money.account import account
@@ -21,7 +21,6 @@ from x1_pretrain.money.providers.base import Offer, Provider, ProviderError, Unr
 from x1_pretrain.records.run_folder import read_jsonl
 
 ASK_PRICE_EVERY_S = 300.0
-GPT2_VOCABULARY = 50_257
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from x1_pretrain.command import single
 from x1_pretrain.config import RunConfig, load_config
 from x1_pretrain.errors import UserError
 from x1_pretrain.model import shapes
+from x1_pretrain.model.flops import GPT2_VOCABULARY
 from x1_pretrain.money import gate
-from x1_pretrain.money.pricing import GPT2_VOCABULARY
 from x1_pretrain.numbers import parse_amount
 from x1_pretrain.planning import config_file, critique, data_check, remarks, screen
 from x1_pretrain.planning.flags import (

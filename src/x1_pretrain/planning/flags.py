@@ -11,13 +11,12 @@ from x1_pretrain.config import ModelConfig, RunConfig
 from x1_pretrain.errors import UserError
 from x1_pretrain.laws.fitted import read_fit
 from x1_pretrain.model import gpus, shapes
-from x1_pretrain.model.flops import flops_per_token, mfu
+from x1_pretrain.model.flops import GPT2_VOCABULARY, flops_per_token, mfu
 from x1_pretrain.money import gate, pace
 from x1_pretrain.money.guard import TEARDOWN_S, ZERO
 from x1_pretrain.money.launch import SALES_TAX
 from x1_pretrain.money.meter import hourly_storage_usd
 from x1_pretrain.money.prices import list_price
-from x1_pretrain.money.pricing import GPT2_VOCABULARY
 from x1_pretrain.money.providers.lambda_cloud import Lambda
 from x1_pretrain.money.providers.runpod import RunPod
 from x1_pretrain.planning import critique, data_check
