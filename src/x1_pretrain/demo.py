@@ -40,6 +40,7 @@ from x1_pretrain.records.metrics import read_rows
 # Installed packages, tests, and modules that are tables: of characters, or of text that `prose` has anyway.
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data"}
 CONTEXT, BATCH_BLOCKS = 256, 8
+MINUTES = 3.5  # of training
 PROMPTS = ["def read(self, ", "import os\n", "Return the "]
 say = Console(highlight=False, soft_wrap=True).print
 
@@ -281,7 +282,7 @@ def check_resume(run: Path, steps: int) -> str:
 
 def main(
     output: Annotated[Path, typer.Option(help="folder for all the demo makes")] = Path("demo"),
-    minutes: Annotated[float, typer.Option(min=0.05, help="minutes of training")] = 3.5,
+    minutes: Annotated[float, typer.Option(min=0.05, help="minutes of training")] = MINUTES,
 ) -> None:
     """The whole way in minutes, on this machine's own Python as text. Nothing is downloaded."""
     begun = time.perf_counter()
@@ -317,7 +318,7 @@ def main(
     rented_run(output / "rented", corpus, seconds_per_step)
 
     say("\n[bold]6. A law[/bold]: three sizes on a budget; a run of twice the FLOPs, predicted first")
-    law(output / "law", text, x1)
+    law(output / "law", text, x1, minutes / MINUTES)
 
     say("\n[bold]7. Artifacts[/bold]: what to show others, and a reviewer's checks")
     _must(x1("export", run, "--output", artifacts), "export")

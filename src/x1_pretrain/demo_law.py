@@ -26,14 +26,16 @@ VOCABULARY, CONTEXT, BATCH = 512, 128, 1024
 SIZES, FLOPS, COOLDOWNS, SPAN = "8K,33K,65K", 4e11, 3, 4
 NEXT_SIZE, NEXT_FLOPS = 65e3, 8e11
 LR = 6e-3
+LEAST_SHARE = 0.075  # with less the shortest run has no five steps
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # products this small are slower on two
 
 Command = Callable[..., int]
 say = Console(highlight=False, soft_wrap=True).print
 
 
-def law(folder: Path, text: Path, x1: Command) -> None:
-    """From text to a prediction and its outcome, side by side."""
+def law(folder: Path, text: Path, x1: Command, share: float = 1.0) -> None:
+    """From text to a prediction and its outcome, side by side. A short demo has a `share` of the FLOPs."""
+    share = min(1.0, max(LEAST_SHARE, share))
     corpus, runs, fit = folder / "corpus", folder / "runs.csv", folder / "fit.json"
     folder.mkdir(parents=True)
     base = folder / "base.yaml"
@@ -55,14 +57,27 @@ def law(folder: Path, text: Path, x1: Command) -> None:
     shared = ["--base", base, "--data-dir", corpus, "--batch-tokens", BATCH]
     shared += ["--set", f"optimizer.lr={LR}", "--brief"]
     several = ["--sizes", SIZES, "--cooldowns", COOLDOWNS, "--span", SPAN]
-    _must(x1("isoflop", "--flops", f"{FLOPS:g}", *several, "--output", folder, *shared, env=ONE_THREAD))
+    _must(
+        x1(
+            "isoflop",
+            "--flops",
+            f"{share * FLOPS:.3g}",
+            *several,
+            "--output",
+            folder,
+            *shared,
+            env=ONE_THREAD,
+        )
+    )
     _must(x1("fit", "--input", runs, "--output", fit, "--n", f"{NEXT_SIZE:g}"))
 
-    last = sweep.plan({NEXT_FLOPS: [shape_for(NEXT_SIZE, VOCABULARY, CONTEXT)]}, "true", 1, BATCH)[0]
+    last = sweep.plan(
+        {float(f"{share * NEXT_FLOPS:.3g}"): [shape_for(NEXT_SIZE, VOCABULARY, CONTEXT)]}, "true", 1, BATCH
+    )[0]
     told = read_fit(fit).loss(last.matrices, last.tokens)
     size = f"{human(last.matrices)} parameters on {human(last.tokens)} tokens"
     say(f"\n[bold]Predicted[/bold], before it is trained: {size} will end at {shown(told)} nats")
-    one = ["--flops", f"{NEXT_FLOPS:g}", "--sizes", f"{NEXT_SIZE:g}", "--output", folder / "next"]
+    one = ["--flops", f"{share * NEXT_FLOPS:.3g}", "--sizes", f"{NEXT_SIZE:g}", "--output", folder / "next"]
     _must(x1("isoflop", *one, *shared, env=ONE_THREAD))
     say("\n" + outcome(told, measured(folder / "next")))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,12 @@ def test_the_whole_way(tmp_path: Path) -> None:
     assert evaluations[-1]["val/code/loss"] < evaluations[0]["val/code/loss"]
     assert evaluations[-1]["val/prose/loss"] < evaluations[0]["val/prose/loss"]
     assert "0 failed" in done.stdout
+    points = (tmp_path / "demo" / "law" / "runs.csv").read_text(encoding="utf-8").splitlines()
+    assert len(points) == 1 + 9  # three sizes, three lengths
+    told, came = re.search(r"Predicted ([\d.]+) \[.*\], measured ([\d.]+): ", done.stdout).groups()  # type: ignore[union-attr]
+    measured = (tmp_path / "demo" / "law" / "next" / "runs.csv").read_text(encoding="utf-8").splitlines()
+    assert float(came) == round(float(measured[1].split(",")[3]), 3)
+    assert 3 < float(told) < 7
     newest = max((run / "checkpoints").glob("step-*"))
     tokenizer = AutoTokenizer.from_pretrained(newest)
     ids = tokenizer("import os", return_tensors="pt").input_ids
