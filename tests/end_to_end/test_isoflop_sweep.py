@@ -54,7 +54,7 @@ def test_a_sweep_killed_in_the_middle_is_carried_on_to_the_same_points(
 ) -> None:
     corpus, output = write_corpus(tmp_path / "data", documents=2000), tmp_path / "law"
     process = begin(corpus, output)
-    wait_until(lambda: any(last_step(run) >= 60 for run in output.glob("runs/106k-3e10")), process)
+    wait_until(lambda: any(last_step(run) >= 60 for run in output.glob("runs/98.3k-3e10")), process)
     process.send_signal(signal.SIGKILL)  # the kernel tells its run to end
     process.communicate()
     assert not (output / "runs.csv").exists()
@@ -91,10 +91,12 @@ def test_a_sweep_killed_in_the_middle_is_carried_on_to_the_same_points(
 def test_sigterm_ends_a_sweep_with_its_run_saved(tmp_path: Path, corpus: Path) -> None:
     output = tmp_path / "law"
     process = begin(corpus, output)
-    wait_until(lambda: any(last_step(run) >= 20 for run in output.glob("runs/106k-3e10")), process)
+    wait_until(lambda: any(last_step(run) >= 20 for run in output.glob("runs/98.3k-3e10")), process)
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 75, said
-    assert "x1: run 1 of 4, 106k-3e10, was interrupted and saved; the same command goes on from there" in said
-    step = last_step(output / "runs" / "106k-3e10")
-    assert (output / "runs" / "106k-3e10" / "checkpoints" / f"step-{step:09d}").is_dir()
+    assert (
+        "x1: run 1 of 4, 98.3k-3e10, was interrupted and saved; the same command goes on from there" in said
+    )
+    step = last_step(output / "runs" / "98.3k-3e10")
+    assert (output / "runs" / "98.3k-3e10" / "checkpoints" / f"step-{step:09d}").is_dir()
