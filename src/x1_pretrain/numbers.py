@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Any
 
 from x1_pretrain.errors import UserError
 
@@ -80,3 +81,15 @@ def _rounded(value: float, digits: int) -> str:
     places = digits - 1 - math.floor(math.log10(abs(float(f"{value:.{digits - 1}e}"))))
     text = f"{round(value, places):,.{max(places, 0)}f}"
     return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def for_json(value: Any) -> Any:
+    """JSON has no NaN and no infinity: what is not known is null."""
+    if isinstance(value, dict):
+        return {key: for_json(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [for_json(inner) for inner in value]
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    number = float(value)
+    return number if math.isfinite(number) else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +14,7 @@ from x1_pretrain.laws.fitted import KIND, SCHEMA_VERSION, Band
 from x1_pretrain.laws.fitting import predicted
 from x1_pretrain.laws.forms import F64, Law
 from x1_pretrain.laws.results import Estimate, HeldOut, Posterior, Report
+from x1_pretrain.numbers import for_json
 from x1_pretrain.records.metrics import utc_now
 
 HUBER = "Huber(1e-3) on ln L, summed"
@@ -56,7 +56,7 @@ def tree(report: Report) -> dict[str, Any]:
 
 def text(report: Report) -> str:
     """The whole file. JSON has no NaN: what is not known is null."""
-    head = json.dumps(_clean(tree(report)), indent=1)
+    head = json.dumps(for_json(tree(report)), indent=1)
     draws = f'"draws": {_rows(report.fitted.draws)}'
     prior = f'"prior_draws": {_rows(report.fitted.prior_draws)}'
     return f"{head[:-2]},\n {draws},\n {prior}\n}}\n"
@@ -141,16 +141,3 @@ def _prior(posterior: Posterior | None) -> dict[str, Any] | None:
 def _rows(draws: F64) -> str:
     rows = ",\n  ".join("[" + ", ".join(f"{value:.7g}" for value in row) + "]" for row in draws)
     return f"[\n  {rows}\n ]" if rows else "[]"
-
-
-def _clean(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _clean(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_clean(inner) for inner in value]
-    if isinstance(value, bool) or value is None or isinstance(value, str):
-        return value
-    number = float(value)
-    if not math.isfinite(number):
-        return None
-    return int(number) if isinstance(value, int) else number

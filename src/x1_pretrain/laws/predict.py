@@ -23,7 +23,7 @@ from x1_pretrain.laws.fitted import Band, Fitted, published, read_fit
 from x1_pretrain.laws.prediction import Beside, Beyond, Prediction
 from x1_pretrain.laws.results import NextRun
 from x1_pretrain.money.gate import ASSUMED_MFU
-from x1_pretrain.numbers import flop, human, parse_amount, with_interval
+from x1_pretrain.numbers import flop, for_json, human, parse_amount, with_interval
 
 FAR = 1.5  # times the largest fitted, from which on it is called extrapolation
 Flag = typer.Option
@@ -60,7 +60,7 @@ def main(
         )
     fitted = published(forms.REFIT) if fit is None else read_fit(fit)
     answer = answered(fitted, asked)
-    print(json.dumps(_clean(tree(answer)), indent=1) if as_json else "\n".join(lines(answer)))
+    print(json.dumps(for_json(tree(answer)), indent=1) if as_json else "\n".join(lines(answer)))
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def _price_on(gpu: str, mfu: float) -> float:
 def lines(answer: Answer) -> list[str]:
     said = [*_law_lines(answer.fitted)]
     if answer.size is not None:
-        said += ["", *_size_lines(answer.fitted, answer.size)]
+        said += ["", *_size_lines(answer.size)]
         if answer.at is not None and answer.asked.n and answer.asked.d:
             said += _at_lines(answer.fitted, answer.asked.n, answer.asked.d, answer.at)
         said += ["", *_regret_lines(answer.size), "", *_beside_lines(answer.fitted, answer.size.beside)]
@@ -163,7 +163,7 @@ def counted(fitted: Fitted) -> str:
     }[fitted.counts]
 
 
-def _size_lines(fitted: Fitted, size: Prediction) -> list[str]:
+def _size_lines(size: Prediction) -> list[str]:
     rows = [
         ("D_opt", f"{with_interval(*size.tokens)} tokens"),
         ("D/N", with_interval(*size.per_parameter)),
@@ -304,15 +304,6 @@ def _size_tree(size: Prediction) -> dict[str, Any]:
 
 def _band_tree(band: Band) -> dict[str, Any]:
     return {"point": band.point, "low95": band.low, "high95": band.high}
-
-
-def _clean(value: Any) -> Any:
-    """JSON has no NaN: what is not known is null."""
-    if isinstance(value, dict):
-        return {key: _clean(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_clean(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 app = single(main)

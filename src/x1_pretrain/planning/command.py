@@ -9,7 +9,6 @@ Nothing is rented and nothing is asked of a provider: prices are the list's, and
 from __future__ import annotations
 
 import json
-import math
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,7 +22,7 @@ from x1_pretrain.errors import UserError
 from x1_pretrain.model import shapes
 from x1_pretrain.model.flops import GPT2_VOCABULARY
 from x1_pretrain.money import gate
-from x1_pretrain.numbers import parse_amount
+from x1_pretrain.numbers import for_json, parse_amount
 from x1_pretrain.planning import config_file, critique, data_check, remarks, screen
 from x1_pretrain.planning.flags import (
     DISK_GIB,
@@ -208,16 +207,7 @@ def _above(flag: str, value: float | None) -> float | None:
 
 
 def _json(tree: Any) -> str:
-    return json.dumps(_finite(tree), indent=1, ensure_ascii=False, allow_nan=False)
-
-
-def _finite(tree: Any) -> Any:
-    """JSON has no NaN and no infinity: what is not known is null."""
-    if isinstance(tree, dict):
-        return {key: _finite(value) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [_finite(value) for value in tree]
-    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
+    return json.dumps(for_json(tree), indent=1, ensure_ascii=False, allow_nan=False)
 
 
 app = single(main)

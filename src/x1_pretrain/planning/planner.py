@@ -282,7 +282,7 @@ def plan(ask: Ask) -> Plan:
     done = recipe(model, choice.tokens, ask.batch_tokens, ask.machine.gpus)
     made = Plan(ask, model, done, binding, choice.serving)
     refuse_too_small(made, choice.tokens)
-    refuse_too_dear(made, seconds)
+    refuse_too_dear(made)
     return replace(made, left_out=bigger(left_out, made, seconds))
 
 
@@ -376,7 +376,7 @@ def refuse_too_small(made: Plan, tokens: float) -> None:
         )
 
 
-def refuse_too_dear(made: Plan, seconds: float | None) -> None:
+def refuse_too_dear(made: Plan) -> None:
     """What is given outright must be within what is paid for; of the dollars, the buffer may go too."""
     ask = made.ask
     given = made.binding in ("--tokens", "--steps", "--flops", "--ratio")

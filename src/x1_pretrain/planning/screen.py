@@ -38,11 +38,7 @@ def show(
     out = console()
     _say(out, gate.sentence(made.quote) if made.ask.dollars is not None else _without_ceiling(made))
     out.print()
-    if explain:
-        _explained(out, derived.lines(made))
-    else:
-        out.print(_lines_table(derived.lines(made)))
-    out.print()
+    _numbers(out, made, explain)
     out.print(_ways_table(made, steps, flops, ratio))
     _napkin(out, made)
     if made.serving:
@@ -205,16 +201,20 @@ def show_judged(judged: Judged, notes: list[str], explain: bool) -> None:
             f"instead of {_loss(made)} ({made.ask.belief.name}, N = {made.ask.belief.counts}).",
         )
     out.print()
-    if explain:
-        _explained(out, derived.lines(made))
-    else:
-        out.print(_lines_table(derived.lines(made)))
-    out.print()
+    _numbers(out, made, explain)
     out.print(_ways_table(made, None, None, None))
     out.print()
     out.print(_cluster_table(made))
     _say(out, _cluster_words(made))
     _notes(out, notes)
+
+
+def _numbers(out: Console, made: Plan, explain: bool) -> None:
+    if explain:
+        _explained(out, derived.lines(made))
+    else:
+        out.print(_lines_table(derived.lines(made)))
+    out.print()
 
 
 def _finding(one: Finding) -> str:
