@@ -99,11 +99,16 @@ def test_every_field_is_either_harmless_or_part_of_the_hash() -> None:
             "log",
             "mlflow",
             "budget",
+            "stability",
+            "telemetry",
+            "watchdog",
             "verify",
             "model",
         )
     }
-    assert {leaf for leaf in harmless if leaf.startswith(("training", "data", "model"))} == {
+    of_the_step = ("training", "data", "model", "stability")
+    assert {leaf for leaf in harmless if leaf.startswith(of_the_step)} == {
+        "stability.inject_spike_at_step",
         "data.dir",
         "model.vocab_multiple",
         "training.micro_batch",
@@ -144,12 +149,13 @@ WSD = {"schedule": "wsd", "decay_steps": 6}
 
 
 def test_fields_that_came_later_leave_an_older_run_as_it_was() -> None:
-    """The hash of the tiny config as it was computed before `schedule` and `decay_steps` existed."""
-    config = cfg.parse_config(tiny_config(), "test")
+    """The hash of the tiny config as it was computed before any of them existed. A run from before spikes
+    were clipped goes on unclipped: `watch` is what it did."""
+    config = cfg.parse_config(tiny_config(stability={"policy": "watch"}), "test")
     assert cfg.config_hash(config, ["a"]).startswith("e9ff6060f9441a2b")
-    default = cfg.OptimizerConfig().model_dump()
-    assert {path: default[path.removeprefix("optimizer.")] for path in cfg.ADDED} == cfg.ADDED
-    wsd = cfg.parse_config(tiny_config(optimizer=WSD), "test")
+    fields = cfg.flatten(config.model_dump())
+    assert {path: fields[path] for path in cfg.ADDED} == cfg.ADDED
+    wsd = cfg.parse_config(tiny_config(optimizer=WSD, stability={"policy": "watch"}), "test")
     assert cfg.config_hash(wsd, ["a"]) != cfg.config_hash(config, ["a"])
     assert cfg.changed_fields(cfg.step_fields(config), cfg.step_fields(wsd)) == [
         "optimizer.decay_steps: None -> 6",

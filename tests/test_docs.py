@@ -123,7 +123,12 @@ def test_the_flags_of_train_are_on_the_page_of_the_config() -> None:
 WRITERS = {  # the functions that make the rows of metrics.jsonl
     "train.py": {"log", "pace"},
     "evals/perplexity.py": {"evaluate"},
-    "runtime/assemble.py": {"memory"},
+    "runtime/memory.py": {"reading"},
+    "runtime/telemetry.py": {"counts", "row"},
+    "runtime/host.py": {"row"},
+    "learning/vitals.py": {"probe", "moment_norms"},
+    "learning/noise.py": {"row"},
+    "money/trainer_guard.py": {"row"},
     "runtime/run.py": {"row"},
 }
 

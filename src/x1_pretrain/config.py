@@ -111,6 +111,7 @@ class TrainingConfig(Section):
     compile_timeout_s: Positive = 600.0
     attention: Literal["auto", "flash", "sdpa"] = "auto"
     deterministic: bool = False
+    z_loss: NonNegative = 0.0  # times the square of the log of the softmax's sum: keeps logits from drifting
 
 
 class OptimizerConfig(Section):
@@ -196,6 +197,59 @@ class BudgetConfig(Section):
         return self
 
 
+class StabilityConfig(Section):
+    """Loss spikes: how they are noticed, and what is done about them."""
+
+    # watch: say it; clip: also clip at the usual size of the gradient; skip: also leave out updates far above
+    # it; rewind: also go back from a spike that stays, and jump over its batches
+    policy: Literal["watch", "clip", "skip", "rewind"] = "clip"
+    window: Annotated[int, Field(ge=16, le=1024)] = 128  # steps that the medians look back on
+    alarm: Positive = 6.0  # deviations above the median that make a step a spike
+    hard: Positive = 20.0  # ... that make policy skip leave the update out
+    # steps a spike may stay before policy rewind goes back; after 64 it is the new normal
+    patience: Annotated[int, Field(gt=0, lt=64)] = 20
+    max_rewinds: Steps = 3
+    inject_spike_at_step: Steps | None = None  # the batches of the five steps after it become rare tokens
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.hard < self.alarm:
+            raise ValueError(f"hard {self.hard:g} is below alarm {self.alarm:g}")
+        return self
+
+
+class TelemetryConfig(Section):
+    """What is measured beside the loss. None of it changes what is trained."""
+
+    every: Count = 100  # steps between the dearer looks: norms by layer, activations, attention logits
+    noise_scale: Literal["off", "on", "groups"] = "on"
+    host_every_s: Positive = 30.0  # between looks at the machine's health
+    min_pace: Share = (
+        0.7  # of the planned speed, or of its own usual one, below which the run says why; 0: never
+    )
+    leak_gib: Positive = 0.1  # steady growth of memory from which on it is called a leak
+    hot_c: Positive = 85.0  # of the GPU
+    steal_share: Share = 0.1  # of the CPU, that the host gives to others
+    low_ram_share: Share = 0.05  # of the RAM, still available
+    low_disk_gib: NonNegative = (
+        2.0  # free where the run or its checkpoints are written, or two checkpoints' size
+    )
+
+
+class WatchdogConfig(Section):
+    """How long a phase may last without progress before the run is taken for hung and ends with 75."""
+
+    enabled: bool = True
+    first_step_s: Positive = 3600.0  # from the start to the end of the first step: compiling
+    step_s: Positive = 600.0
+    data_s: Positive = 300.0
+    evaluation_s: Positive = 1800.0
+    checkpoint_s: Positive = 1800.0
+    save_s: Positive = (
+        120.0  # for the alert and the checkpoint of a run that hangs; then it ends with or without
+    )
+
+
 class VerifyConfig(Section):
     """What `x1 verify` holds the finished run against."""
 
@@ -223,6 +277,9 @@ class RunConfig(Section):
     log: LogConfig = LogConfig()
     mlflow: MlflowConfig = MlflowConfig()
     budget: BudgetConfig = BudgetConfig()
+    stability: StabilityConfig = StabilityConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
     verify: VerifyConfig = VerifyConfig()
 
     @model_validator(mode="after")
@@ -288,13 +345,26 @@ HARMLESS = (
     "log.",
     "mlflow.",
     "budget.",
+    "stability.inject_spike_at_step",  # only ahead of where the run is: see session.injections
+    "telemetry.",
+    "watchdog.",
     "verify.",
 )
 
 
 # Fields that came later. At these values a step is what it was before them, so they are left out of the hash:
 # an older run is still itself.
-ADDED: dict[str, Any] = {"optimizer.schedule": "cosine", "optimizer.decay_steps": None}
+ADDED: dict[str, Any] = {
+    "optimizer.schedule": "cosine",
+    "optimizer.decay_steps": None,
+    "training.z_loss": 0.0,
+    "stability.policy": "watch",
+    "stability.window": 128,
+    "stability.alarm": 6.0,
+    "stability.hard": 20.0,
+    "stability.patience": 20,
+    "stability.max_rewinds": 3,
+}
 
 
 def _is_harmless(path: str) -> bool:

@@ -41,6 +41,7 @@ from x1_pretrain.records.metrics import read_rows
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data"}
 CONTEXT, BATCH_BLOCKS = 256, 8
 MINUTES = 3.5  # of training
+SPIKE_AT, SPIKE_LINES = 0.7, 8  # of the run; of its post-mortem
 PROMPTS = ["def read(self, ", "import os\n", "Return the "]
 say = Console(highlight=False, soft_wrap=True).print
 
@@ -270,6 +271,18 @@ def show_learning(run: Path) -> None:
             say(f"  at {sample['step'] / last:4.0%}  {text}", markup=False)
 
 
+def show_spike(run: Path) -> None:
+    """What the run itself wrote about the spike: the beginning of its post-mortem."""
+    file = run / "spike-postmortem.md"
+    say("\n[bold]The spike[/bold] (five batches of rare tokens, injected; the run wrote this by itself)")
+    if not file.exists():
+        say("  not noticed: a run must know some dozens of steps before it can say what is usual")
+        return
+    shown = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()][:SPIKE_LINES]
+    say("\n".join(f"  {line}" for line in shown), markup=False)
+    say(f"  ... {file}", markup=False)
+
+
 def check_resume(run: Path, steps: int) -> str:
     """The interruption left no gap and no double: every logged step is there once."""
     logged = [r["step"] for r in read_rows(run / "metrics.jsonl") if "train/loss" in r]
@@ -307,12 +320,14 @@ def main(
         yaml.safe_dump(config_tree(config.training.total_steps), sort_keys=False), encoding="utf-8"
     )
 
-    say("\n[bold]4. Training[/bold], with one interruption on purpose")
+    say("\n[bold]4. Training[/bold], with one interruption and one loss spike on purpose")
     steps = config.training.total_steps
     command: list[str | Path] = ["train", "--config", file, "--data-dir", corpus, "--run-dir", run]
+    command += ["--inject-spike-at-step", str(math.ceil(steps * SPIKE_AT))]
     train_with_an_interruption(command, run, math.ceil(steps * 0.45))
     say("   " + check_resume(run, steps))
     show_learning(run)
+    show_spike(run)
 
     say("\n[bold]5. Under a ceiling[/bold]: a rented machine, its hour in a minute, and a price that jumps")
     rented_run(output / "rented", corpus, seconds_per_step)
@@ -321,6 +336,7 @@ def main(
     law(output / "law", text, x1, minutes / MINUTES)
 
     say("\n[bold]7. Artifacts[/bold]: what to show others, and a reviewer's checks")
+    _must(x1("report", run), "report")
     _must(x1("export", run, "--output", artifacts), "export")
     _must(x1("verify", run, "--export", artifacts), "verify")
     last_words(output, artifacts, run, time.perf_counter() - begun)
@@ -331,6 +347,7 @@ def last_words(output: Path, artifacts: Path, run: Path, seconds: float) -> None
     pictures = ", ".join(p.name for p in sorted(artifacts.glob("*.png")))
     say(f"\n[bold]Done in {duration(seconds)}.[/bold]")
     say(f"  pictures   {artifacts}{os.sep} ({pictures})")
+    say(f"  the report {run / 'report.html'} (open it in a browser; nothing is loaded from elsewhere)")
     say(f"  the law    {output / 'law'}{os.sep} (fit.json, prediction.md, iso-flop.png)")
     say(f"  the model  {newest} (loads with transformers.AutoModelForCausalLM.from_pretrained)")
     say("\nThree commands to try next:")

@@ -26,7 +26,7 @@ from x1_pretrain.config import parse_config, parse_yaml
 from x1_pretrain.errors import FAULT, FINISHED, UserError
 from x1_pretrain.money import audit
 from x1_pretrain.records import mlflow_store
-from x1_pretrain.records.export_folder import WEIGHTS, Material, export
+from x1_pretrain.records.export_folder import WEIGHTS, Material, export, story
 from x1_pretrain.records.run_folder import (
     Row,
     Run,
@@ -128,7 +128,10 @@ def from_folder(run: Run) -> Material:
         config_text=(run.folder / "config.yaml").read_text(encoding="utf-8"),
         mlflow_line=_mlflow_line(run.mlflow()),
         secret=(uri, mlflow_store.without_password(uri)) if uri else ("", ""),
-        beside=tuple(file for name in audit.FILES if (file := run.folder / name).is_file()),
+        beside=(
+            *(file for name in audit.FILES if (file := run.folder / name).is_file()),
+            *story(run.folder),
+        ),
     )
     _pick_checkpoint(material, run)
     return material

@@ -6,6 +6,7 @@ torchrun --standalone --nproc_per_node 4 -m x1_pretrain.train --config ...
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Collection
 from contextlib import suppress
@@ -21,19 +22,19 @@ from x1_pretrain import errors
 from x1_pretrain.command import run as run_app
 from x1_pretrain.command import single
 from x1_pretrain.corpus.reader import Batch
+from x1_pretrain.doctor.nccl_env import beside, pick_up
 from x1_pretrain.evals.perplexity import evaluate
-from x1_pretrain.learning import optimizers, stability
+from x1_pretrain.learning import optimizers, stability, vitals
+from x1_pretrain.learning.diagnosis import diagnose
 from x1_pretrain.learning.schedule import learning_rate
-from x1_pretrain.model.decoder import Decoder
 from x1_pretrain.model.flops import mfu
 from x1_pretrain.model.loss import IGNORED, chunk_terms, chunk_tokens, summed_loss
 from x1_pretrain.money.rehearsal import rehearse
 from x1_pretrain.records import console
 from x1_pretrain.records.metrics import utc_now
-from x1_pretrain.runtime import assemble, checkpoint, checkpoint_files, fit
-from x1_pretrain.runtime.checkpoint import RunState
-from x1_pretrain.runtime.checkpoint_files import CheckpointFailedError, DiskFullError
-from x1_pretrain.runtime.run import Run
+from x1_pretrain.runtime import assemble, checkpoint_files, fit, health, memory, spikes, telemetry
+from x1_pretrain.runtime.run import Run, Update
+from x1_pretrain.runtime.saving import save
 from x1_pretrain.runtime.signals import Signals
 from x1_pretrain.runtime.start import get_ready, started
 
@@ -49,6 +50,8 @@ def train(run: Run) -> int:
             "so no later one could: make room or choose another --ckpt-dir"
         )
     get_ready(run)
+    run.health = health.open_health(run)
+    spikes.catch_up(run)
     run.signals.nothing_to_save = True  # until the first step of this session, which may take long
     return finish(run, train_loop(run))
 
@@ -58,6 +61,7 @@ def train_loop(run: Run) -> int:
     while True:
         if run.world.any(run.signals.interrupted()):
             return leave(run)
+        run.enter("other")
         tell_budget(run)
         done = run.step == run.total_steps
         if due(run, run.config.evaluation.every, run.evaluated_step) and not evaluate_and_sample(run):
@@ -65,23 +69,30 @@ def train_loop(run: Run) -> int:
         if due(run, run.config.checkpoint.every, run.saved_step, run.config.checkpoint.at):
             if over_budget(run):
                 continue  # the next turn leaves
-            if not save(run) and done:
+            saved = save(run)
+            health.saw(run, "checkpoint")
+            if not saved and done:
                 return errors.INTERRUPTED
         if done:
             return errors.FINISHED
+        health.saw(run, "other")
+        run.enter("data")
         batch, waited_s = run.reader.next(run.signals.interrupted if run.world.size == 1 else lambda: False)
         if batch is None:
             continue
         begun = time.perf_counter()
-        result = train_step(run, batch)
-        if result is None:
+        update = train_step(run, batch)
+        if update is None:
             continue  # interrupted before the update: this step has not happened
+        if update.judged.verdict == "rewind" and spikes.go_back(run, update):
+            continue
         run.step += 1
         run.signals.nothing_to_save = False
         if run.step % run.config.log.every == 0:
             assemble.synchronize(run.world)  # so that the time of the update is in the row it belongs to
-        run.clock.count(time.perf_counter() - begun + waited_s, waited_s)
-        log(run, batch, *result)
+        update.step_s, update.wait_s = time.perf_counter() - begun + waited_s, waited_s
+        run.clock.count(update.step_s, waited_s)
+        log(run, batch, update)
 
 
 def due(run: Run, every: int, last: int, at: Collection[int] = ()) -> bool:
@@ -107,44 +118,56 @@ def tell_budget(run: Run) -> None:
         run.event(name, message, **fields)
 
 
-def train_step(run: Run, batch: Batch[Tensor]) -> tuple[float, float] | None:
-    """One update from one global batch; its loss and gradient norm, or None if a signal came first."""
-    total = accumulate(run, batch.tokens)
-    if total is None:
+def train_step(run: Run, batch: Batch[Tensor]) -> Update | None:
+    """One update from one global batch, or None if a signal came first."""
+    run.enter("step")
+    spikes.tell_injection(run)
+    found = accumulate(run, batch.tokens)
+    if found is None:
         run.optimizer.zero_grad(set_to_none=True)
         return None
     weights = list(run.decoder.parameters())
     run.world.sum_gradients_(weights)
-    norm = optimizers.global_norm(w.grad for w in weights if w.grad is not None)
-    loss, grad_norm = torch.stack([run.world.sum_(total), norm]).tolist()  # the one wait for the device
-    verdict = stability.judge(loss, grad_norm, run.bad_streak)
-    if verdict == "go":
-        optimizers.clip_(weights, run.config.optimizer.clip, norm)
-        lr = learning_rate(run.step, run.config.optimizer, run.total_steps)
+    squares = vitals.group_squares(run.decoder)  # (G,)
+    norm = squares.sum().sqrt()
+    numbers = torch.cat([run.world.sum_(found), norm[None], squares]).tolist()  # the one wait for the device
+    run.enter("update")  # from here on the state is between two steps
+    loss, grad_norm = numbers[0], numbers[-1 - len(squares)]
+    telemetry.learn_noise(run, numbers[1 : -1 - len(squares)], numbers[-len(squares) :])
+    settings, clip = run.config.stability, run.config.optimizer.clip
+    judged = stability.judge(run.stability, run.step + 1, loss, grad_norm, settings, clip)
+    run.stability = judged.state
+    lr = learning_rate(run.step, run.config.optimizer, run.total_steps)
+    if judged.verdict == "go":
+        telemetry.look_at_gradients(run)
+        optimizers.clip_(weights, judged.clip, norm)
         optimizers.set_learning_rate(run.optimizer, lr)
         run.optimizer.step()
-        run.bad_streak = 0
     run.optimizer.zero_grad(set_to_none=True)
-    if verdict != "go":
-        not_finite(run, verdict, loss, grad_norm)
-    return loss, grad_norm
+    if judged.state.streak:
+        not_finite(run, judged, batch.tokens, loss, grad_norm)
+    return Update(loss, grad_norm, lr, judged, batch.injected)
 
 
 def accumulate(run: Run, tokens: Tensor) -> Tensor | None:
-    """Gradients of the mean loss over all counted tokens of the step, a micro-batch at a time; that loss so
-    far as this rank has it. tokens (n, T + 1). Out of memory: half the micro-batch and once more from the
-    start."""
+    """Gradients of the mean loss over all counted tokens of the step, a micro-batch at a time; this rank's
+    part of that loss, of the tokens, and of what the first micro-batch says of the gradient's noise.
+    tokens (n, T + 1). Out of memory: half the micro-batch and once more from the start."""
     counted = run.world.sum_((tokens[:, 1:] != IGNORED).sum().to(run.world.device, torch.float32))
     while True:
         total = torch.zeros((), device=run.world.device)
+        first: Tensor | None = None
         with suppress(torch.OutOfMemoryError):
-            for rows in torch.split(tokens, run.machine.micro_batch):
-                if run.world.size == 1 and run.signals.interrupted():
+            for rows in torch.split(tokens, telemetry.micro_batch(run, len(tokens))):
+                if run.interrupted() and run.world.size == 1:
                     return None
                 loss = forward(run, rows.to(run.world.device, non_blocking=True)) / counted
                 torch.autograd.backward(loss)
                 total += loss.detach()
-            return total
+                if first is None:
+                    first = telemetry.after_first(run, rows, len(tokens), counted)
+            assert first is not None
+            return torch.cat([total[None], counted[None] / run.world.size, first])
         halve_micro_batch(run, len(tokens))  # out here the failed pass no longer holds its activations
 
 
@@ -153,9 +176,8 @@ def forward(run: Run, tokens: Tensor) -> Tensor:
     hidden = run.decoder.hidden(tokens[:, :-1])  # (B, T, d)
     targets = tokens[:, 1:].reshape(-1)  # (B T,)
     weight, vocab = run.decoder.output_weight, run.decoder.config.vocab
-    return summed_loss(
-        hidden.flatten(0, 1), weight, targets, vocab, chunk_tokens(tokens.device), run.machine.terms
-    )
+    size, terms = chunk_tokens(tokens.device), run.machine.terms
+    return summed_loss(hidden.flatten(0, 1), weight, targets, vocab, size, terms, run.config.training.z_loss)
 
 
 def halve_micro_batch(run: Run, blocks: int) -> None:
@@ -182,18 +204,21 @@ def halve_micro_batch(run: Run, blocks: int) -> None:
     )
 
 
-def not_finite(run: Run, verdict: stability.Verdict, loss: float, grad_norm: float) -> None:
+def not_finite(run: Run, judged: stability.Judged, tokens: Tensor, loss: float, grad_norm: float) -> None:
     """The update was not made. Say so; after a streak, stop: the weights are still good."""
-    run.bad_streak += 1
     where = f"step {run.step + 1}: loss {loss}, gradient norm {grad_norm}"
     run.event("not_finite", f"{where}: not finite, this update was not made", loss=loss, grad_norm=grad_norm)
-    if verdict == "stop":
+    if judged.state.streak == 1 or judged.verdict == "stop":
+        ids, targets = tokens[:, :-1], tokens[:, 1:]
+        deep = judged.verdict == "stop"
+        found = diagnose(run.decoder, run.optimizer, ids, targets, run.machine.precision, deep)
+        run.event("diagnosis", "\n  ".join(["  diagnosis:", *found.lines()]))
+    if judged.verdict == "stop":
         save(run)  # the weights are still those before the first of them
         last = checkpoint_files.folder_name(max(run.saved_step, 0))
         raise NotFiniteError(
-            f"{where}: {run.bad_streak} steps in a row were not finite. The weights are those before them; "
-            f"the last checkpoint is {last}. In a new --run-dir, try a lower optimizer.lr or "
-            "--set training.precision=fp32"
+            f"{where}: {judged.state.streak} steps in a row were not finite. The weights are those before "
+            f"them; the last checkpoint is {last}. Next: {found.next_step}"
         )
 
 
@@ -205,32 +230,54 @@ class NotFiniteError(errors.UserError):
 # Log, evaluate, save, leave
 
 
-def log(run: Run, batch: Batch[Tensor], loss: float, grad_norm: float) -> None:
+def log(run: Run, batch: Batch[Tensor], update: Update) -> None:
     """The records of one finished step. The row is written before the line is printed."""
+    run.enter("other")
+    health.saw(run, "step")
+    if run.records:
+        run.records.steps.append(step_row(run, update))
     if run.records and run.records.blocks:
         read = [list(draw) for draw in batch.draws]  # this rank's: slots 0, ranks, 2 ranks, ...
         run.records.blocks.append({"step": run.step, "ranks": run.world.size, "blocks": read})
+    spikes.tell(run, update)
+    run.telemetry.count(update)
     if run.step % run.config.log.every and run.step != run.total_steps:
         run.screen.at(run.step)
         return
-    optimizer = run.config.optimizer
-    row = run.row(**{"train/loss": loss, "grad_norm": grad_norm, "param_norm": param_norm(run.decoder)})
-    row["lr"] = learning_rate(run.step - 1, optimizer, run.total_steps)
-    row |= pace(run) | assemble.memory(run.world)
+    row = run.row(**{"train/loss": update.loss, "grad_norm": update.grad_norm, "lr": update.lr})
+    row |= pace(run) | telemetry.row(run, batch.tokens, update) | memory.reading(run.world.device)
     row |= {"context": run.config.model.context, "attention/flop_share": run.flops.attention_share}
     before, after = run.order.blocks_taken(run.step - 1), run.order.blocks_taken(run.step)
     for name, first, last in zip(run.corpora, before, after, strict=True):
         row[f"mixture/{name}"] = (last - first) / run.config.batch_blocks
     if run.guard:
-        row |= run.guard.row()
+        row |= run.guard.row(run.tokens)
+    if run.health:
+        row |= run.health.host.row()
+    row |= run.clock.row()
     if run.records:
         run.records.metrics.append(row)
+    run.last_rows.append(row)
     eta_s = run.clock.eta_s(run.total_steps - run.step)
     run.screen.say(console.train_line(row, run.total_steps, eta_s))
-    run.screen.at(run.step, f"loss {loss:.4f}" + (f"  ETA {console.duration(eta_s)}" if eta_s else ""))
+    run.screen.at(run.step, f"loss {update.loss:.4f}" + (f"  ETA {console.duration(eta_s)}" if eta_s else ""))
     for line in run.sink.news() if run.sink else ():
         run.event("mlflow", line)
+    health.look(run, row)
     run.clock.reset()
+
+
+def step_row(run: Run, update: Update) -> dict[str, Any]:
+    """One row of steps.jsonl, the flight recorder: short, and there for every step."""
+    judged = update.judged
+    row = {"step": run.step, "time_utc": utc_now(), "session": run.session.number}
+    row |= {"loss": update.loss, "grad_norm": update.grad_norm, "clip": judged.clip, "lr": update.lr}
+    row |= {"step_s": round(update.step_s, 4), "wait_s": round(update.wait_s, 4)}
+    if judged.loss_z is not None and judged.grad_z is not None:
+        row |= {"loss_z": round(judged.loss_z, 2), "grad_z": round(judged.grad_z, 2)}
+    row["verdict"] = judged.verdict
+    spike = judged.state.episode is not None or judged.ended is not None
+    return row | ({"injected": True} if update.injected else {}) | ({"spike": True} if spike else {})
 
 
 def pace(run: Run) -> dict[str, float]:
@@ -245,17 +292,14 @@ def pace(run: Run) -> dict[str, float]:
     return row
 
 
-@torch.no_grad()
-def param_norm(decoder: Decoder) -> float:
-    return float(optimizers.global_norm(decoder.parameters()))
-
-
 def evaluate_and_sample(run: Run) -> bool:
     """Validation loss per domain, and what the model says; False if it was interrupted."""
     found = evaluated(run)
+    health.saw(run, "evaluation")
     if found is None or not sample(run):
         return False
     run.evaluated_step = run.step
+    health.saw(run, "sampling")
     if found:
         row = run.row(**found)
         if run.records:
@@ -265,21 +309,37 @@ def evaluate_and_sample(run: Run) -> bool:
 
 
 def evaluated(run: Run) -> dict[str, float] | None:
-    """The validation row, None if interrupted; with a smaller micro-batch if it runs out of memory."""
+    """The validation row, None if interrupted. In a micro-batch of its own, planned inside the memory that is
+    free now; training's stays as it is."""
+    run.enter("evaluation")
+    machine, model = run.machine, run.config.model
+    size = min(machine.micro_batch, machine.evaluation_batch or machine.micro_batch)
+    if assemble.is_cuda(run.world):
+        room = memory.room_gib(run.world.device)
+        size = memory.evaluation_batch(model, size, machine.precision == "bf16", room)
     while True:
         with suppress(torch.OutOfMemoryError):
-            size, stop = run.machine.micro_batch, run.signals.interrupted
-            return evaluate(run.decoder, run.windows, size, run.world, stop)
-        halve_micro_batch(run, assemble.local_blocks(run.config, run.world))
+            return evaluate(run.decoder, run.windows, size, run.world, run.interrupted)
+        if size == 1 or run.world.size > 1:  # ranks would have to agree
+            raise errors.RefusedError(
+                f"out of memory in the evaluation of step {run.step}, {size} sequences at a time; relaunch "
+                f"with --set training.micro_batch={max(1, machine.micro_batch // 2)}"
+            )
+        size = machine.evaluation_batch = size // 2
+        if assemble.is_cuda(run.world):
+            torch.cuda.empty_cache()
+        said = f"evaluation ran out of memory: going on with {size} sequences at a time, training as before"
+        run.event("micro_batch", said)
 
 
 def sample(run: Run) -> bool:
     """A few continuations into samples.jsonl; the same seed and step give the same draws."""
     settings = run.config.evaluation
+    run.enter("sampling")
     if not run.records:
         return True
     for number, prompt in enumerate(settings.prompts):
-        if run.world.size == 1 and run.signals.interrupted():
+        if run.interrupted() and run.world.size == 1:
             return False
         seed = (run.config.seed * 1_000_003 + run.step * 101 + number) % 2**63
         generator = torch.Generator().manual_seed(seed)
@@ -297,76 +357,9 @@ def sample(run: Run) -> bool:
     return True
 
 
-def save(run: Run) -> bool:
-    """Publish a checkpoint, then remove old ones. On failure: say so, make room if that is it, go on."""
-    saved = run.world.first and save_here(run)
-    if not run.world.from_first(saved):
-        return False
-    run.saved_step = run.step
-    return True
-
-
-def save_here(run: Run) -> bool:
-    """The first rank's part."""
-    try:
-        try:
-            write_checkpoint(run)
-        except DiskFullError as error:
-            run.event("checkpoint_failed", f"checkpoint at step {run.step} not saved: {error}")
-            if not make_room(run):
-                raise
-            write_checkpoint(run)
-    except (CheckpointFailedError, OSError) as error:
-        good = checkpoint_files.folder_name(run.saved_step)
-        last = f"the last good one is {good}" if run.saved_step >= 0 else "there is none"
-        run.event("checkpoint_failed", f"checkpoint at step {run.step} not saved: {error}; {last}")
-        return False
-    return True
-
-
-def write_checkpoint(run: Run) -> None:
-    assert run.records is not None
-    folder, settings = run.config.checkpoint_folder, run.config.checkpoint
-    begun = time.perf_counter()
-    run.records.sync()
-    path = checkpoint.save(folder, state_of(run), run.decoder, run.optimizer, run.tokenizer)
-    took = time.perf_counter() - begun
-    run.event("checkpoint", f"checkpoint {path} ({took:.1f} s)", path=str(path), seconds=round(took, 3))
-    older = checkpoint_files.list_checkpoints(folder)
-    if len(older) > settings.keep_last and checkpoint_files.verify_folder(path) is None:
-        checkpoint_files.prune(folder, path, settings.keep_last, settings.keep_every, settings.at)
-
-
-def make_room(run: Run) -> bool:
-    """Whether removing all older checkpoints but the newest good one freed anything."""
-    folder = run.config.checkpoint_folder
-    good, _ = checkpoint_files.newest_good(folder)
-    if good is None or not checkpoint_files.prune(folder, good, 1, None, run.config.checkpoint.at):
-        return False
-    run.event("made_room", f"removed older checkpoints to make room; {good.name} stays")
-    return True
-
-
-def state_of(run: Run) -> RunState:
-    fingerprints = [c.fingerprint for c in run.corpora.values()]
-    return RunState(
-        run_id=run.session.run_id,
-        step=run.step,
-        tokens=run.tokens,
-        elapsed_s=run.clock.elapsed_s(),
-        session=run.session.number,
-        config_hash=cfg.config_hash(run.config, fingerprints),
-        step_fields=cfg.step_fields(run.config),
-        fingerprints=fingerprints,
-        precision=run.machine.precision,
-        context=run.config.model.context,
-        bad_streak=run.bad_streak,
-        parent=run.session.parent,
-    )
-
-
 def leave(run: Run) -> int:
     """A signal or the budget guard asked: save, say how to go on. Over budget: at once, without saving."""
+    run.enter("leaving")
     why = run.signals.requested or "another rank was asked to stop"
     code = run.world.from_first(run.signals.exit_code)
     tell_budget(run)
@@ -387,7 +380,9 @@ def leave(run: Run) -> int:
 
 def finish(run: Run, code: int) -> int:
     """Last words; the terminal status goes to MLflow. Rows that never reached the disk make it a fault."""
+    run.enter("leaving")
     if code == errors.FINISHED:
+        spikes.close(run)
         folder = run.config.folder
         run.event("finish", f"finished: {run.total_steps:,} steps, {run.tokens:,} tokens in {folder}")
         run.screen.say(f"next: x1 export {folder} --output DIR, x1 verify {folder}")
@@ -463,6 +458,10 @@ def main(
     raise_ceiling_to: Annotated[
         float | None, Flag(help="a person's decision to go on after the guard stopped the run")
     ] = None,
+    inject_spike_at_step: Annotated[
+        int | None,
+        Flag(help="a rehearsal: the five batches after this step become rare tokens [stability...]"),
+    ] = None,
     deterministic: Annotated[bool, Flag(help="bitwise repeatable steps (slower on a GPU)")] = False,
     device: Annotated[str, Flag(help="cpu, cuda or auto")] = "auto",
     set_: Annotated[
@@ -482,6 +481,7 @@ def main(
         "mlflow.experiment": mlflow_experiment,
         "budget.cap_usd": budget_cap_usd,
         "budget.curr_cost_uri": budget_curr_cost_uri,
+        "stability.inject_spike_at_step": inject_spike_at_step,
         "training.deterministic": deterministic or None,
     }
     loaded = cfg.load_config(config, overrides_from(set_, flags))
@@ -493,6 +493,8 @@ def main(
         )
     if dry_run_budget:
         return rehearse(loaded)
+    if picked := pick_up(config, os.environ):
+        print(f"from {beside(config)}: {' '.join(f'{key}={value}' for key, value in picked.items())}")
     with (
         Signals() as signals,
         started(loaded, signals, not resume_from_latest, device, raise_ceiling_to, branch_from) as run,

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from x1_pretrain.corpus.order import (
+    INJECTED_STEPS,
     Draw,
     Order,
     Shuffle,
@@ -278,3 +279,90 @@ def test_the_blocks_of_a_span_are_those_that_read_it(context: int, start: int, l
     span = set(range(start, start + length))
     brute = [b for b in range(300) if span & set(range(*block_span(b, context)))]
     assert list(blocks_of_span(start, start + length, context)) == brute
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Jumps and injections
+
+
+def told(steps: int, jumps: list[tuple[int, int]], injected: list[int]) -> list[int | None]:
+    """The batch of each step, None where it is injected: by walking through the run."""
+    batches: list[int | None] = []
+    batch = 0
+    for step in range(steps):
+        batch = dict(jumps).get(step, batch)
+        batches.append(None if any(n <= batch < n + INJECTED_STEPS for n in injected) else batch)
+        batch += 1
+    return batches
+
+
+@st.composite
+def histories(draw: st.DrawFn) -> tuple[Order, list[int | None]]:
+    steps = draw(st.integers(1, 40))
+    places = sorted(draw(st.sets(st.integers(0, steps - 1), max_size=3)))
+    jumps: list[tuple[int, int]] = []
+    ahead = 0
+    for place in places:
+        ahead += draw(st.integers(0, 9))
+        jumps.append((place, place + ahead))
+    injected = draw(st.lists(st.integers(0, steps), max_size=2))
+    sources = [Source("a", 37, 0.7), Source("b", 11, 0.3)]
+    return Order(5, sources, 6, steps, jumps, injected), told(steps, jumps, injected)
+
+
+@given(history=histories())
+def test_a_step_reads_the_batch_that_walking_through_the_run_gives(
+    history: tuple[Order, list[int | None]],
+) -> None:
+    order, batches = history
+    plain = Order(5, order.sources, 6, 200)
+    taken = np.zeros(2, dtype=int)
+    for step, batch in enumerate(batches):
+        assert order.injects(step) == (batch is None)
+        assert order.injected_before(step) == batches[:step].count(None)
+        assert order.blocks_taken(step) == taken.tolist()
+        expected = [] if batch is None else plain.step_blocks(batch)
+        assert order.step_blocks(step) == expected
+        taken += np.bincount([d.corpus for d in expected], minlength=2)
+    assert order.blocks_taken(len(batches)) == taken.tolist()
+
+
+@given(history=histories())
+def test_find_knows_what_was_jumped_over_or_replaced(history: tuple[Order, list[int | None]]) -> None:
+    order, batches = history
+    plain = Order(5, order.sources, 6, 200)
+    for batch in range(max((b for b in batches if b is not None), default=0) + 3):
+        for slot, draw in enumerate(plain.step_blocks(batch)):
+            found = order.find(draw)
+            assert found == ((batches.index(batch), slot) if batch in batches else None)
+
+
+@given(data=st.data(), total=st.integers(10, 40))
+def test_going_back_reads_nothing_again(data: st.DataObject, total: int) -> None:
+    """Any number of times: all that was ever read, on the lost stretches too, was read once."""
+    order = Order(3, [Source("a", 2000)], 4, total)
+    read: list[Draw] = []
+    step = 0
+    for _ in range(data.draw(st.integers(0, 4))):
+        done = data.draw(st.integers(step, total - 1))
+        read += [draw for s in range(step, done) for draw in order.step_blocks(s)]
+        step = data.draw(st.integers(0, done))
+        order = order.jumped(step, done)
+    read += [draw for s in range(step, total) for draw in order.step_blocks(s)]
+    assert len(set(read)) == len(read)
+    again = Order(3, order.sources, 4, total, order.jumps, order.injected)
+    assert [again.step_blocks(s) for s in range(total)] == [order.step_blocks(s) for s in range(total)]
+
+
+def test_an_injection_ahead_keeps_its_step_and_one_behind_is_jumped_over() -> None:
+    order = Order(3, [Source("a", 2000)], 4, 60, injected=[10, 40])
+    back = order.jumped(8, 12)  # in the middle of the first
+    assert [s for s in range(60) if order.injects(s)] == [*range(10, 15), *range(40, 45)]
+    assert [s for s in range(60) if back.injects(s)] == list(range(40, 45))
+    assert back.batch_of(8) == 15  # the three injected ones that were left are jumped over too
+
+
+@pytest.mark.parametrize("jumps", [[(5, 4)], [(5, 9), (4, 20)], [(5, 9), (7, 10)]])
+def test_a_jump_goes_forward(jumps: list[tuple[int, int]]) -> None:
+    with pytest.raises(ValueError, match="goes forward"):
+        Order(0, [Source("a", 100)], 2, 10, jumps)

@@ -92,11 +92,13 @@ TIMES = (
     "data/wait_share",
     "memory/rss_gib",
 )
+TIMED = ("time/", "gpu/", "host/", "disk/")
 
 
 def curve(run: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what depends on the clock."""
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows(run / "metrics.jsonl")]
+    kept = lambda key: key not in TIMES and not key.startswith(TIMED)  # noqa: E731
+    return [{k: v for k, v in row.items() if kept(k)} for row in rows(run / "metrics.jsonl")]
 
 
 def weights(run: Path) -> bytes:

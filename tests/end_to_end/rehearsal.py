@@ -1,4 +1,4 @@
-"""A whole rented run with real processes, an hour in a minute: fake provider, launch and watch, the machine's
+"""A whole rented run with real processes, an hour in a minute: fake provider, launch and guard, the machine's
 supervisor, sidecar and trainer, and a hook that counts alerts."""
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Rehearsal:
         self.told: list[dict[str, Any]] = []
 
     def start(self, *more: str, ceiling: str = "5", linger: str = "2m") -> subprocess.Popen[str]:
-        """`x1 launch`, which stays to watch."""
+        """`x1 launch`, which stays as guard."""
         words = ["launch", "--config", str(self.config), "--provider", "fake", "--budget-cap-usd", ceiling]
         words += ["--tokens-per-sec", "3000", "--data-dir", str(self.corpus), "--yes"]
         words += ["--every-s", str(POLL_S), "--linger", linger, *more]

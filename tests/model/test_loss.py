@@ -29,6 +29,18 @@ def reference(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, 
     return loss.detach(), *torch.autograd.grad(loss, (h, w))
 
 
+def reference_with_z(
+    hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The cross-entropy alone, and the gradients of its sum with the z-loss, in float64 by autograd."""
+    h, w = (t.detach().double().requires_grad_() for t in (hidden, weight))
+    logits = (h @ w.T)[:, :VOCAB]
+    counted = targets != -1
+    entropy = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
+    extra = z_loss * logits.logsumexp(-1)[counted].square().sum()
+    return entropy.detach(), *torch.autograd.grad(entropy + extra, (h, w))
+
+
 def relative(found: Tensor, expected: Tensor) -> float:
     return ((found.double() - expected).norm() / expected.norm()).item()
 
@@ -113,6 +125,65 @@ def test_a_frozen_output_matrix_still_passes_gradients_down() -> None:
     assert relative(hidden.grad, reference(hidden, weight, targets)[1]) < 1e-6
 
 
+@pytest.mark.parametrize("z_loss", [1e-4, 0.1, 3.0])
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_z_loss_is_in_the_gradient_and_not_in_the_value(chunk: int, z_loss: float) -> None:
+    hidden, weight, targets = case(torch.float64)
+    loss = summed_loss(hidden, weight, targets, VOCAB, chunk, z_loss=z_loss)
+    loss.backward()
+    entropy, by_hidden, by_weight = reference_with_z(hidden, weight, targets, z_loss)
+    assert relative(loss, entropy) < 1e-12
+    assert relative(hidden.grad, by_hidden) < 1e-12
+    assert relative(weight.grad, by_weight) < 1e-12
+    assert torch.count_nonzero(hidden.grad[targets == -1]) == 0
+    assert torch.count_nonzero(weight.grad[VOCAB:]) == 0
+
+
+def test_z_loss_in_bf16() -> None:
+    hidden, weight, targets = case(torch.bfloat16)
+    loss = summed_loss(hidden, weight, targets, VOCAB, 8, z_loss=0.1)
+    loss.backward()
+    entropy, by_hidden, by_weight = reference_with_z(hidden, weight, targets, 0.1)
+    assert relative(loss, entropy) < 5e-3
+    assert relative(hidden.grad, by_hidden) < 1e-2
+    assert relative(weight.grad, by_weight) < 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_z_loss_is_the_loss_without_it_to_the_bit(dtype: torch.dtype) -> None:
+    hidden, weight, targets = case(dtype)
+    results = []
+    for loss in (
+        summed_loss(hidden, weight, targets, VOCAB, 8),
+        summed_loss(hidden, weight, targets, VOCAB, 8, z_loss=0.0),
+    ):
+        results.append((loss, *torch.autograd.grad(loss, (hidden, weight))))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_z_loss_changes_no_value_and_is_no_part_of_evaluation() -> None:
+    hidden, weight, targets = case(torch.float32)
+    plain = summed_loss(hidden, weight, targets, VOCAB, 8)
+    assert torch.equal(summed_loss(hidden, weight, targets, VOCAB, 8, z_loss=0.1), plain)
+    with torch.no_grad():
+        evaluated = summed_loss(hidden, weight, targets, VOCAB, 8, z_loss=0.1)
+        assert torch.equal(evaluated, token_losses(hidden, weight, targets, VOCAB, 8).sum())
+
+
+def test_z_loss_brings_the_sum_of_softmax_to_one() -> None:
+    """Descent on it alone: where every logit is equally wrong the cross-entropy has nothing to say."""
+    weight = torch.ones(PADDED, WIDTH, dtype=torch.float64)  # all logits alike
+    hidden = torch.full((VOCAB, WIDTH), 0.5, dtype=torch.float64, requires_grad=True)
+    targets = torch.arange(VOCAB)  # each token once: the cross-entropy's gradient cancels in the sum
+    for _ in range(200):
+        (by_hidden,) = torch.autograd.grad(
+            summed_loss(hidden, weight, targets, VOCAB, 64, z_loss=0.01), hidden
+        )
+        hidden = (hidden - by_hidden.mean(0)).detach().requires_grad_()
+    z = (hidden @ weight.T)[:, :VOCAB].logsumexp(-1)
+    torch.testing.assert_close(z, torch.zeros_like(z), atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("chunk", CHUNKS)
 def test_losses_by_token(chunk: int) -> None:
     hidden, weight, targets = case(torch.float32)
@@ -148,11 +219,12 @@ def test_never_holds_more_logits_than_a_chunk() -> None:
     assert watched.numel == chunk * padded
 
 
-def test_compiled_gives_the_same() -> None:
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+def test_compiled_gives_the_same(z_loss: float) -> None:
     hidden, weight, targets = case(torch.float32)
-    loss = summed_loss(hidden, weight, targets, VOCAB, 16, compiled_chunk_terms())
+    loss = summed_loss(hidden, weight, targets, VOCAB, 16, compiled_chunk_terms(), z_loss)
     loss.backward()
-    expected, by_hidden, by_weight = reference(hidden, weight, targets)
+    expected, by_hidden, by_weight = reference_with_z(hidden, weight, targets, z_loss)
     assert relative(loss, expected) < 1e-6
     assert relative(hidden.grad, by_hidden) < 1e-6
     assert relative(weight.grad, by_weight) < 1e-6

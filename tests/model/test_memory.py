@@ -141,6 +141,21 @@ def test_the_total_is_the_peak_of_a_real_step(changes: dict[str, object], sequen
     assert memory.training_memory(model, sequences, bf16).total == pytest.approx(real, rel=0.05)
 
 
+@pytest.mark.parametrize("dtype", DTYPES.values())
+def test_the_loss_takes_the_memory_of_one_chunk_of_logits_and_their_logarithms(dtype: torch.dtype) -> None:
+    """8 bytes a logit in either precision, however many chunks: nothing of the one before is kept."""
+    tokens, chunk, padded = 4 * 64, 64, 8192
+    hidden = torch.randn(tokens, 4).to(dtype).requires_grad_()
+    targets = torch.randint(0, padded, (tokens,))
+    for run in (
+        lambda: loss.summed_loss(hidden, torch.zeros(padded, 4), targets, padded, chunk),
+        lambda: loss.token_losses(hidden, torch.zeros(padded, 4), targets, padded, chunk),
+    ):
+        with Live() as live:
+            run()
+        assert 8 * chunk * padded < live.peak < 8.5 * chunk * padded
+
+
 def test_the_chunk_is_the_one_that_a_gpu_takes() -> None:
     assert loss.chunk_tokens(torch.device("cuda")) == memory.LOSS_CHUNK_TOKENS
 

@@ -76,8 +76,8 @@ class Turns(threading.Event):
 
 
 def waiting(monkeypatch: pytest.MonkeyPatch, turns: Turns) -> None:
-    """Have `x1 watch` wait on these turns."""
-    monkeypatch.setattr("x1_pretrain.money.watch.threading", SimpleNamespace(Event=lambda: turns))
+    """Have `x1 guard` wait on these turns."""
+    monkeypatch.setattr("x1_pretrain.money.guard_command.threading", SimpleNamespace(Event=lambda: turns))
 
 
 class Alerts:

@@ -97,7 +97,7 @@ def test_the_sentence_is_printed_and_kept_before_the_request(
     assert rental.rows("intent")[0]["usd_per_hr"] > "1.19"  # the disk is in it
     assert rental.rows("launched")[0]["machine_id"] == next(iter(rental.fake.world.machines))
     assert rental.rows("active")
-    assert "x1 watch" in capsys.readouterr().out
+    assert "x1 guard" in capsys.readouterr().out
 
 
 def test_price_only_prints_it_and_leaves_nothing(rental: Rental, capsys: pytest.CaptureFixture[str]) -> None:

@@ -57,6 +57,28 @@ def test_a_finished_run_exports_every_file_with_its_hash(folder: Path, tmp_path:
     assert [entry.name for entry in (tmp_path / "a").iterdir()] == ["out"]  # nothing temporary is left
 
 
+def test_the_story_of_a_run_goes_along(tmp_path: Path) -> None:
+    """The post-mortem with its pictures, and the report; not the store's password."""
+    address = "http://me:secret@host:5000"
+    folder = builder.build_run(tmp_path / "tiny", mlflow={"uri": address})
+    story = {
+        "spike-postmortem.md": f"# ![](spike-postmortem.png) kept at {address}",
+        "spike-postmortem-data.csv": "a,b",
+        "spike-postmortem.png": "picture",
+        "spike-postmortem-30.png": "another",
+        "report.html": f'<svg fill="#fff">{address}</svg>',
+    }
+    for name, text in story.items():
+        (folder / name).write_text(text)
+    for name in ("hang-1.txt", "postmortem.log", "postmortem-step-9.md"):
+        (folder / name).write_text("not shown")
+    output = tmp_path / "out"
+    assert set(export(material(folder), output)) == FILES | set(story)
+    assert set(manifest(output)["files"]) == (FILES | set(story)) - {"manifest.json"}
+    for name, text in story.items():
+        assert (output / name).read_text() == text.replace("me:secret@", "")
+
+
 def test_the_final_weights_are_the_last_checkpoint_byte_for_byte(folder: Path, tmp_path: Path) -> None:
     export(material(folder), tmp_path / "out")
     last = folder / "checkpoints" / "step-000000042"

@@ -22,8 +22,9 @@ from tests.records import builder
 from x1_pretrain import export_run
 from x1_pretrain.command import run as run_app
 from x1_pretrain.records import mlflow_sink, mlflow_store
-from x1_pretrain.records.mlflow_sink import MlflowSink, Tail, rebuild
+from x1_pretrain.records.mlflow_sink import MlflowSink, rebuild
 from x1_pretrain.records.run_folder import open_run
+from x1_pretrain.records.tail import Tail
 
 # -----------------------------------------------------------------------------------------------------------
 # Without MLflow

@@ -15,24 +15,18 @@ from tests.records import builder
 from x1_pretrain.command import run as run_app
 from x1_pretrain.money.clock import Clock
 from x1_pretrain.money.ledger import Ledger
+from x1_pretrain.records.checks_rows import blocks_in_order, recorded_order
 from x1_pretrain.records.export_folder import export as write_export
 from x1_pretrain.records.run_folder import open_run
-from x1_pretrain.records.verify import (
-    FAILED,
-    NOT_APPLICABLE,
-    PASSED,
-    Check,
-    app,
-    blocks_in_order,
-    recorded_order,
-    verify,
-)
+from x1_pretrain.records.verify import FAILED, NOT_APPLICABLE, PASSED, Check, app, verify
 
 MANIFEST, CONFIG, READABLE = "manifest complete", "config is the recorded one", "records readable"
 STEPS, SESSIONS, LOSS = "no gap or overlap in steps", "sessions agree with events", "final loss in the band"
 BLOCKS = "blocks read in order"
 CHECKPOINTS, WEIGHTS, CEILING = "checkpoints verify", "final weights sound", "below the ceiling"
 EXPORT = "export equals the final checkpoint"
+EVERY, RELOAD, GONE = "every step on record", "final weights reload byte for byte", "machine confirmed gone"
+POSTMORTEM = "post-mortem written"
 
 
 def results(folder: Path, export: Path | None = None) -> dict[str, tuple[str, str]]:
@@ -63,22 +57,15 @@ def unreadable_rows(folder: Path) -> None:
 
 def test_a_sound_finished_run_passes_all(folder: Path) -> None:
     found = results(folder)
-    assert {name for name, (result, _) in found.items() if result != "passed"} == {EXPORT, BLOCKS, CEILING}
+    assert {name for name, (result, _) in found.items() if result != "passed"} == {
+        *(EXPORT, BLOCKS, CEILING),
+        *(EVERY, POSTMORTEM, GONE),
+    }
     assert "val/loss 2.1214 at step 42" in found[LOSS][1]
     assert "resumed from step 20" in found[SESSIONS][1]
 
 
-@pytest.mark.parametrize(
-    ("spent", "gone", "said"),
-    [
-        ("34.99", True, None),
-        ("35.01", True, "$35.01 spent, above"),
-        ("20", False, "pod-7 at runpod was not seen"),
-    ],
-)
-def test_a_run_with_a_ceiling_kept_it_and_left_no_machine(
-    spent: str, gone: bool, said: str | None, folder: Path
-) -> None:
+def rent(folder: Path, spent: str, gone: bool) -> None:
     ledger = Ledger(folder / "ledger.jsonl", Clock())
     ledger.append("ceiling", ceiling_usd="35")
     ledger.append("intent", tag="x1-a", provider="runpod", usd_per_hr="1.19")
@@ -86,9 +73,34 @@ def test_a_run_with_a_ceiling_kept_it_and_left_no_machine(
     ledger.append("reading", spent_usd=spent)
     if gone:
         ledger.append("terminate_confirmed", tag="x1-a", machine_id="pod-7")
+
+
+@pytest.mark.parametrize(("spent", "said"), [("34.99", None), ("35.01", "$35.01 spent, above")])
+def test_a_run_with_a_ceiling_kept_it(spent: str, said: str | None, folder: Path) -> None:
+    rent(folder, spent, gone=True)
     result, evidence = results(folder)[CEILING]
     assert result == ("passed" if said is None else "failed")
     assert said is None or said in evidence
+
+
+def test_no_machine_is_left_behind(folder: Path) -> None:
+    rent(folder, "20", gone=False)
+    assert set(failed(folder)) == {GONE}
+    assert "pod-7 at runpod was not seen to end" in failed(folder)[GONE]
+    row = {"event": "terminate_confirmed", "tag": "x1-a", "machine_id": "pod-7"}
+    with (folder / "ledger.jsonl").open("a") as stream:
+        stream.write(json.dumps({"seq": 9, "time_utc": "2026-11-21T12:00:00Z"} | row) + "\n")
+    (folder / "termination.json").write_text("{}")
+    result, evidence = results(folder)[GONE]
+    assert result == "passed"
+    assert "pod-7 at runpod on 2026-11-21T12:00:00Z; proof in termination.json" in evidence
+
+
+def test_a_launch_that_made_no_machine_left_none(folder: Path) -> None:
+    ledger = Ledger(folder / "ledger.jsonl", Clock())
+    ledger.append("intent", tag="x1-a", provider="runpod", usd_per_hr="1.19")
+    ledger.append("launch_failed", tag="x1-a")
+    assert results(folder)[GONE][0] == "not applicable"
 
 
 def test_an_unfinished_run_is_not_a_failed_one(tmp_path: Path) -> None:
@@ -272,7 +284,7 @@ def test_sealed_but_bad_weights_are_found(folder: Path) -> None:
     shutil.rmtree(folder / "checkpoints" / "step-000000042")
     builder.build_checkpoint(folder, 42, weights=weights)
     found = failed(folder)
-    assert set(found) == {WEIGHTS}
+    assert set(found) == {WEIGHTS}  # they reload as they are, bad as they are
     assert "step-000000042: model.norm.weight holds values that are not finite" in found[WEIGHTS]
 
 
@@ -315,7 +327,7 @@ def test_a_missing_exported_file_and_a_folder_that_is_no_export_are_said(
 
 def test_the_command_exits_0_or_1_and_prints_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_app(app, [str(folder)]) == 0
-    assert "8 passed, 0 failed, 3 not applicable" in capsys.readouterr().out
+    assert "9 passed, 0 failed, 6 not applicable" in capsys.readouterr().out
     change_rows(folder, lambda rows: rows.pop(1))
     assert run_app(app, [str(folder), "--json"]) == 1
     told = json.loads(capsys.readouterr().out)

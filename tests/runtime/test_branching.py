@@ -45,8 +45,9 @@ def test_a_state_from_before_there_were_two_schedules_is_a_cosine() -> None:
 
 
 def test_a_state_written_before_there_were_branches_is_read(tmp_path: Path) -> None:
-    """And its run goes on: hash and fields are those that today's config gives with its defaults."""
-    config = parse_config(tiny_config(), "test")
+    """And its run goes on: hash and fields are those that today's config gives with its defaults, and with
+    the one policy that leaves a step as it was then."""
+    config = parse_config(tiny_config(stability={"policy": "watch"}), "test")
     fields = {path: value for path, value in step_fields(config).items() if path not in ADDED}
     assert fields == step_fields(config)
     old = RunState("run", 3, 768, 1.5, 1, config_hash(config, ["a"]), fields, ["a"], "fp32", 32)

@@ -25,6 +25,7 @@ I64 = npt.NDArray[np.int64]
 
 ROUNDS = 8  # of the Feistel network; four make a good permutation, eight are cheap
 QUOTA_UNIT = 1 << 30  # one block of quota in the integer arithmetic of the mixture
+INJECTED_STEPS = 5  # batches that one injection replaces
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -38,6 +39,12 @@ def _mix(values: U64, key: np.uint64) -> U64:
     v = (v ^ (v >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     v = (v ^ (v >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return v ^ (v >> np.uint64(31))
+
+
+def uniform(values: U64, key: np.uint64) -> npt.NDArray[np.float64]:
+    """A number in [0, 1) for each value, the same on any machine."""
+    mixed = _mix(_mix(values, np.uint64(key)), np.uint64(key))
+    return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 class Shuffle:
@@ -164,12 +171,29 @@ class Draw(NamedTuple):
 
 
 class Order:
-    """The blocks of a whole run. `batch_blocks` slots a step, the same for any number of ranks."""
+    """The blocks of a whole run. `batch_blocks` slots a step, the same for any number of ranks.
 
-    def __init__(self, seed: int, sources: Sequence[Source], batch_blocks: int, total_steps: int) -> None:
+    A batch is what one step takes from the corpora. Step s reads batch s, with two exceptions that a run
+    keeps on record. A jump (step, batch): from that step on the batches go on from that one, so those in
+    between are never read. An injection: the `INJECTED_STEPS` batches from its first one on are replaced by
+    others, so nothing of them is read either.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        sources: Sequence[Source],
+        batch_blocks: int,
+        total_steps: int,
+        jumps: Sequence[tuple[int, int]] = (),
+        injected: Sequence[int] = (),
+    ) -> None:
         self.seed, self.sources = seed, tuple(sources)
         self.batch_blocks, self.total_steps = batch_blocks, total_steps
-        weights = [tuple(s.weight for s in sources)] * total_steps
+        self.jumps = tuple((int(step), int(batch)) for step, batch in jumps if step < total_steps)
+        self.injected = tuple(sorted(injected))
+        self._runs = _stretches(self.jumps, total_steps)
+        weights = [tuple(s.weight for s in sources)] * self.batch_of(total_steps)
         self._taken = cumulative_quotas(weights, batch_blocks)
         self._shuffle = lru_cache(maxsize=8)(self._make_shuffle)
 
@@ -177,12 +201,46 @@ class Order:
         source = self.sources[corpus]
         return Shuffle(source.blocks, f"x1-order-1/{self.seed}/{source.key}/{epoch}".encode())
 
+    def batch_of(self, step: int) -> int:
+        """The batch that `step` reads; of total_steps: one past the last."""
+        first, batch = max(
+            run[:2] for run in self._runs if run[0] <= max(0, step - (step == self.total_steps))
+        )
+        return batch + step - first
+
+    def injects(self, step: int) -> bool:
+        """Whether the batch of `step` is replaced by an injected one."""
+        batch = self.batch_of(step)
+        return any(first <= batch < first + INJECTED_STEPS for first in self.injected)
+
+    def injected_before(self, step: int) -> int:
+        """How many of the first `step` steps trained on an injected batch."""
+        return sum(last - first for first, last in self._injected_spans(step))
+
+    def _injected_spans(self, step: int) -> list[tuple[int, int]]:
+        """The injected batches, [first, last), among those of the first `step` steps."""
+        found = []
+        for first, last in self._spans(step):
+            for one in self.injected:  # in order; where two overlap, a batch counts once
+                span = max(first, one), min(last, one + INJECTED_STEPS)
+                found += [span] if span[0] < span[1] else []
+                first = max(first, span[1])
+        return found
+
+    def _spans(self, step: int) -> list[tuple[int, int]]:
+        """The batches, [first, last), of the first `step` steps."""
+        return [(b, b + min(step, end) - start) for start, b, end in self._runs if start < step]
+
     def step_blocks(self, step: int, slots: slice = slice(None)) -> list[Draw]:
-        """What the slots of `step` hold. Rank r of W reads `slice(r, None, W)`."""
+        """What the slots of `step` hold; nothing where its batch is injected. Rank r of W reads
+        `slice(r, None, W)`."""
         if not 0 <= step < self.total_steps:
             raise ValueError(f"step {step} outside range({self.total_steps})")
+        if self.injects(step):
+            return []
+        batch = self.batch_of(step)
         draws: list[Draw] = []
-        for corpus, (first, last) in enumerate(zip(self._taken[step], self._taken[step + 1], strict=True)):
+        for corpus, (first, last) in enumerate(zip(self._taken[batch], self._taken[batch + 1], strict=True)):
             draws += self._draws(corpus, np.arange(first, last, dtype=np.int64))
         return draws[slots]
 
@@ -196,22 +254,51 @@ class Order:
         return [Draw(corpus, int(e), int(b)) for e, b in zip(epochs, blocks, strict=True)]
 
     def find(self, draw: Draw) -> tuple[int, int] | None:
-        """The inverse: the (step, slot) that reads `draw`, or None if the run ends before it."""
+        """The inverse: the (step, slot) that reads `draw`, or None if no step of the run does."""
         position = int(self._shuffle(draw.corpus, draw.epoch).inverse(draw.block)[0])
         ordinal = draw.epoch * self.sources[draw.corpus].blocks + position
-        step = int(np.searchsorted(self._taken[:, draw.corpus], ordinal, side="right")) - 1
-        if step >= self.total_steps:
+        batch = int(np.searchsorted(self._taken[:, draw.corpus], ordinal, side="right")) - 1
+        step = next((s + batch - b for s, b, end in self._runs if b <= batch < b + end - s), None)
+        if step is None or self.injects(step):
             return None
-        before = self._taken[step + 1, : draw.corpus] - self._taken[step, : draw.corpus]
-        return step, int(before.sum()) + ordinal - int(self._taken[step, draw.corpus])
+        before = self._taken[batch + 1, : draw.corpus] - self._taken[batch, : draw.corpus]
+        return step, int(before.sum()) + ordinal - int(self._taken[batch, draw.corpus])
 
     def blocks_taken(self, step: int) -> list[int]:
         """Blocks of each corpus read by the first `step` steps."""
-        return [int(n) for n in self._taken[step]]
+        taken = sum(
+            (self._taken[last] - self._taken[first] for first, last in self._spans(step)), 0 * self._taken[0]
+        )
+        for first, last in self._injected_spans(step):
+            taken = taken - (self._taken[last] - self._taken[first])
+        return [int(n) for n in taken]
 
     def epochs(self) -> list[float]:
         """Passes over each corpus by the end of the run."""
         return [n / s.blocks for n, s in zip(self.blocks_taken(self.total_steps), self.sources, strict=True)]
+
+    def jumped(self, back_to: int, done: int) -> Order:
+        """The order of a run that goes back to step `back_to` after `done` steps, and reads on from where it
+        was: nothing that was read is read again. An injection that lies ahead keeps its step."""
+        on = self.batch_of(done)
+        begun = [first + INJECTED_STEPS for first in self.injected if first < on]
+        on = max([on, *begun])  # the rest of an injection is jumped over too
+        jumps = [jump for jump in self.jumps if jump[0] < back_to] + [(back_to, on)]
+        shift = on - self.batch_of(done) + done - back_to
+        injected = [first if first < on else first + shift for first in self.injected]
+        return Order(self.seed, self.sources, self.batch_blocks, self.total_steps, jumps, injected)
+
+
+def _stretches(jumps: Sequence[tuple[int, int]], total_steps: int) -> list[tuple[int, int, int]]:
+    """(first step, its batch, one past the last step) of each stretch without a jump inside."""
+    starts = {0: 0}
+    for step, batch in jumps:
+        before = max(starts)
+        if step < before or batch < starts[before] + step - before:
+            raise ValueError(f"jumps {list(jumps)}: a jump goes forward, from one step to a later batch")
+        starts[step] = batch
+    ends = [*list(starts)[1:], total_steps]
+    return [(step, batch, end) for (step, batch), end in zip(starts.items(), ends, strict=True)]
 
 
 def block_count(tokens: int, context: int) -> int:

@@ -18,6 +18,7 @@ from typing import Generic, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from x1_pretrain.corpus.injection import Rare, injected_rows
 from x1_pretrain.corpus.order import Draw, Order, block_span
 from x1_pretrain.errors import UserError
 
@@ -26,10 +27,11 @@ POLL_S = 0.1
 
 
 class TokenFile:
-    """Random access to a flat file of tokens by positional reads: a short read is an error, never a crash."""
+    """Random access to a flat file of tokens by positional reads: a short read, or a token that is not in the
+    vocabulary (of `vocab` ids), is an error with a name, never a crash."""
 
-    def __init__(self, path: Path, dtype: npt.DTypeLike) -> None:
-        self.path, self.dtype = path, np.dtype(dtype)
+    def __init__(self, path: Path, dtype: npt.DTypeLike, vocab: int | None = None) -> None:
+        self.path, self.dtype, self._vocab = path, np.dtype(dtype), vocab
         self._descriptor = os.open(path, os.O_RDONLY)
         self._close = weakref.finalize(self, os.close, self._descriptor)
 
@@ -43,7 +45,15 @@ class TokenFile:
                 "or cut while the run was reading it; tokenize again, then relaunch the same command to "
                 "resume"
             )
-        return np.frombuffer(raw, self.dtype).astype(np.int64)
+        tokens = np.frombuffer(raw, self.dtype)
+        if self._vocab is not None and tokens.size and tokens.max() >= self._vocab:
+            at = int((tokens >= self._vocab).argmax())
+            raise UserError(
+                f"{self.path}: token id {tokens[at]} at token {start + at} is not in the vocabulary of "
+                f"{self._vocab}: the file was changed while the run was reading it; restore it or tokenize "
+                "again, then relaunch the same command to resume"
+            )
+        return tokens.astype(np.int64)
 
     def close(self) -> None:
         self._close()
@@ -51,11 +61,13 @@ class TokenFile:
 
 
 class Batch(NamedTuple, Generic[T]):
-    """One rank's part of one step: its blocks in slot order, and the tokens after `stage`."""
+    """One rank's part of one step: its blocks in slot order (none of an injected batch), and the tokens after
+    `stage`."""
 
     step: int
     draws: list[Draw]
     tokens: T
+    injected: bool = False
 
 
 class Reader(Generic[T]):
@@ -74,7 +86,9 @@ class Reader(Generic[T]):
         rank: int = 0,
         world: int = 1,
         depth: int = 2,
+        injection: Rare | None = None,
     ) -> None:
+        self._injection = injection
         self._order, self._files, self._context, self._stage = order, files, context, stage
         self._slots = slice(rank, None, world)
         self._queue: queue.Queue[Batch[T]] = queue.Queue(maxsize=depth)
@@ -85,6 +99,11 @@ class Reader(Generic[T]):
 
     def read(self, step: int) -> Batch[T]:
         """One batch, read now."""
+        if self._injection is not None and self._order.injects(step):
+            slots = range(self._order.batch_blocks)[self._slots]
+            batch, length = self._order.batch_of(step), self._context + 1
+            rare = injected_rows(self._injection, self._order.seed, batch, slots, length)
+            return Batch(step, [], self._stage(rare), injected=True)
         draws = self._order.step_blocks(step, self._slots)
         rows = [self._files[d.corpus].span(*block_span(d.block, self._context)) for d in draws]
         return Batch(step, draws, self._stage(np.stack(rows)))
@@ -111,8 +130,10 @@ class Reader(Generic[T]):
             try:
                 return self._queue.get(timeout=POLL_S), time.perf_counter() - begun
             except queue.Empty:
-                if self._error is not None:
+                if isinstance(self._error, Exception):
                     raise self._error from None
+                if self._error is not None:  # a SystemExit would end the run as if it were finished
+                    raise RuntimeError(f"the reading thread ended with {self._error!r}") from None
                 if not self._thread.is_alive() and self._queue.empty():
                     raise RuntimeError("the reading thread ended early") from None
         return None, time.perf_counter() - begun

@@ -87,7 +87,7 @@ def _domain_sums(
     mine = one.spans[world.rank :: world.size]
     sums = torch.zeros(3, dtype=torch.float64)
     for first in range(0, len(mine), micro_batch):
-        if world.size == 1 and interrupted():
+        if interrupted() and world.size == 1:  # asked in any case: it says that there is progress
             return None
         tokens = _padded(one.file, mine[first : first + micro_batch], micro_batch, decoder.config.context)
         inputs, targets = tokens[:, :-1].clamp(min=0), tokens[:, 1:].reshape(-1)

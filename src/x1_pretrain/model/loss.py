@@ -25,24 +25,38 @@ def chunk_tokens(device: torch.device) -> int:
     return 4096 if device.type == "cuda" else 1024
 
 
-# (hidden (n, d), weight (P, d), targets (n,), vocab) -> (losses (n,), gradient of their sum by logits (n, P))
-ChunkTerms = Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+# (hidden (n, d), weight (P, d), targets (n,), vocab, z_loss)
+# -> (cross-entropies (n,), gradient by the logits (n, P) of their sum with the z-loss)
+ChunkTerms = Callable[[Tensor, Tensor, Tensor, int, float], tuple[Tensor, Tensor]]
 
 
-def log_probabilities(hidden: Tensor, weight: Tensor, vocab: int) -> Tensor:
+def masked_logits(hidden: Tensor, weight: Tensor, vocab: int) -> Tensor:
     """(n, P), fp32 or wider; minus infinity in the padded columns."""
-    logits = hidden @ weight.T  # (n, P)
+    wide = _accumulator(hidden.dtype)
+    logits = (hidden @ weight.T).to(wide)  # (n, P); those in bf16 are not kept
     logits[:, vocab:] = float("-inf")
-    return torch.log_softmax(logits, dim=-1, dtype=_accumulator(hidden.dtype))  # (n, P)
+    return logits
 
 
-def chunk_terms(hidden: Tensor, weight: Tensor, targets: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
-    """Losses of one chunk, and their gradient by the logits. Rows of ignored tokens have no meaning."""
-    logp = log_probabilities(hidden, weight, vocab)  # (n, P)
+def chunk_terms(
+    hidden: Tensor, weight: Tensor, targets: Tensor, vocab: int, z_loss: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Losses of one chunk, and the gradient by the logits. Rows of ignored tokens have no meaning.
+
+    The z-loss of a token is z_loss x z^2, z the logarithm of the sum that softmax divides by. Its gradient by
+    the logits is 2 z_loss z x softmax.
+    """
+    logits = masked_logits(hidden, weight, vocab)  # (n, P)
     column = targets.clamp(min=0)[:, None]  # (n, 1)
-    losses = -logp.gather(1, column)[:, 0]  # (n,)
-    gradient = logp.exp_().scatter_add_(1, column, torch.full_like(losses, -1.0)[:, None])  # (n, P)
-    return losses, gradient.to(hidden.dtype)
+    target_logit = logits.gather(1, column)  # (n, 1)
+    logp = torch.log_softmax(logits, dim=-1)  # (n, P)
+    del logits
+    target_logp = logp.gather(1, column)  # (n, 1)
+    gradient = logp.exp_()  # (n, P)
+    if z_loss:
+        gradient *= 1.0 + 2.0 * z_loss * (target_logit - target_logp)  # the difference is z
+    gradient.scatter_add_(1, column, torch.full_like(target_logp, -1.0))
+    return -target_logp[:, 0], gradient.to(hidden.dtype)
 
 
 def compiled_chunk_terms(mode: str = "default") -> ChunkTerms:
@@ -58,15 +72,20 @@ def summed_loss(
     vocab: int,
     chunk_tokens: int,
     terms: ChunkTerms = chunk_terms,
+    z_loss: float = 0.0,
 ) -> Tensor:
     """Sum of the cross-entropies, in nats, of the tokens whose target is not `IGNORED`; an fp32 scalar.
 
     hidden (N, d); weight (P, d), cast to hidden's dtype; targets (N,) below `vocab`. Gradients flow to hidden
     and weight; they are computed in the forward pass, so backward costs a multiplication.
+
+    With `z_loss` the gradient is that of cross-entropy + z_loss x (log of softmax's sum)^2, summed over the
+    same tokens. The value stays the cross-entropy, so that it compares with other runs and with validation:
+    it is then not the function whose gradient this is.
     """
     if not torch.is_grad_enabled():
         return token_losses(hidden, weight, targets, vocab, chunk_tokens).sum()
-    total: Tensor = _SummedLoss.apply(hidden, weight, targets, vocab, chunk_tokens, terms)  # type: ignore[no-untyped-call]
+    total: Tensor = _SummedLoss.apply(hidden, weight, targets, vocab, chunk_tokens, terms, z_loss)  # type: ignore[no-untyped-call]
     return total
 
 
@@ -77,7 +96,9 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, vocab: int, ch
     losses = torch.zeros(len(targets), dtype=_accumulator(hidden.dtype), device=hidden.device)  # (N,)
     for span in _spans(len(targets), chunk_tokens):
         column = targets[span].clamp(min=0)[:, None]  # (n, 1)
-        picked = log_probabilities(hidden[span], cast_weight, vocab).gather(1, column)[:, 0]  # (n,)
+        logits = masked_logits(hidden[span], cast_weight, vocab)  # (n, P)
+        picked = torch.log_softmax(logits, dim=-1).gather(1, column)[:, 0]  # (n,)
+        del logits  # before those of the next chunk
         losses[span] = torch.where(targets[span] == IGNORED, 0.0, -picked)
     return losses
 
@@ -92,6 +113,7 @@ class _SummedLoss(torch.autograd.Function):
         vocab: int,
         chunk_tokens: int,
         terms: ChunkTerms,
+        z_loss: float,
     ) -> Tensor:
         wide = _accumulator(hidden.dtype)
         cast_weight = weight.to(hidden.dtype)
@@ -101,13 +123,15 @@ class _SummedLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=wide, device=hidden.device)
         for span in _spans(len(targets), chunk_tokens):
             counted = targets[span] != IGNORED  # (n,)
-            losses, grad_logits = terms(hidden[span], cast_weight, targets[span], vocab)  # (n,), (n, P)
+            chunk = hidden[span], cast_weight, targets[span]  # (n, d), (P, d), (n,)
+            losses, grad_logits = terms(*chunk, vocab, z_loss)  # (n,), (n, P)
             total += torch.where(counted, losses, 0.0).sum()
             # Ignored tokens are masked in the (n, d) tensors: d is far smaller than P.
             if grad_hidden is not None:
                 grad_hidden[span] = torch.where(counted[:, None], grad_logits @ cast_weight, 0.0)
             if grad_weight is not None:
                 grad_weight += grad_logits.T @ torch.where(counted[:, None], hidden[span], 0.0)
+            del grad_logits  # before the logits of the next chunk
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return total
@@ -119,7 +143,7 @@ class _SummedLoss(torch.autograd.Function):
         # Scaled in fp32: the scale rounded to bf16 would be off by up to 0.4 % for all tokens alike.
         by_hidden = None if grad_hidden is None else (grad_hidden * scale[None, None]).to(grad_hidden.dtype)
         by_weight = None if grad_weight is None else (grad_weight * scale).to(ctx.weight_dtype)
-        return by_hidden, by_weight, None, None, None, None
+        return by_hidden, by_weight, None, None, None, None, None
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:

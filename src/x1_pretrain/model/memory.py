@@ -82,12 +82,12 @@ def sequence_bytes(model: ModelConfig, bf16: bool) -> int:
 
 def _loss_bytes(model: ModelConfig, tokens: int, bf16: bool) -> int:
     """The most of three moments. In the loss: the gradients by the hidden states and by the output matrix,
-    and a chunk of logits with their logarithms (8 bytes, and 2 more for logits in bf16). As the backward pass
-    begins: a scaled copy of that matrix's gradient. In its first layer: what SwiGLU and a norm work with.
+    and a chunk of logits in fp32 with their logarithms. As the backward pass begins: a scaled copy of that
+    matrix's gradient. In its first layer: what SwiGLU and a norm work with.
     """
     s, d = (2 if bf16 else 4), model.d_model
     ahead = 2 * s * tokens * d + 4 * model.padded_vocab * d
-    chunk = min(tokens, LOSS_CHUNK_TOKENS) * model.padded_vocab * (10 if bf16 else 8)
+    chunk = min(tokens, LOSS_CHUNK_TOKENS) * model.padded_vocab * 8
     if bf16:
         chunk += 2 * model.padded_vocab * d  # the matrix itself
     last_layer = tokens * (2 * s * model.d_ff + 6 * d)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from decimal import ROUND_UP, Decimal
-from typing import Any
+from typing import Any, Literal
 
 from x1_pretrain.money.guard import ZERO
 
@@ -43,6 +43,7 @@ class Work:
     tokens: int
     tokens_per_sec: float | None
     basis: str  # "measured in runs/x1-50m", "assumed MFU 0.35 ..."
+    kind: Literal["measured", "stated", "assumed"] = "assumed"
 
     @property
     def hours(self) -> Decimal | None:

@@ -1,4 +1,4 @@
-"""`x1 launch`: price a run in one sentence, refuse it or rent its machine, and watch it from here.
+"""`x1 launch`: price a run in one sentence, refuse it or rent its machine, and guard it from here.
 
 x1 launch --config configs/x1-50m-a100.yaml --provider runpod --gpu a100-80gb --budget-cap-usd 35
 x1 launch ... --write DIR        # only the files: SkyPilot task, start-up script, systemd unit
@@ -35,6 +35,7 @@ from x1_pretrain.money.account import Rented, account
 from x1_pretrain.money.channels import VARIABLE, addresses
 from x1_pretrain.money.clock import Clock, duration_s
 from x1_pretrain.money.guard import TEARDOWN_S, dollars
+from x1_pretrain.money.guard_command import guard_machine
 from x1_pretrain.money.ledger import NAME, Ledger, read_rows
 from x1_pretrain.money.machine_jobs import JobOptions, request_for, write_files
 from x1_pretrain.money.notify import Notifier
@@ -48,7 +49,6 @@ from x1_pretrain.money.providers.base import (
 )
 from x1_pretrain.money.providers.opened import open_provider
 from x1_pretrain.money.teardown import Ending, end_loudly, said_yes
-from x1_pretrain.money.watch import watch
 
 SALES_TAX = Decimal("0.10")  # where a provider adds it and the user names none
 WAIT_ACTIVE_S = 1800.0
@@ -249,7 +249,7 @@ def main(
     pass_variable: Annotated[
         list[str], Flag(help="hand this variable over (names only); X1_ALERTS and HF_TOKEN always are")
     ] = [],  # noqa: B006
-    every_s: Annotated[float, Flag(min=1, help="seconds between polls of the watch")] = 300.0,
+    every_s: Annotated[float, Flag(min=1, help="seconds between polls of the guard")] = 300.0,
     linger: Annotated[
         str, Flag(help="end a machine that stopped working after so long; it is in the price")
     ] = "15m",
@@ -258,7 +258,7 @@ def main(
     ] = None,
     yes: Annotated[bool, Flag("--yes", help="agree to the price in advance")] = False,
     detach: Annotated[
-        bool, Flag("--detach", help="leave after the start; run `x1 watch RUN` elsewhere")
+        bool, Flag("--detach", help="leave after the start; run `x1 guard RUN` elsewhere")
     ] = False,
     price_only: Annotated[bool, Flag("--price-only", help="print the sentence and leave")] = False,
     write: Annotated[Path | None, Flag(help="write the launch files there and leave")] = None,
@@ -266,7 +266,7 @@ def main(
         list[str], Flag("--set", metavar="FIELD=VALUE", help="override any config field; repeatable")
     ] = [],  # noqa: B006
 ) -> int:
-    """Price a run, rent its machine, and watch it until it is gone."""
+    """Price a run, rent its machine, and guard it until it is gone."""
     overrides = dict(cfg.parse_assignment(text) for text in set_)
     loaded = cfg.load_config(config, overrides)
     clock = Clock.from_environment()
@@ -335,9 +335,9 @@ def main(
     if (code := bring_up(loaded.folder, rented_from, machine, ledger, clock)) != FINISHED:
         return code
     if detach:
-        print(f"running. Nobody ends it at the ceiling until you start: x1 watch {loaded.folder}")
+        print(f"running. Nobody ends it at the ceiling until you start: x1 guard {loaded.folder}")
         return FINISHED
-    return watch(loaded.folder, clock, wanted.ceiling_usd, wanted.poll_s, wanted.linger_s)
+    return guard_machine(loaded.folder, clock, wanted.ceiling_usd, wanted.poll_s, wanted.linger_s)
 
 
 def bring_up(folder: Path, provider: Provider, machine: Rented, ledger: Ledger, clock: Clock) -> int:

@@ -1,6 +1,6 @@
 """Beside the trainer: asks the provider every few minutes, counts, and keeps `budget.json`.
 
-It is the same on the rented machine (`x1 supervise` starts it) and off it (`x1 watch`, on a laptop or a cron
+It is the same on the rented machine (`x1 supervise` starts it) and off it (`x1 guard`, on a laptop or a cron
 job). The provider's word is checked against our own meter; when it can't be reached, counting goes on. With
 `may_terminate` it also ends the machine before the ceiling is passed, whatever became of the trainer.
 """

@@ -329,7 +329,7 @@ fail() {
     if (($2 == 124 || $2 == 137)); then what="step $1 was stopped at its limit of $3 s"; fi
     printf '%s %s; see %s\n' "$(date -u +%FT%TZ)" "$what" "$LOG" >>"$FAILED"
     say "START FAILED: $what. Nothing trains, and the machine still bills."
-    say "It is left to the watcher off this machine (x1 watch), or to you: x1 teardown $RUN_NAME"
+    say "It is left to the guard off this machine (x1 guard), or to you: x1 teardown $RUN_NAME"
     alert "$RUN_NAME on $PROVIDER: $what. Nothing trains and the machine bills: x1 teardown $RUN_NAME"
     finish_log
     exit 1

@@ -227,11 +227,17 @@ class TrainerGuard:
             found.append(self._news.get())
         return found
 
-    def row(self) -> dict[str, float]:
-        """For the metrics."""
+    def record(self, event: str, message: str, **fields: Any) -> None:
+        """Something of the run's that whoever reads the ledger should know."""
+        self._write(event, message, **fields)
+
+    def row(self, tokens: int) -> dict[str, float]:
+        """For the metrics; `tokens` were trained so far."""
         if self.decision is None:
             return {}
         row = {"budget/spent_usd": float(round(self.decision.spent_usd, 4))}
+        if tokens:
+            row["budget/usd_per_billion_tokens"] = float(round(self.decision.spent_usd * 10**9 / tokens, 4))
         if self.decision.projected_usd is not None:
             row["budget/projected_usd"] = float(round(self.decision.projected_usd, 4))
         return row

@@ -30,6 +30,7 @@ from x1_pretrain.records.run_manifest import without_passwords
 from x1_pretrain.runtime.checkpoint_files import sha256, step_of
 
 WEIGHTS = {"model.safetensors": "final.safetensors", "optimizer.safetensors": "final-optimizer.safetensors"}
+STORY = ("spike-postmortem.md", "spike-postmortem*.png", "spike-postmortem-data.csv", "report.html")
 KEEPERS = {".gitkeep", ".gitignore"}  # a folder with nothing else in it counts as empty
 
 
@@ -46,7 +47,7 @@ class Material:
     config_text: str | None
     mlflow_line: str
     checkpoint: Path | None = None
-    beside: tuple[Path, ...] = ()  # what it cost, and the proof that its machines are gone
+    beside: tuple[Path, ...] = ()  # what it cost, the proof that its machines are gone, its story
     secret: tuple[str, str] = ("", "")  # an address with a password, and what is written instead
     missing: list[str] = field(default_factory=list)  # what could not be exported, and why
 
@@ -120,11 +121,25 @@ def _write(material: Material, folder: Path) -> None:
         for source, target in WEIGHTS.items():
             shutil.copyfile(material.checkpoint / source, folder / target)
     for file in material.beside:
-        shutil.copyfile(file, folder / file.name)
+        _copy_beside(material, file, folder / file.name)
     manifest = _manifest(material, folder)
     _check_copies(material.checkpoint, manifest["files"])
     text = material.public(json.dumps(manifest, indent=1, ensure_ascii=False))
     (folder / "manifest.json").write_text(text + "\n", encoding="utf-8")
+
+
+def story(folder: Path) -> tuple[Path, ...]:
+    """What a run tells of itself in words and pictures, as far as it is there."""
+    return tuple(file for name in STORY for file in sorted(folder.glob(name)) if file.is_file())
+
+
+def _copy_beside(material: Material, file: Path, target: Path) -> None:
+    """As it is; a page that people read without the password of the store's address."""
+    secret, instead = material.secret
+    if secret and file.suffix in (".md", ".html"):
+        target.write_bytes(file.read_bytes().replace(secret.encode(), instead.encode()))
+    else:
+        shutil.copyfile(file, target)
 
 
 def _write_csv(rows: Sequence[Row], file: Path) -> None:

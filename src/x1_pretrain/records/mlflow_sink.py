@@ -21,30 +21,11 @@ from x1_pretrain.command import run as run_app
 from x1_pretrain.command import single
 from x1_pretrain.errors import UserError
 from x1_pretrain.records import mlflow_store
-from x1_pretrain.records.run_folder import Row, Run, find_run, last_step, open_run, parse_row, with_numbers
+from x1_pretrain.records.run_folder import Run, find_run, last_step, open_run
+from x1_pretrain.records.tail import Tail
 
 POLL_S = 2.0
 LONGEST_PAUSE_S = 60.0  # between two tries while the store is away
-
-
-class Tail:
-    """The complete rows that a growing file got since the last look."""
-
-    def __init__(self, file: Path) -> None:
-        self._file, self._offset = file, 0
-
-    def read(self) -> list[Row]:
-        if not self._file.exists():
-            return []
-        if self._file.stat().st_size < self._offset:  # cut back: look at all of it again
-            self._offset = 0
-        with self._file.open("rb") as stream:
-            stream.seek(self._offset)
-            data = stream.read()
-        complete = data[: data.rfind(b"\n") + 1]  # the writer may be in the middle of a row
-        self._offset += len(complete)
-        rows = [parse_row(line) for line in complete.splitlines()]
-        return [with_numbers(row) for row in rows if row is not None]
 
 
 class MlflowSink:

@@ -179,6 +179,8 @@ def open_run(folder: Path) -> Run:
     tree = parse_yaml(_config_text(folder / "config.yaml"), str(folder / "config.yaml"))
     if not isinstance(tree, dict):
         raise UserError(f"{folder}/config.yaml: expected sections, found {type(tree).__name__}")
+    if "stability" not in tree:  # written before there was a choice: such a run only watched
+        tree["stability"] = {"policy": "watch"}
     return Run(folder, parse_config(tree, str(folder / "config.yaml")), manifest)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file, save
 
 from x1_pretrain.records.run_folder import read_json
 
@@ -70,6 +71,23 @@ def problems(model_file: Path, config_file: Path) -> tuple[list[str], str]:
         return [f"{model_file.name} does not load ({error})"], ""
     numbers = sum(int(np.prod(shape)) for shape in shapes.values())
     return found, f"{len(names)} tensors, {numbers:,} numbers, all finite, shapes as in config.json"
+
+
+def reload_problem(model_file: Path) -> tuple[str, int]:
+    """Load all, save again, compare: what differs (nothing: ""), and how many bytes there are."""
+    try:
+        with safe_open(model_file, framework="numpy") as tensors:
+            described = tensors.metadata()
+        again = save(load_file(model_file), described)
+        before = model_file.read_bytes()
+    except (SafetensorError, OSError, TypeError, KeyError) as error:
+        return f"{model_file.name} does not load ({error})", 0
+    if again == before:
+        return "", len(before)
+    if len(again) != len(before):
+        return f"saved again it has {len(again):,} bytes, {model_file.name} has {len(before):,}", len(before)
+    place = next(i for i, (a, b) in enumerate(zip(again, before, strict=True)) if a != b)
+    return f"saved again it differs from {model_file.name} at byte {place:,}", len(before)
 
 
 def _finite(tensors: Any, name: str) -> bool:

@@ -31,6 +31,7 @@ class Machine:
     attention: str
     said: list[str]
     micro_batch: int = 1
+    evaluation_batch: int | None = None  # where less than that fits
     compile_mode: str = "off"
     terms: ChunkTerms = chunk_terms
     peak_flops_per_sec: float | None = None  # of all GPUs of the run; None: not known, so no MFU
@@ -174,18 +175,3 @@ def hardware(world: World) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(world.device)
         found |= {"device": properties.name, "gpu_memory_gib": round(properties.total_memory / 2**30, 1)}
     return found
-
-
-def memory(world: World) -> dict[str, float]:
-    """Memory in use, GiB: of the GPU, or of this process on a CPU."""
-    if not is_cuda(world):
-        return {"memory/rss_gib": psutil.Process().memory_info().rss / 2**30}
-    free, total = torch.cuda.mem_get_info(world.device)
-    peak = torch.cuda.max_memory_allocated(world.device)  # since the last row
-    torch.cuda.reset_peak_memory_stats(world.device)
-    return {
-        "memory/allocated_gib": peak / 2**30,
-        "memory/reserved_gib": torch.cuda.memory_reserved(world.device) / 2**30,
-        "memory/headroom_gib": free / 2**30,
-        "memory/total_gib": total / 2**30,
-    }

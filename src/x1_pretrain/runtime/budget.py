@@ -224,10 +224,11 @@ def work(config: RunConfig, tokens: int, gpu: str, gpus: int, speed: float) -> g
     """What is left and how fast: stated, measured earlier in this run, or assumed from the peak. `speed`: of
     the clock; where an hour passes in a minute, a second has few tokens."""
     if stated := config.budget.tokens_per_sec:
-        return gate.Work(tokens, stated, f"{stated:,.0f} tokens/s, stated")
+        return gate.Work(tokens, stated, f"{stated:,.0f} tokens/s, stated", "stated")
     if measured := tokens_per_sec(read_jsonl(config.folder / "metrics.jsonl").rows):
         measured /= speed
-        return gate.Work(tokens, measured, f"{measured:,.0f} tokens/s, measured earlier in this run")
+        basis = f"{measured:,.0f} tokens/s, measured earlier in this run"
+        return gate.Work(tokens, measured, basis, "measured")
     peak = peak_bf16_flops_per_sec(gpu)
     rate = gate.assumed_rate(peak, flops_per_token(config.model).palm, gpus)
     if rate is None:

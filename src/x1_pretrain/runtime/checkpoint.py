@@ -9,7 +9,7 @@ Full tensors by parameter name, so that the number of ranks is free to change.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,19 +42,21 @@ class RunState:
     fingerprints: list[str]  # of the corpora, in the order of the mixture
     precision: str
     context: int
-    bad_streak: int = 0  # steps just before this one whose loss or gradient was not finite
+    jumps: list[list[int]] = field(default_factory=list)  # of the order: [step, batch]
+    injected: list[int] = field(default_factory=list)  # first batches of the injections up to here
+    stability: dict[str, Any] = field(default_factory=dict)  # what the spike detector knows
+    noise: dict[str, Any] = field(default_factory=dict)  # ... and the gradient noise scale
     parent: dict[str, Any] | None = None  # of a branch: run_id, step, checkpoint it began from, and its trunk
 
 
 def save(folder: Path, state: RunState, decoder: Decoder, optimizer: AdamW, tokenizer: Tokenizer) -> Path:
     """Publish the checkpoint of `state.step`. CheckpointFailedError if it can't be written or must not be."""
     weights = huggingface.disk_state(decoder)
-    broken = [name for name, tensor in weights.items() if not bool(torch.isfinite(tensor).all())]
-    if broken:
-        raise CheckpointFailedError(
-            f"{broken[0]} holds values that are not finite; such weights are never saved"
-        )
     moments = optimizers.state_tensors(optimizer, decoder)
+    both = {**weights, **moments}
+    broken = [name for name, tensor in both.items() if not bool(torch.isfinite(tensor).all())]
+    if broken:
+        raise CheckpointFailedError(f"{broken[0]} holds values that are not finite; such are never saved")
 
     def write(target: Path) -> None:
         save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
@@ -90,6 +92,8 @@ def read_state(checkpoint: Path) -> RunState:
     version = content.pop("schema_version", None)
     if version != 1:
         raise RefusedError(f"{checkpoint}: state.json has schema version {version}, this version reads 1")
+    if streak := content.pop("bad_streak", None):  # before there was a detector
+        content["stability"] = {"streak": streak}
     try:
         state = RunState(**content)
     except TypeError as error:

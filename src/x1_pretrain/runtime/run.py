@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
 import time
+from collections import deque
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import psutil
 from torch import Tensor
 from torch.optim import AdamW
 
@@ -15,6 +18,7 @@ from x1_pretrain.corpus.reader import Reader
 from x1_pretrain.corpus.shards import Corpus
 from x1_pretrain.corpus.tokenizer import Tokenizer
 from x1_pretrain.evals.perplexity import Windows
+from x1_pretrain.learning.stability import Judged, State
 from x1_pretrain.model.decoder import Decoder
 from x1_pretrain.model.flops import FlopsPerToken
 from x1_pretrain.money.trainer_guard import TrainerGuard
@@ -24,12 +28,20 @@ from x1_pretrain.records.mlflow_sink import MlflowSink
 from x1_pretrain.runtime.assemble import Machine
 from x1_pretrain.runtime.session import Records, Session
 from x1_pretrain.runtime.signals import Signals
+from x1_pretrain.runtime.watchdog import Phase, Watchdog
 from x1_pretrain.runtime.world import World
+
+if TYPE_CHECKING:
+    from x1_pretrain.runtime.health import Health
+    from x1_pretrain.runtime.telemetry import Telemetry
+
+# What the rows call the time of a phase.
+TIME_OF: dict[Phase, str] = {"data": "wait", "update": "step", "leaving": "other"}
 
 
 @dataclass
 class Clock:
-    """Seconds since the last log row, by what they went into, and the pace of this session."""
+    """Where the seconds go: by phase over the session, and the pace since the last log row."""
 
     started: float = field(default_factory=time.perf_counter)
     earlier_s: float = 0.0  # training time of earlier sessions
@@ -38,9 +50,27 @@ class Clock:
     steps: int = 0
     warm_since: float | None = None  # the end of this session's first step, which compiles
     warm_steps: int = 0
+    totals_s: dict[str, float] = field(default_factory=lambda: {"start": process_age_s()})
+    _phase: str = "start"
+    _since: float = field(default_factory=time.perf_counter)
 
     def elapsed_s(self) -> float:
         return self.earlier_s + time.perf_counter() - self.started
+
+    def enter(self, phase: Phase) -> None:
+        """The time from here on is that of `phase`. Up to the end of the first step, which compiles, all but
+        evaluations and checkpoints belongs to the start."""
+        name = TIME_OF.get(phase, phase)
+        if self.warm_since is None and name in ("wait", "step", "other"):
+            name = "start"
+        now = time.perf_counter()
+        self.totals_s[self._phase] = self.totals_s.get(self._phase, 0.0) + now - self._since
+        self._phase, self._since = name, now
+
+    def row(self) -> dict[str, float]:
+        """Seconds of this session, this process's whole life, by what they went into."""
+        self.enter("other")
+        return {f"time/{name}_s": round(seconds, 3) for name, seconds in self.totals_s.items()}
 
     def count(self, step_s: float, wait_s: float) -> None:
         if self.warm_since is None:
@@ -56,6 +86,24 @@ class Clock:
 
     def reset(self) -> None:
         self.step_s, self.wait_s, self.steps = 0.0, 0.0, 0
+
+
+def process_age_s() -> float:
+    """Imports come before any clock of ours."""
+    return max(0.0, time.time() - float(psutil.Process().create_time()))
+
+
+@dataclass
+class Update:
+    """What came of one step."""
+
+    loss: float
+    grad_norm: float  # before clipping
+    lr: float
+    judged: Judged
+    injected: bool
+    step_s: float = 0.0
+    wait_s: float = 0.0  # of it, for data
 
 
 @dataclass
@@ -77,13 +125,18 @@ class Run:
     flops: FlopsPerToken
     reader: Reader[Tensor]
     windows: list[Windows]
+    telemetry: Telemetry
+    watchdog: Watchdog
     sink: MlflowSink | None
     guard: TrainerGuard | None = None  # the first rank's, of a run with a ceiling
     step: int = 0  # updates made so far
     saved_step: int = -1
     evaluated_step: int = -1
-    bad_streak: int = 0
+    stability: State = field(default_factory=State)  # what the spike detector knows
+    last_rows: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=50))
     clock: Clock = field(default_factory=Clock)
+    health: Health | None = None  # the first rank's
+    postmortem: subprocess.Popen[bytes] | None = None  # being written
 
     @property
     def total_steps(self) -> int:
@@ -91,7 +144,22 @@ class Run:
 
     @property
     def tokens(self) -> int:
-        return self.step * self.config.training.batch_tokens
+        """Trained so far; those of injected batches are not among them."""
+        return (self.step - self.injected_steps) * self.config.training.batch_tokens
+
+    @property
+    def injected_steps(self) -> int:
+        return self.order.injected_before(self.step)
+
+    def enter(self, phase: Phase) -> None:
+        """What the loop does from here on."""
+        self.clock.enter(phase)
+        self.watchdog.enter(phase, self.step)
+
+    def interrupted(self) -> bool:
+        """Whether someone asked to stop. Asked at each piece of a long phase: that one comes is progress."""
+        self.watchdog.beat()
+        return self.signals.interrupted()
 
     def event(self, name: str, message: str, **more: Any) -> None:
         """Say it and keep it."""
@@ -106,6 +174,8 @@ class Run:
 
     def row(self, **values: Any) -> dict[str, Any]:
         where = {"step": self.step, "tokens": self.tokens, "time_utc": utc_now()}
+        if injected := self.injected_steps:
+            where["tokens_injected"] = injected * self.config.training.batch_tokens
         return {
             **where,
             "elapsed_s": round(self.clock.elapsed_s(), 3),

@@ -6,27 +6,27 @@ checkpoint that verifies, never silently from zero, and never with a config that
 
 from __future__ import annotations
 
-import fcntl
-import os
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any, Self
 
 from x1_pretrain import config as cfg
 from x1_pretrain.config import RunConfig
-from x1_pretrain.corpus.order import Order, Source, block_count
+from x1_pretrain.corpus.order import INJECTED_STEPS, Order, Source, block_count
 from x1_pretrain.corpus.shards import Corpus, open_corpus
 from x1_pretrain.errors import RefusedError, UserError
 from x1_pretrain.records.metrics import JsonLines, read_rows, rewind
 from x1_pretrain.runtime import checkpoint, checkpoint_files
 from x1_pretrain.runtime.branch import read_parent, short
 from x1_pretrain.runtime.checkpoint import RunState
+from x1_pretrain.runtime.lock import FolderLock, lock_folder
 
 STEP_FILES = (
     "metrics.jsonl",
+    "steps.jsonl",
     "samples.jsonl",
     "blocks.jsonl",
 )  # rows carry a step, and go back with a resume
@@ -80,18 +80,60 @@ def resolve(config: RunConfig, corpora: Mapping[str, Corpus]) -> RunConfig:
     return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": vocab})})
 
 
-def make_order(config: RunConfig, corpora: Mapping[str, Corpus]) -> Order:
-    """The order of this run's blocks."""
+def make_order(config: RunConfig, corpora: Mapping[str, Corpus], past: Past | None = None) -> Order:
+    """The order of this run's blocks, with what it jumped over and where others were put in."""
+    past = past or Past([], [])
     mixture = config.data.mixture()
     sources = [
         Source(c.fingerprint, block_count(len(c.train), config.model.context), mixture[name].weight)
         for name, c in corpora.items()
     ]
-    return Order(config.seed, sources, config.batch_blocks, config.training.total_steps)
+    try:
+        jumps = [(int(step), int(batch)) for step, batch in past.jumps]
+        total = config.training.total_steps
+        return Order(config.seed, sources, config.batch_blocks, total, jumps, past.injected)
+    except (TypeError, ValueError) as error:
+        raise RefusedError(
+            f"{config.folder}: its record of jumps over batches is damaged ({error}); restore events.jsonl "
+            "and the checkpoint, or start a new run with another --run-dir"
+        ) from None
+
+
+def with_injection(order: Order, wanted: int | None, done: int) -> Order:
+    """The order with the injection that the config asks for, if it lies ahead. One that has begun stays."""
+    begun = [first for first in order.injected if first < order.batch_of(done)]
+    if wanted is not None and wanted >= done:
+        if wanted + INJECTED_STEPS > order.total_steps:
+            raise UserError(
+                f"stability.inject_spike_at_step {wanted}: the {INJECTED_STEPS} steps after it must lie "
+                f"within training.total_steps {order.total_steps}"
+            )
+        ahead = order.batch_of(wanted)
+        if any(first + INJECTED_STEPS > ahead for first in begun):
+            raise UserError(
+                f"stability.inject_spike_at_step {wanted}: an injection is still going on at step {done}; "
+                "give a later step"
+            )
+        begun.append(ahead)
+    elif wanted is not None and order.batch_of(wanted) not in begun:
+        raise RefusedError(
+            f"stability.inject_spike_at_step {wanted}: the run is at step {done} already; give a later step, "
+            "or branch off an earlier checkpoint (--branch-from)"
+        )
+    return Order(order.seed, order.sources, order.batch_blocks, order.total_steps, order.jumps, begun)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The run folder
+
+
+@dataclass
+class Past:
+    """What the order of the data has to know of the run so far."""
+
+    jumps: list[list[int]]
+    injected: list[int]  # first batches
+    jumped_over: list[int] = field(default_factory=list)  # steps of injections from before the last jump
 
 
 @dataclass
@@ -107,7 +149,8 @@ class Session:
     superseded_rows: int
     last_evaluated: int  # step of the newest evaluation on record, -1 for none
     finished: bool  # an earlier session said so
-    locks: list[IO[str]]  # the first rank's
+    locks: list[FolderLock]  # the first rank's
+    past: Past
     branching: bool = False  # a new run: `resumed` and `checkpoint` are still its parent's
 
     @property
@@ -127,25 +170,6 @@ class Session:
             lock.close()
 
 
-def lock_folder(folder: Path) -> IO[str]:
-    """Hold the run folder until this process ends, however it ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = (folder / "lock").open("a+")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.seek(0)
-        holder = lock.read().strip() or "another process"
-        raise RefusedError(
-            f"{folder}: {holder} is training here; end it first, or use another --run-dir"
-        ) from None
-    lock.seek(0)
-    lock.truncate()
-    lock.write(f"process {os.getpid()} on {os.uname().nodename}\n")
-    lock.flush()
-    return lock
-
-
 def open_session(
     config: RunConfig, corpora: Mapping[str, Corpus], fresh: bool, branch_from: Path | None = None
 ) -> Session:
@@ -153,27 +177,27 @@ def open_session(
     folder = config.folder
     for place in (folder, config.checkpoint_folder):
         _refuse_corpus(place)
-    locks: list[IO[str]] = []
+    locks: list[FolderLock] = []
     try:
         # checkpoints may lie elsewhere, and be shared with another run by mistake
         for place in dict.fromkeys((folder, config.checkpoint_folder)):
             locks.append(lock_folder(place))
         return _found(config, corpora, fresh, locks, branch_from)
-    except OSError as error:
+    except BaseException as error:
+        for lock in locks:
+            lock.close()
+        if not isinstance(error, OSError):
+            raise
         raise UserError(
             f"{error.filename or folder}: can't be written ({error.strerror}); see --run-dir"
         ) from None
-    except BaseException:
-        for lock in locks:
-            lock.close()
-        raise
 
 
 def _found(
     config: RunConfig,
     corpora: Mapping[str, Corpus],
     fresh: bool,
-    locks: list[IO[str]],
+    locks: list[FolderLock],
     branch_from: Path | None,
 ) -> Session:
     """The session that the locked folder and its checkpoints amount to, or a refusal."""
@@ -197,19 +221,36 @@ def _found(
     last_evaluated = max((r["step"] for r in rows if "val/loss" in r), default=-1)
     if last_evaluated < step:  # killed between the samples of this step and its evaluation: both are redone
         rewind(folder / "samples.jsonl", step - 1)
+    past = state or parent
     return Session(
         folder=folder,
         run_id=state.run_id if state else new_run_id(config.name),
         number=1 + max((r.get("session", 0) for r in read_rows(folder / "events.jsonl")), default=0),
-        resumed=state or parent,
+        resumed=past,
         checkpoint=Path(parent.parent["checkpoint"]) if parent and parent.parent else good,
         skipped=skipped,
         superseded_rows=superseded["metrics.jsonl"],
         last_evaluated=last_evaluated,
         finished=any(r.get("event") == "finish" for r in read_rows(folder / "events.jsonl")),
         locks=locks,
+        past=past_on_record(folder, past),
         branching=parent is not None,
     )
+
+
+def past_on_record(folder: Path, state: RunState | None) -> Past:
+    """A rewind is on record before it is acted on: an event that names other jumps wins over the checkpoint,
+    which is from before it."""
+    saved = Past(state.jumps, state.injected) if state else Past([], [])
+    rows = list(read_rows(folder / "events.jsonl"))
+    named = [place for place, row in enumerate(rows) if "jumps" in row]
+    if not named:
+        return saved
+    last = rows[named[-1]]
+    begun = [row["first_step"] for row in rows[: named[-1]] if row.get("event") == "inject"]
+    if last["jumps"] == saved.jumps:
+        return Past(saved.jumps, saved.injected, begun)
+    return Past(last["jumps"], last.get("injected", []), begun)
 
 
 def _refuse_another_parent(folder: Path, state: RunState, branch_from: Path | None) -> None:
@@ -276,16 +317,25 @@ class Records:
     """The open files of a run folder."""
 
     metrics: JsonLines
+    steps: JsonLines
     events: JsonLines
     samples: JsonLines
     blocks: JsonLines | None
 
     def sync(self) -> int:
         """Through to the disk; how many rows are still waiting for room there."""
-        files = [f for f in (self.metrics, self.events, self.samples, self.blocks) if f is not None]
+        files = [
+            f for f in (self.metrics, self.steps, self.events, self.samples, self.blocks) if f is not None
+        ]
         for file in files:
             file.sync()
         return sum(file.waiting for file in files)
+
+    def close(self) -> None:
+        """Before the files are cut back."""
+        for file in (self.metrics, self.steps, self.events, self.samples, self.blocks):
+            if file is not None:
+                file.close()
 
 
 def open_records(folder: Path, with_blocks: bool, on_trouble: Any) -> Records:
@@ -293,7 +343,11 @@ def open_records(folder: Path, with_blocks: bool, on_trouble: Any) -> Records:
         return JsonLines(folder / f"{name}.jsonl", on_trouble)
 
     return Records(
-        lines("metrics"), lines("events"), lines("samples"), lines("blocks") if with_blocks else None
+        lines("metrics"),
+        lines("steps"),
+        lines("events"),
+        lines("samples"),
+        lines("blocks") if with_blocks else None,
     )
 
 

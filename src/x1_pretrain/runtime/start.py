@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,21 @@ from torch import Tensor
 
 from x1_pretrain import config as cfg
 from x1_pretrain.config import MlflowConfig, RunConfig
+from x1_pretrain.corpus.injection import rare_tokens
+from x1_pretrain.corpus.order import Order
 from x1_pretrain.corpus.reader import Reader, TokenFile
 from x1_pretrain.corpus.shards import Corpus
 from x1_pretrain.errors import RefusedError, UserError
 from x1_pretrain.evals.perplexity import windows
+from x1_pretrain.learning.noise import NoiseScales
+from x1_pretrain.learning.stability import State
 from x1_pretrain.model.flops import flops_per_token, parameter_counts
 from x1_pretrain.money.trainer_guard import TrainerGuard
 from x1_pretrain.records import console, run_manifest
 from x1_pretrain.records.metrics import utc_now
 from x1_pretrain.records.mlflow_sink import MlflowSink
-from x1_pretrain.runtime import assemble, budget, checkpoint, checkpoint_files, world
+from x1_pretrain.runtime import assemble, budget, checkpoint, checkpoint_files, hangs, world
+from x1_pretrain.runtime.crash import crash_report
 from x1_pretrain.runtime.run import Clock, Run
 from x1_pretrain.runtime.session import (
     Session,
@@ -35,9 +41,12 @@ from x1_pretrain.runtime.session import (
     open_records,
     open_session,
     resolve,
+    with_injection,
     write_atomically,
 )
 from x1_pretrain.runtime.signals import Signals
+from x1_pretrain.runtime.telemetry import Telemetry
+from x1_pretrain.runtime.watchdog import Watchdog
 from x1_pretrain.runtime.world import World
 
 
@@ -67,15 +76,21 @@ def started(
         with closing_guard(guard):
             run = build(config, corpora, session, screen, signals, here)
             run.guard = guard
+            run.watchdog.on_hang = partial(hangs.hung, run)
+            run.watchdog.set_peers(here.neighbours())
             try:
-                yield run
+                with run.watchdog:
+                    yield run
             except Exception as error:
-                run.note("fault", f"{type(error).__name__}: {error}")
+                report = crash_report(error, list(run.last_rows))
+                run.note("fault", f"{type(error).__name__}: {error}", **report)
                 if run.sink:
                     run.sink.close("FAILED", timeout_s=3.0)
                 raise
             finally:
                 run.reader.close()
+                if run.health:
+                    run.health.host.close()
 
 
 @contextmanager
@@ -145,18 +160,12 @@ def build(
         refuse_without_room(config, session.checkpoint, checkpoint.saved_bytes(decoder, tokenizer))
     if session.checkpoint:
         checkpoint.load(session.checkpoint, decoder, optimizer)
-    order = make_order(config, corpora)
-    files = [TokenFile(c.path / "train.bin", c.train.dtype) for c in corpora.values()]
-    pin = here.device.type == "cuda"
-    reader = Reader(
-        order,
-        files,
-        config.model.context,
-        lambda rows: _tensor(rows, pin),
-        session.step,
-        here.rank,
-        here.size,
-    )
+    order = make_order(config, corpora, session.past)
+    wanted = config.stability.inject_spike_at_step
+    if wanted not in session.past.jumped_over:
+        order = with_injection(order, wanted, session.step)
+    reader = open_reader(config, corpora, order, here, session.step)
+    groups = config.telemetry.noise_scale == "groups"
     run = Run(
         config=config,
         world=here,
@@ -173,11 +182,13 @@ def build(
         flops=flops_per_token(config.model),
         reader=reader,
         windows=windows(corpora, config.model.context, config.evaluation.tokens),
+        telemetry=Telemetry(NoiseScales.from_json(state.noise if state else {}, groups)),
+        watchdog=Watchdog(config.folder, here.rank, config.watchdog),
         sink=None,
         step=session.step,
         saved_step=session.step if state and not session.branching else -1,
         evaluated_step=session.last_evaluated,
-        bad_streak=state.bad_streak if state else 0,
+        stability=State.from_json(state.stability) if state else State(),
         clock=Clock(earlier_s=state.elapsed_s if state else 0.0),
     )
     if here.first:
@@ -192,6 +203,27 @@ def refuse_without_room(config: RunConfig, good: Path, needed: int) -> None:
             f"{config.checkpoint_folder}: no room for a checkpoint of {needed / 2**30:.2f} GiB beside "
             f"{good.name}; free some space and relaunch the same command"
         )
+
+
+def open_reader(
+    config: RunConfig, corpora: Mapping[str, Corpus], order: Order, here: World, step: int
+) -> Reader[Tensor]:
+    """This rank's batches from `step` on, read ahead."""
+    files = [TokenFile(c.path / "train.bin", c.train.dtype, config.model.vocab) for c in corpora.values()]
+    pin, rare = here.device.type == "cuda", None
+    if order.injected:
+        weights = [c.weight for c in config.data.mixture().values()]
+        rare = rare_tokens(list(zip(corpora.values(), weights, strict=True)), config.model.vocab)
+    return Reader(
+        order,
+        files,
+        config.model.context,
+        lambda rows: _tensor(rows, pin),
+        step,
+        here.rank,
+        here.size,
+        injection=rare,
+    )
 
 
 def _tensor(rows: npt.NDArray[np.int64], pin: bool) -> Tensor:
@@ -213,13 +245,16 @@ def open_folder(run: Run) -> None:
     write_atomically(config.folder / "config.yaml", cfg.to_yaml(without_secrets(config)))
     link_checkpoints(config)
     run.screen.say(introduction(run))
+    for note in dict.fromkeys(lock.note for lock in session.locks if lock.note):
+        run.event("lock", f"  {note}")
     for path, reason in session.skipped:
         run.event("skipped_checkpoint", f"skipped {path}: {reason}", path=str(path))
     every = config.log.every
     if session.branching:
         parent = session.parent or {}
         told = f"branches from {session.checkpoint}, step {run.step} of run {parent.get('run_id')}"
-        run.event("branch", f"run {session.run_id} {told}", **parent)
+        past = {"jumps": session.past.jumps, "injected": session.past.injected}
+        run.event("branch", f"run {session.run_id} {told}", **parent, **past)
     if session.checkpoint is None or session.branching:
         run.event("start", f"run {session.run_id} starts in {config.folder}", log_every=every)
         return

@@ -72,6 +72,15 @@ class World:
         dist.broadcast_object_list(box, src=0, device=self.device)
         return cast(T, box[0])
 
+    def neighbours(self) -> list[int]:
+        """The process ids of all ranks on this host."""
+        mine = (os.uname().nodename, os.getpid())
+        if self.size == 1:
+            return [mine[1]]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, mine)
+        return [pid for host, pid in found if host == mine[0]]
+
     def close(self) -> None:
         """Only on the way out of a run that went well: after a fault a rank may wait for ever."""
         if self.size > 1:

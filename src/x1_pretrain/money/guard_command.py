@@ -1,8 +1,8 @@
-"""`x1 watch RUN`: from off the machine, see what it costs and that it ends.
+"""`x1 guard RUN`: from off the machine, see what it costs and that it ends.
 
 The same counting as the sidecar's, with the provider's own word, on a laptop, a cron job or a small server.
 It ends the machine before the ceiling is passed, and one that stopped working after a while, whatever runs
-there. Its numbers are in watch.json; budget.json is the sidecar's.
+there. Its numbers are in guard.json; budget.json is the sidecar's.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ LATE = 1.25  # so much longer than planned, and somebody should look
 
 
 @dataclass
-class Watch:
+class OuterGuard:
     """Poll until the machine is gone; then say what it came to."""
 
     folder: Path
@@ -58,7 +58,7 @@ class Watch:
                 return end_loudly(self.folder, self.clock)
             stop.wait(self.clock.real_s(self.sidecar.next_poll_s()))
         print(
-            f"the watch ends; the machine goes on and is billed: `x1 watch {self.folder}` goes on watching, "
+            f"the guard ends; the machine goes on and is billed: `x1 guard {self.folder}` takes it up again, "
             f"`x1 teardown {self.folder}` ends it",
             flush=True,
         )
@@ -72,7 +72,7 @@ class Watch:
         try:
             said = self.sidecar.poll()
         except (OSError, UserError) as error:
-            print(f"watch: {error}", flush=True)
+            print(f"guard: {error}", flush=True)
             return
         self._ask_a_person(said)
         projected = f", {dollars(said.projected_total_usd)} projected" if said.projected_total_usd else ""
@@ -83,20 +83,20 @@ class Watch:
         )
 
     def _ask_a_person(self, said: BudgetFile) -> None:
-        """What can't be seen from here, or decided by a watch: dearer than agreed, longer than planned."""
+        """What only a person can decide: dearer than agreed, longer than planned."""
         agreed, now = self.sidecar.machine.usd_per_hr, said.rate_usd_per_hr or ZERO
         name, end = self.folder.name, f"`x1 teardown {self.folder}` ends it; the ceiling holds meanwhile."
         elsewhere = not (self.folder / "metrics.jsonl").exists()  # else the trainer's guard asks by itself
         if elsewhere and now > DRIFT * self.agreed_usd_per_hr:
             was = dollars(self.agreed_usd_per_hr)
             body = f"The machine costs {dollars(now)}/h, agreed were {was}/h. {end}"
-            self._tell(f"watch-drift-{agreed:f}", f"X1 {name}: dearer than agreed", body)
+            self._tell(f"guard-drift-{agreed:f}", f"X1 {name}: dearer than agreed", body)
         planned_s = self.sidecar.planned_s
         if planned_s is not None and self.sidecar.elapsed_s() > LATE * planned_s + self.linger_s:
             body = (
                 f"It was planned to take {minutes(planned_s)}, and its machine still runs. Is it done? {end}"
             )
-            self._tell("watch-late", f"X1 {name}: longer than planned", body)
+            self._tell("guard-late", f"X1 {name}: longer than planned", body)
 
     def _tell(self, key: str, title: str, body: str) -> None:
         if self.sidecar.notifier.alert(key, title, body):
@@ -125,7 +125,7 @@ class Watch:
         return f"{why}; the machine will be ended in {minutes(self.linger_s)}. {then}"
 
 
-def watch(folder: Path, clock: Clock, ceiling_usd: Decimal, poll_s: float, linger_s: float) -> int:
+def guard_machine(folder: Path, clock: Clock, ceiling_usd: Decimal, poll_s: float, linger_s: float) -> int:
     """Until the run's machine is gone."""
     ledger = Ledger(folder / NAME, clock)
     rows = ledger.rows()
@@ -137,7 +137,7 @@ def watch(folder: Path, clock: Clock, ceiling_usd: Decimal, poll_s: float, linge
     notifier = Notifier(addresses(os.environ), ledger, clock, run=folder.name)
     sidecar = Sidecar(
         folder=folder,
-        output=folder / "watch.json",
+        output=folder / "guard.json",
         provider=open_provider(machine.provider, clock),
         machine=machine,
         ceiling_usd=ceiling_usd,
@@ -157,7 +157,7 @@ def watch(folder: Path, clock: Clock, ceiling_usd: Decimal, poll_s: float, linge
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     agreed = launched_with(rows, machine.tag, "usd_per_hr")
-    code = Watch(folder, sidecar, clock, linger_s, agreed).run(stop)
+    code = OuterGuard(folder, sidecar, clock, linger_s, agreed).run(stop)
     proof = f"; proof in {folder / PROOF}" if code == FINISHED else ""
     print(f"{dollars(sidecar.spent_usd)} in all{proof}", flush=True)
     notifier.close(20.0)
@@ -165,11 +165,11 @@ def watch(folder: Path, clock: Clock, ceiling_usd: Decimal, poll_s: float, linge
 
 
 def _end(sidecar: Sidecar) -> None:
-    """All of the run's machines; with a ledger that can't be read, at least the one that is watched."""
+    """All of the run's machines; with a ledger that can't be read, at least the one that is guarded."""
     try:
         end_loudly(sidecar.folder, sidecar.clock)
     except LedgerError as error:
-        print(f"watch: {error}", flush=True)
+        print(f"guard: {error}", flush=True)
         Ending(sidecar.provider, sidecar.machine, sidecar.ledger, sidecar.clock, print).run()
 
 
@@ -201,10 +201,10 @@ def main(
     ceiling = account(Ledger(folder / NAME, clock).rows()).ceiling_usd
     if ceiling is None:
         raise UserError(f"{folder / NAME}: no ceiling on record; launch the run with x1 launch")
-    return watch(folder, clock, ceiling, every_s, linger_s)
+    return guard_machine(folder, clock, ceiling, every_s, linger_s)
 
 
 app = single(main)
 
 if __name__ == "__main__":
-    raise SystemExit(run_app(app, prog="x1 watch"))
+    raise SystemExit(run_app(app, prog="x1 guard"))

@@ -1,4 +1,4 @@
-"""`x1 watch`: whatever runs on the machine, and whatever its provider says, it ends below the ceiling."""
+"""`x1 guard`: whatever runs on the machine, and whatever its provider says, it ends below the ceiling."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.money.fakes import Rental, Turns, renting, waiting
 
 from x1_pretrain.command import run as run_app
 from x1_pretrain.errors import FAULT, FINISHED, INTERRUPTED, USAGE
-from x1_pretrain.money import teardown, watch
+from x1_pretrain.money import guard_command, teardown
 from x1_pretrain.money.clock import Clock
 from x1_pretrain.money.providers.fake.server import FakeProvider
 from x1_pretrain.money.teardown import Ending
@@ -44,7 +44,7 @@ def rented(rental: Rental, ceiling: str = "3") -> str:
 
 
 def command(*words: str) -> int:
-    return run_app(watch.app, list(words), prog="x1 watch")
+    return run_app(guard_command.app, list(words), prog="x1 guard")
 
 
 @pytest.mark.parametrize("every_s", ["60", "300", "1800"])
@@ -59,7 +59,7 @@ def test_the_machine_ends_below_the_ceiling(
     assert "of $3.00" in printed
     assert "projected" in printed
     assert "termination.json" in printed
-    assert json.loads((rental.folder / "watch.json").read_text())["spent_usd"] <= 3
+    assert json.loads((rental.folder / "guard.json").read_text())["spent_usd"] <= 3
 
 
 FAULTS: list[dict[str, Any]] = [
@@ -104,20 +104,20 @@ def test_a_machine_that_works_again_is_left_alone(rental: Rental) -> None:
     rented(rental, "30")
     rental.fake.fault("unhealthy")
     sidecars = []
-    over = watch.Watch._over
+    over = guard_command.OuterGuard._over
 
-    def noted(self: watch.Watch) -> bool:
+    def noted(self: guard_command.OuterGuard) -> bool:
         sidecars.append(self.sidecar.lost)
         if len(sidecars) == 3:
             rental.fake.world.clear_faults()
             rental.fake.world.start(rental.fake.world.alive()[0])
         return over(self)
 
-    watch.Watch._over = noted  # type: ignore[method-assign]
+    guard_command.OuterGuard._over = noted  # type: ignore[method-assign]
     try:
         assert command(str(rental.folder), "--linger", "30m") == INTERRUPTED
     finally:
-        watch.Watch._over = over  # type: ignore[method-assign]
+        guard_command.OuterGuard._over = over  # type: ignore[method-assign]
     assert sidecars[:3] == [True] * 3
     assert not any(sidecars[4:])
     assert rental.fake.world.alive()
@@ -132,7 +132,7 @@ def test_a_machine_that_is_gone_is_confirmed_without_waiting(rental: Rental) -> 
     assert rental.rows("terminate_confirmed")[0]["machine_id"] == machine_id
 
 
-def test_a_teardown_from_elsewhere_ends_the_watch(
+def test_a_teardown_from_elsewhere_ends_the_guard(
     rental: Rental, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rented(rental, "30")
@@ -180,7 +180,7 @@ def test_tax_and_disk_of_the_launch_are_counted(rental: Rental) -> None:
     intent |= {"tax": "0.10", "storage_usd_per_hr": "0.027778"}
     rental.ledger.file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert command(str(rental.folder)) == FINISHED
-    spent = Decimal(str(json.loads((rental.folder / "watch.json").read_text())["spent_usd"]))
+    spent = Decimal(str(json.loads((rental.folder / "guard.json").read_text())["spent_usd"]))
     assert Decimal(3) >= spent
     assert Decimal("2.7") <= rental.bill_usd() * Decimal("1.1") <= 3
 
@@ -211,17 +211,17 @@ def test_sigterm_leaves_the_machine_and_says_so(tmp_path: Path, monkeypatch: pyt
             "runpod", "x1-run-1", "NVIDIA A100 80GB PCIe", gpu_count=1, usd_per_hr=Decimal("1.19"),
             place="SECURE", disk_gb=1,
         )  # fmt: skip
-        ledger = watch.Ledger(real / "ledger.jsonl", Clock.from_environment())
+        ledger = guard_command.Ledger(real / "ledger.jsonl", Clock.from_environment())
         ledger.append("gate", verdict="passed", ceiling_usd=Decimal(30))
         ledger.append("adopted", tag="x1-run-1", provider="fake", machine_id=made.id, usd_per_hr=Decimal(2))
         process = subprocess.Popen(
-            [sys.executable, "-m", "x1_pretrain.money.watch", str(real)],
+            [sys.executable, "-m", "x1_pretrain.money.guard_command", str(real)],
             env=dict(os.environ),
             stdout=subprocess.PIPE,
             text=True,
         )
         end = time.monotonic() + 20
-        while not (real / "watch.json").exists():
+        while not (real / "guard.json").exists():
             assert time.monotonic() < end
             time.sleep(0.02)
         process.terminate()
@@ -241,11 +241,11 @@ def test_what_teardown_could_not_confirm_is_a_fault(rental: Rental, monkeypatch:
 
 
 def test_a_dearer_hour_and_a_late_end_are_a_persons_question(rental: Rental) -> None:
-    """From here nobody can save a checkpoint there: the watch asks, once each, and goes on."""
+    """From here nobody can save a checkpoint there: the guard asks, once each, and goes on."""
     rented(rental, "8")
     rental.fake.fault("price_jump", factor="1.3", after_s=1800)
     assert command(str(rental.folder)) == FINISHED  # at the ceiling
     keys = [row["key"] for row in rental.rows("alert_due")]
-    assert sum(key.startswith("watch-drift") for key in keys) == 1
-    assert keys.count("watch-late") == 1
+    assert sum(key.startswith("guard-drift") for key in keys) == 1
+    assert keys.count("guard-late") == 1
     assert rental.bill_usd() <= 8

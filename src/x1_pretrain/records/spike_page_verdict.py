@@ -1,0 +1,88 @@
+"""The first and the last word of a post-mortem: what caused the spike, how it ended, what to do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from x1_pretrain.records.spike_words import code, count, joined, sentence, spans
+
+if TYPE_CHECKING:
+    from x1_pretrain.records.spike_findings import Findings
+
+
+def verdict(found: Findings) -> str:
+    """The cause, and how it ended."""
+    return f"**Verdict.** {sentence(cause(found))} {ending(found)}"
+
+
+def cause(found: Findings) -> str:
+    """In words as sure as the evidence is."""
+    evidence = found.evidence
+    back = count(evidence.steps_to_recover or 0, "step")
+    match found.verdict.cause:
+        case "injected":
+            return f"This spike was made on purpose: rare tokens took the place of {_batches(found)}"
+        case "not finite":
+            broken = count(evidence.not_finite, "step")
+            return f"{broken} in it had no finite loss or gradient. {_arithmetic(evidence.precision)}"
+        case "data":
+            return f"The data made it: {joined(evidence.patterns)}"
+        case "warm-up":
+            within = "within" if evidence.onset <= evidence.warmup_steps else "right after"
+            return (
+                f"The learning rate is the likeliest cause: step {evidence.onset:,} lies {within} the "
+                f"warm-up of {evidence.warmup_steps:,} steps{_data(found)}"
+            )
+        case "resume":
+            since = count(evidence.steps_since_resume or 0, "step")
+            return f"It came {since} after the run was resumed, which is too close to be taken for chance"
+        case "one batch":
+            return f"One batch made it: the loss was back after {back}, too soon for a cure{_data(found)}"
+        case "attention":
+            logits = f"{evidence.logit_max or 0:.0f}"
+            return (
+                f"Attention is the likeliest cause: its logits had reached {logits} before it{_data(found)}"
+            )
+        case "optimizer":
+            return f"The optimizer is the likeliest cause, for want of another{_data(found)}"
+
+
+def _batches(found: Findings) -> str:
+    steps = found.seen.injected if found.seen else []
+    return f"the batches of steps {spans(steps)}" if steps else "some of its batches"
+
+
+def _arithmetic(precision: str) -> str:
+    if precision == "fp32":
+        return "The run computed in fp32, so it was not the precision: the numbers themselves ran away"
+    return f"The run computed in {precision}, which is the first thing to doubt"
+
+
+def _data(found: Findings) -> str:
+    if found.evidence.data_seen:
+        return "; nothing sets its data apart from those before"
+    return "; its data could not be looked at here"
+
+
+def ending(found: Findings) -> str:
+    """How it ended, and what it left behind."""
+    spike, left = found.spike, found.lasting
+    if spike.rewound_to is not None:
+        return (
+            f"The run went back to step {spike.rewound_to:,} and jumped over the batches it had read since."
+        )
+    if spike.recovered is None:
+        return "It had not recovered at the last row." if spike.end is None else "The loss did not come back."
+    told = f"The run was back after {count(spike.recovery_steps or 0, 'step')}"
+    if left is None or not left.settled:
+        return f"{told}; too few steps have followed to say what it left behind."
+    if left.clear and left.difference > 0:
+        return f"{told}, but {left.difference:.3f} nats above where the trend led."
+    return f"{told}, and nothing lasting is to be seen."
+
+
+def advice(found: Findings) -> str:
+    if not found.verdict.advice:
+        policy = found.run.config.stability.policy
+        return f"Nothing needs to change: with stability.policy {code(policy)} the run took it."
+    return "\n".join(f"- {code(one.field)}: {one.text}." for one in found.verdict.advice)

@@ -1,0 +1,19 @@
+"""When the watchdog gives a run up: what it tells, and what it saves before the process ends."""
+
+from __future__ import annotations
+
+from x1_pretrain.runtime.run import Run
+from x1_pretrain.runtime.saving import save_here
+from x1_pretrain.runtime.watchdog import Hang
+
+
+def hung(run: Run, hang: Hang) -> None:
+    """From the watchdog's thread, bounded in time by it; no collectives: another rank may be what hangs."""
+    path = str(hang.path) if hang.path else None
+    run.note("hang", hang.line(), phase=hang.phase, seconds=round(hang.seconds, 1), path=path)
+    if run.records:
+        run.records.sync()
+    if run.guard:
+        run.guard.notifier.alert(f"hang-{run.step}", f"X1 {run.config.name}: hung, relaunching", hang.line())
+    if run.world.first and hang.at_rest and run.saved_step < run.step and save_here(run):
+        run.event("checkpoint", f"saved step {run.step} before leaving: nothing is lost")

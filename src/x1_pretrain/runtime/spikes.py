@@ -1,0 +1,242 @@
+"""What the loop does about a spike beside its update: say so, have the post-mortem written, go back.
+
+Going back: the newest good checkpoint from before the spike, and the order of the data jumps over every batch
+that was read since. Nothing is read twice, and the steps that were lost stay on record as superseded.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from x1_pretrain.corpus.order import INJECTED_STEPS, Order
+from x1_pretrain.learning import stability
+from x1_pretrain.learning.stability import Episode
+from x1_pretrain.records.metrics import read_rows, rewind
+from x1_pretrain.records.mlflow_sink import MlflowSink
+from x1_pretrain.runtime import checkpoint, checkpoint_files
+from x1_pretrain.runtime.run import Run, Update
+from x1_pretrain.runtime.session import STEP_FILES, open_records
+from x1_pretrain.runtime.start import open_reader
+
+POSTMORTEM_S = 60.0  # what the end of a run waits for one
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Saying it
+
+
+def tell_injection(run: Run) -> None:
+    """Before the first of the injected batches is trained on."""
+    if not run.order.injects(run.step) or (run.step and run.order.injects(run.step - 1)):
+        return
+    first, last = run.step + 1, run.step + INJECTED_STEPS
+    message = (
+        f"injected on purpose: the batches of steps {first} to {last} are rare tokens, not data; they count "
+        "as no tokens seen"
+    )
+    fields = {"first_step": run.step, "first_batch": run.order.batch_of(run.step), "steps": INJECTED_STEPS}
+    run.event("inject", message, **fields)
+    if run.guard:
+        run.guard.record("inject", message, **fields)
+
+
+def tell(run: Run, update: Update) -> None:
+    """The events of one step."""
+    judged = update.judged
+    if judged.verdict == "skip" and not judged.state.streak:
+        message = (
+            f"step {run.step}: loss {update.loss:.3f} ({judged.loss_z or 0:.0f} deviations up), gradient "
+            f"norm {update.grad_norm:.3g} ({judged.grad_z or 0:.0f}): update left out"
+        )
+        z = {"loss_z": judged.loss_z, "grad_z": judged.grad_z}
+        run.event("skip", message, loss=update.loss, grad_norm=update.grad_norm, **z)
+    if judged.began:
+        began(run, judged.began, update)
+    if judged.ended:
+        ended(run, judged.ended)
+        start_postmortem(run)
+    tell_postmortem(run)
+
+
+def began(run: Run, episode: Episode, update: Update) -> None:
+    what = "a spike (injected)" if was_injected(run, episode) else "a spike"
+    z = update.judged
+    message = (
+        f"{what} at step {episode.onset}: loss {update.loss:.3f} after {episode.loss_before:.3f}, gradient "
+        f"norm {update.grad_norm:.3g} after {episode.grad_norm_before:.3g}"
+    )
+    fields: dict[str, Any] = {"onset": episode.onset, "loss": update.loss, "grad_norm": update.grad_norm}
+    fields |= {"loss_before": episode.loss_before, "grad_norm_before": episode.grad_norm_before}
+    fields |= {"loss_z": z.loss_z, "grad_z": z.grad_z, "injected": was_injected(run, episode)}
+    run.event("spike", message, **fields)
+
+
+def ended(run: Run, episode: Episode) -> None:
+    """The episode is over, one way or another: on record."""
+    height = f"{episode.peak_loss - episode.loss_before:.2f} nats at its highest"
+    if episode.recovered is None:
+        how = f"has not gone down by step {run.step}"
+    else:
+        how = f"is over: back at step {episode.recovered}"
+    message = f"the spike of step {episode.onset} {how}; {height}"
+    fields = {**asdict(episode), "end": run.step, "injected": was_injected(run, episode)}
+    run.event("spike_end", message, **fields, policy=run.config.stability.policy)
+
+
+def was_injected(run: Run, episode: Episode) -> bool:
+    """Whether it began with an injected batch, or within a few steps of one."""
+    near = range(max(0, episode.onset - 1 - INJECTED_STEPS), min(episode.onset, run.total_steps))
+    return any(run.order.injects(step) for step in near)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The post-mortem: written by a process of its own, so that training does not wait for a picture
+
+
+def start_postmortem(run: Run) -> None:
+    if not run.records:
+        return
+    wait_for_postmortem(run, 0.0)
+    run.records.sync()
+    command = [sys.executable, "-m", "x1_pretrain.records.postmortem", str(run.config.folder)]
+    try:
+        log = (run.config.folder / "postmortem.log").open("wb")
+        with log:
+            run.postmortem = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+        with suppress(psutil.Error):
+            psutil.Process(run.postmortem.pid).nice(10)
+    except OSError as error:
+        run.event("postmortem", f"the post-mortem can't be written now ({error}): x1 postmortem RUN")
+
+
+def tell_postmortem(run: Run) -> None:
+    """Say where it is, once it is there."""
+    if run.postmortem is None or run.postmortem.poll() is None:
+        return
+    code, run.postmortem = run.postmortem.returncode, None
+    log, folder = run.config.folder / "postmortem.log", run.config.folder
+    path = folder / "spike-postmortem.md"
+    if code == 0 and path.exists():
+        run.event("postmortem", f"post-mortem: {path}", path=str(path))
+        log.unlink(missing_ok=True)
+        return
+    lines = log.read_text(errors="replace").split("\n") if log.exists() else []
+    why = next((line for line in reversed(lines) if line.strip()), f"exit code {code}")
+    run.event("postmortem", f"no post-mortem ({why}); try x1 postmortem {folder}")
+
+
+def wait_for_postmortem(run: Run, limit_s: float) -> None:
+    if run.postmortem is None:
+        return
+    with suppress(subprocess.TimeoutExpired):
+        run.postmortem.wait(limit_s)
+    tell_postmortem(run)
+
+
+def catch_up(run: Run) -> None:
+    """An earlier session may have been killed before it had the post-mortem of its last spike."""
+    owed = False
+    for row in read_rows(run.config.folder / "events.jsonl") if run.records else ():
+        owed = row["event"] == "spike_end" or (owed and not ("path" in row and row["event"] == "postmortem"))
+    if owed:
+        start_postmortem(run)
+
+
+def close(run: Run) -> None:
+    """At the end of the run a spike that is still open ends too. Only now can be told what each left behind:
+    when it ended, hardly any steps had followed it."""
+    if run.stability.episode is not None:
+        ended(run, run.stability.episode)
+    events = read_rows(run.config.folder / "events.jsonl") if run.records else ()
+    if any(row["event"] == "spike_end" for row in events):
+        wait_for_postmortem(run, POSTMORTEM_S)
+        start_postmortem(run)
+    wait_for_postmortem(run, POSTMORTEM_S)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Going back
+
+
+def go_back(run: Run, update: Update) -> bool:
+    """To the newest good checkpoint from before the spike; False if there is none, and the run goes on."""
+    judged, done = update.judged, run.step + 1
+    onset = judged.ended.onset if judged.ended else done - judged.state.streak + 1
+    good = run.world.from_first(before(run, onset) if run.world.first else None)
+    if good is None:
+        run.stability = replace(judged.state, rewinds=run.config.stability.max_rewinds)
+        run.event("rewind", f"no checkpoint from before step {onset} to go back to: the run goes on as it is")
+        return False
+    run.enter("checkpoint")  # weights are read into place: nothing may be saved from outside
+    state = checkpoint.read_state(good)
+    order = run.order.jumped(state.step, done)
+    if judged.ended:
+        ended(run, judged.ended)
+    if run.world.first:
+        go_back_on_record(run, good, order)
+        start_postmortem(run)  # of what is now on record
+    run.world.any(False)  # the others load only now
+    checkpoint.load(good, run.decoder, run.optimizer)
+    run.reader.close()
+    run.order = order
+    run.reader = open_reader(run.config, run.corpora, order, run.world, state.step)
+    run.step = run.saved_step = state.step
+    run.stability = stability.after_rewind(stability.State.from_json(state.stability), judged.state)
+    run.evaluated_step = last_evaluated(run.config.folder)
+    run.clock.reset()
+    return True
+
+
+def before(run: Run, onset: int) -> Path | None:
+    """The newest checkpoint whose weights had not seen the step `onset`."""
+    for path in checkpoint_files.list_checkpoints(run.config.checkpoint_folder):
+        if checkpoint_files.step_of(path) < onset and checkpoint_files.verify_folder(path) is None:
+            return path
+    return None
+
+
+def go_back_on_record(run: Run, good: Path, order: Order) -> None:
+    """In an order that a kill at any point leaves in a state to resume from: first the checkpoints of the
+    steps that are given up, then the jump, then the rows."""
+    assert run.records is not None
+    step = checkpoint_files.step_of(good)
+    for path in checkpoint_files.list_checkpoints(run.config.checkpoint_folder):
+        if checkpoint_files.step_of(path) > step:
+            shutil.rmtree(path)
+    on = order.batch_of(step)
+    jumped = on - run.order.batch_of(step)
+    epochs = jumped * run.config.batch_blocks / sum(source.blocks for source in run.order.sources)
+    message = (
+        f"going back to {good.name} and on with other data: {jumped} batches are jumped over "
+        f"({epochs:.3f} epochs)"
+    )
+    fields: dict[str, Any] = {"from_step": run.step, "to_step": step}
+    fields |= {"jumps": [list(jump) for jump in order.jumps]}
+    fields["injected"] = [first for first in order.injected if first < on]
+    run.event("rewind", message, **fields)
+    if run.guard:
+        run.guard.record("rewind", message, **fields)
+    run.records.sync()
+    if run.sink:
+        run.sink.close("KILLED", timeout_s=5.0)
+    run.records.close()
+    for name in STEP_FILES:
+        rewind(run.config.folder / name, step)
+    run.records = open_records(run.config.folder, run.config.log.blocks, run.screen.say)
+    if run.sink:
+        settings = run.config.mlflow
+        run.sink = MlflowSink(run.config.folder, settings.uri or "", settings.experiment)
+
+
+def last_evaluated(folder: Path) -> int:
+    return max((r["step"] for r in read_rows(folder / "metrics.jsonl") if "val/loss" in r), default=-1)

@@ -1,0 +1,115 @@
+"""What a run measures beside its loss, between one row of metrics and the next. Nothing here changes a step.
+
+The gradient noise scale wants a gradient over few tokens beside the one over all: that of the first
+micro-batch. Where a step is one micro-batch, every `SPLIT_EVERY`-th step is done in two halves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from x1_pretrain.learning import vitals
+from x1_pretrain.learning.noise import NoiseScales
+from x1_pretrain.model.loss import IGNORED
+from x1_pretrain.runtime.run import Run, Update
+
+SPLIT_EVERY = 8
+
+
+@dataclass
+class Telemetry:
+    """Of one run, from its start on; counts are since the last row."""
+
+    noise: NoiseScales
+    steps: int = 0
+    clipped: int = 0
+    injected: int = 0
+    by_layer: dict[str, float] = field(default_factory=dict)  # gradients', where this row is a dear one
+    squares: list[float] = field(default_factory=list)  # of the last gradient, by group
+
+    def count(self, update: Update) -> None:
+        self.steps += 1
+        self.clipped += update.grad_norm > update.judged.clip
+        self.injected += update.injected
+
+    def counts(self) -> dict[str, float]:
+        """Since the last row."""
+        row: dict[str, float] = {"clipped_share": self.clipped / max(1, self.steps)}
+        row |= {"injected_steps": self.injected} if self.injected else {}
+        self.steps = self.clipped = self.injected = 0
+        return row
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The noise scale
+
+
+def micro_batch(run: Run, blocks: int) -> int:
+    """Sequences at a time in this step."""
+    size = run.machine.micro_batch
+    alone = run.world.size == 1 and 1 < blocks <= size and run.machine.compile_mode == "off"
+    if alone and run.config.telemetry.noise_scale != "off" and run.step % SPLIT_EVERY == 0:
+        return -(-blocks // 2)
+    return size
+
+
+def after_first(run: Run, rows: Tensor, of: int, counted: Tensor) -> Tensor:
+    """After the first of several micro-batches, (6,): squared norms, by group, of its mean gradient, and its
+    tokens. Zeros where there is nothing to compare with; the mean of several ranks comes out of their sum."""
+    few = torch.zeros(len(vitals.GROUPS) + 1, device=run.world.device)
+    if run.config.telemetry.noise_scale == "off" or len(rows) == of * run.world.size:
+        return few
+    tokens = (rows[:, 1:] != IGNORED).sum().to(run.world.device, torch.float32)
+    few[:-1] = vitals.group_squares(run.decoder) * (counted / tokens.clamp(min=1.0)) ** 2
+    few[-1] = tokens
+    return few / run.world.size
+
+
+def learn_noise(run: Run, sums: list[float], squares: list[float]) -> None:
+    """`sums`: the step's tokens, and what `after_first` made; `squares` of the whole gradient."""
+    run.telemetry.squares = squares
+    tokens, *few = sums
+    if few[-1]:
+        small = dict(zip(vitals.GROUPS, few, strict=False))
+        run.telemetry.noise.update(small, dict(zip(vitals.GROUPS, squares, strict=True)), few[-1], tokens)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Rows
+
+
+def row_due(run: Run, step: int) -> bool:
+    return step % run.config.log.every == 0 or step == run.total_steps
+
+
+def dear(run: Run, step: int) -> bool:
+    """Whether the row of `step` is the first since a multiple of telemetry.every."""
+    every = run.config.telemetry.every
+    return row_due(run, step) and step // every != max(0, step - run.config.log.every) // every
+
+
+def look_at_gradients(run: Run) -> None:
+    """Before they are clipped, of the step about to be counted."""
+    step = run.step + 1
+    run.telemetry.by_layer = (
+        vitals.norms(run.decoder, gradients=True, by_layer=True) if dear(run, step) else {}
+    )
+
+
+def row(run: Run, tokens: Tensor, update: Update) -> dict[str, Any]:
+    """What the row of this step says of the model's inside."""
+    found = run.telemetry.counts() | run.telemetry.noise.row()
+    groups = zip(vitals.GROUPS, run.telemetry.squares, strict=False)
+    found |= {f"grad_norm/{name}": square**0.5 for name, square in groups if square}
+    weights = vitals.norms(run.decoder, gradients=False, by_layer=dear(run, run.step))
+    found["param_norm"] = sum(n**2 for name, n in weights.items() if "layer." not in name) ** 0.5
+    found |= weights | vitals.moment_norms(run.optimizer) | vitals.update_ratios(run.decoder, run.optimizer)
+    if dear(run, run.step):
+        found |= run.telemetry.by_layer
+        if run.world.first and not update.injected:
+            found |= vitals.probe(run.decoder, tokens[:1, :-1].to(run.world.device))
+    return found

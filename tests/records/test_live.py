@@ -1,0 +1,414 @@
+"""`x1 watch`: what it knows follows the files, what it shows fits, and it leaves when it should."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from fcntl import ioctl
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.records import builder
+
+from x1_pretrain import cli
+from x1_pretrain.command import run as run_app
+from x1_pretrain.records import following, live
+from x1_pretrain.records.following import CURVE_POINTS, Curve, Seen, open_followed
+from x1_pretrain.records.frame import clean, event_line, frame, sparkline, status_line
+from x1_pretrain.records.run_folder import open_run
+from x1_pretrain.records.tail import Tail
+from x1_pretrain.runtime.lock import Holder
+
+NOW = datetime(2026, 11, 21, 10, 16, tzinfo=UTC).timestamp()  # 18 s after the builder's last record
+
+
+def append(file: Path, *rows: dict[str, Any]) -> None:
+    with file.open("a") as stream:
+        stream.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A run at step 30 of 42, with its flight recorder."""
+    folder = builder.build_run(tmp_path / "tiny", steps=30)
+    steps = [
+        {"step": s, "time_utc": f"2026-11-21T10:15:{s:02d}.000Z", "session": 1 if s <= 20 else 2}
+        | {"loss": builder.train_loss(s), "grad_norm": 0.5, "clip": 1.0}
+        for s in range(1, 31)
+    ]
+    builder.write_lines(folder / "steps.jsonl", steps)
+    return folder
+
+
+def held_by(folder: Path, process: subprocess.Popen[bytes]) -> None:
+    """The lock as a trainer with that process id would hold it."""
+    from x1_pretrain.runtime.processes import boot_id, started
+
+    holder = Holder(process.pid, os.uname().nodename, "-", boot_id(), started(process.pid), "ab12cd34")
+    (folder / "lock").write_text(holder.line())
+
+
+@pytest.fixture
+def trainer(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that stands for it."""
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as process:
+        held_by(folder, process)
+        yield process
+        process.kill()
+
+
+def looked(folder: Path, now_s: float = NOW) -> Seen:
+    seen = Seen(open_run(folder))
+    seen.look(now_s)
+    assert not seen.trouble
+    return seen
+
+
+def text_of(seen: Seen, width: int = 100, now_s: float = NOW) -> str:
+    return "\n".join(line.plain for line in frame(seen, seen.state(now_s), now_s, width))
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Following
+
+
+def test_a_file_cut_back_and_grown_past_its_place_is_read_again(tmp_path: Path) -> None:
+    """A rewind within one process: no look falls into the moment when the file was short."""
+    file = tmp_path / "steps.jsonl"
+    append(file, {"step": 1}, {"step": 2})
+    tail = Tail(file)
+    assert [row["step"] for row in tail.read()] == [1, 2]
+    assert not tail.again
+    append(file, {"step": 3})
+    assert [row["step"] for row in tail.read()] == [3]
+    file.write_text("")
+    append(file, {"step": 1}, {"step": 2, "again": 1}, {"step": 3}, {"step": 4})
+    assert [row["step"] for row in tail.read()] == [1, 2, 3, 4]
+    assert tail.again
+    assert tail.read() == []
+    assert not tail.again
+
+
+def test_a_look_costs_what_is_new(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = looked(folder)
+    row = {"step": 31, "session": 2, "time_utc": "2026-11-21T10:15:31.000Z", "loss": 1.5, "grad_norm": 0.5}
+    append(folder / "steps.jsonl", row)
+    parsed: list[bytes] = []
+    monkeypatch.setattr("x1_pretrain.records.tail.parse_row", lambda line: parsed.append(line) or row)
+    seen.look(NOW + 1)
+    assert len(parsed) == 1
+    assert seen.step == 31
+
+
+def test_a_rewind_is_forgotten(folder: Path) -> None:
+    seen = looked(folder)
+    rows = builder.read_lines(folder / "steps.jsonl")
+    builder.write_lines(folder / "steps.jsonl", rows[:25])
+    seen.look(NOW + 1)
+    assert seen.step == 25
+    assert len(seen.steps.loss.means) == 25
+
+
+@given(st.lists(st.floats(-10, 10), min_size=1, max_size=5 * CURVE_POINTS))
+def test_a_curve_of_any_length_is_short_and_keeps_the_mean(values: list[float]) -> None:
+    curve = Curve()
+    for value in values:
+        curve.add(value)
+    assert len(curve.means) < CURVE_POINTS
+    covered = values[: len(curve.means) * curve.each]
+    assert len(values) - len(covered) < curve.each
+    if covered:
+        assert sum(curve.means) * curve.each == pytest.approx(sum(covered), abs=1e-6)
+
+
+def test_time_left_is_by_the_pace_of_this_session(folder: Path) -> None:
+    """Rows of steps 25 and 30 are 5 s apart: a step a second, and 12 are left; 4 s have gone since."""
+    at = datetime(2026, 11, 21, 10, 15, 34, tzinfo=UTC).timestamp()
+    assert looked(folder).eta_s(at) == pytest.approx(8.0)
+
+
+# -----------------------------------------------------------------------------------------------------------
+# How it stands
+
+
+def test_a_run_is_what_its_lock_and_its_last_words_say(
+    folder: Path, trainer: subprocess.Popen[bytes]
+) -> None:
+    assert looked(folder).state(NOW).kind == "running"
+    assert looked(folder).state(NOW + 1e6).kind == "running"  # compiling may take long: the process lives
+    trainer.kill()
+    trainer.wait()
+    state = looked(folder).state(NOW)
+    assert (state.kind, state.over) == ("died", False)  # it may be relaunched in a moment
+    assert looked(folder).state(NOW + 120).over
+    append(folder / "events.jsonl", builder.event("signal", 30, 2) | {"message": "SIGTERM: saved"})
+    (folder / "lock").write_text("")
+    state = looked(folder).state(NOW + 120)
+    assert (state.kind, state.over) == ("ended", True)
+    assert "interrupted: SIGTERM: saved" in state.why
+    (folder / "STOP.json").write_text('{"reason": "over the ceiling", "by": "guard", "exit_code": 76}')
+    state = looked(folder).state(NOW)
+    assert (state.kind, state.why) == ("stopped", "by the guard: over the ceiling")
+
+
+def test_a_run_on_another_machine_lives_by_its_heartbeat(folder: Path) -> None:
+    (folder / "lock").write_text(Holder(7, "elsewhere", "-", "another-boot", "1", "ab12cd34").line())
+    os.utime(folder / "lock", (NOW - 30, NOW - 30))
+    assert looked(folder).state(NOW).kind == "running"
+    assert looked(folder).state(NOW + 600).kind == "died"
+
+
+def test_without_a_lock_that_tells_silence_tells(folder: Path) -> None:
+    assert looked(folder).state(NOW).kind == "running"
+    state = looked(folder).state(NOW + 1000)
+    assert (state.kind, state.over) == ("silent", True)
+    (folder / "lock").write_text("process 7 on host\n")  # as older versions wrote it
+    assert looked(folder).state(NOW + 1000).kind == "silent"
+
+
+def test_a_finished_run_is_over(tmp_path: Path) -> None:
+    state = looked(builder.build_run(tmp_path / "done")).state(NOW)
+    assert (state.kind, state.over) == ("finished", True)
+
+
+def test_a_run_that_only_begins_has_no_manifest_yet(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+    for name in ("metrics", "events", "steps"):
+        (folder / f"{name}.jsonl").unlink()
+    seen = Seen(open_followed(str(folder)))
+    seen.look(NOW)
+    assert seen.state(NOW).kind == "waiting"
+    assert "waiting" in text_of(seen)
+
+
+# -----------------------------------------------------------------------------------------------------------
+# What it shows
+
+
+@pytest.mark.parametrize("width", [20, 60, 80, 120, 200, 400])
+@pytest.mark.parametrize("plain", [False, True])
+def test_no_line_is_wider_than_the_screen(folder: Path, width: int, plain: bool) -> None:
+    long = "a very long word of a message " * 20
+    append(folder / "events.jsonl", builder.event("spike", 30, 2) | {"message": long})
+    append(folder / "samples.jsonl", {"step": 30, "prompt": "The", "text": "\x1b[2J\nwide 東京 " * 40})
+    seen = looked(folder)
+    lines = frame(seen, seen.state(NOW), NOW, width, plain)
+    assert max(line.cell_len for line in lines) <= max(60, min(200, width))
+    assert all("\x1b" not in line.plain and "\n" not in line.plain for line in lines)
+
+
+def test_the_screen_says_what_the_rows_say(folder: Path, trainer: subprocess.Popen[bytes]) -> None:
+    row = builder.place(30) | {"train/loss": 2.1, "tokens_per_sec": 412_000.0, "mfu": 0.412}
+    row |= {"data/wait_share": 0.031, "noise_scale": 1.5e6, "clipped_share": 0.25, "session": 2}
+    row |= {"memory/peak_gib": 61.2, "memory/total_gib": 79.2, "budget/spent_usd": 12.4}
+    append(folder / "metrics.jsonl", row)
+    shown = text_of(looked(folder), 120)
+    for part in ("step 30 of 42 (71.4%)", "412K tokens/s", "MFU 41.2%", "data wait 3.1%", "61.2 of 79.2 GiB",
+                 "noise scale 1.5 M tokens", "clipped 25%", "$12.40 spent", "running", "session 2",
+                 "loss        2.1000", "all 2.2000", "goodput", "resume"):  # fmt: skip
+        assert part in shown, part
+
+
+def test_what_was_not_measured_is_not_shown(folder: Path) -> None:
+    shown = text_of(looked(folder))
+    assert "MFU" not in shown
+    assert "noise" not in shown
+    assert "$" not in shown
+
+
+def test_an_open_machine_names_what_ends_it(folder: Path) -> None:
+    row = {"seq": 1, "event": "intent", "time_utc": "2026-11-21T10:00:00Z", "tag": "x1-a"}
+    row |= {"provider": "runpod", "usd_per_hr": "1.19"}
+    gone = {"seq": 2, "event": "launched", "time_utc": "2026-11-21T10:00:05Z", "tag": "x1-a"}
+    append(folder / "ledger.jsonl", row, gone | {"machine_id": "pod-7"})
+    assert f"pod-7 (runpod) bills: `x1 guard {folder}`" in text_of(looked(folder), 200)
+
+
+def test_the_sparkline_has_the_lowest_at_the_foot_and_the_scale_of_the_rest() -> None:
+    bottom = sparkline([8, 7, 6, 5, 4, 3, 2, 1], 8, 1)
+    assert bottom == ["████▅▄▃▂▁"[1:]] or bottom[0][-1] == "▁"
+    top, foot = sparkline([100.0] + [2.0, 1.0] * 5, 11, 2)
+    assert foot[0] == top[0] == "█"  # the first fall is cut: it has not the scale
+    assert foot[2] == "▁"
+    assert foot[1] == top[1] == "█"
+    assert sparkline([], 10, 2) == []
+    assert len(sparkline([1.0, 2.0], 10, 1)[0]) == 10
+
+
+def test_lines_for_a_log(folder: Path, trainer: subprocess.Popen[bytes]) -> None:
+    seen = looked(folder)
+    line = status_line(seen, seen.state(NOW), NOW)
+    assert line.startswith("running step 30 of 42 (71.4%) loss 2.1000")
+    assert "\n" not in line
+    odd = {"time_utc": "2026-11-21T10:15:02.5Z", "event": "fault", "message": "a\nb\x1b[31m"}
+    assert event_line(odd) == "10:15:02 fault: a b [31m"
+    assert clean("a\tb\r\n\x07c") == "a b c"
+
+
+# -----------------------------------------------------------------------------------------------------------
+# The command
+
+
+def test_once_is_one_screen(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_app(live.app, [str(folder), "--once"]) == 0
+    assert "step 30 of 42" in capsys.readouterr().out
+
+
+def test_lines_end_with_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = builder.build_run(tmp_path / "done")
+    assert run_app(live.app, [str(folder), "--every", "0.1"]) == 0
+    assert "finished step 42 of 42" in capsys.readouterr().out
+
+
+def test_a_run_that_ended_otherwise_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its last record is of years ago, and no lock tells."""
+    for file in folder.glob("*.jsonl"):
+        file.write_text(file.read_text().replace("2026-11-21", "2020-11-21"))
+    assert run_app(live.app, [str(folder)]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "silent" in error
+
+
+@pytest.mark.parametrize("flag", ["--linger", "--every-s"])
+def test_the_flags_of_what_was_once_called_watch_name_the_guard(
+    folder: Path, flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_app(live.app, [str(folder), flag, "5"]) == 2
+    assert f"`x1 guard {folder}`" in capsys.readouterr().err
+
+
+def test_a_folder_of_a_launch_says_where_the_run_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"seq": 1, "event": "intent", "time_utc": "2026-11-21T10:00:00Z", "tag": "x1-a"}
+    append(tmp_path / "ledger.jsonl", row | {"provider": "runpod", "usd_per_hr": "1.19"})
+    assert run_app(live.app, [str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"`x1 guard {tmp_path}` is what ends the machine" in error
+
+
+def test_no_such_run_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_app(live.app, ["no-such-run"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["config.yaml", "ledger.jsonl", "budget.json", "steps.jsonl", "samples.jsonl"]
+)
+def test_a_damaged_file_is_one_line(folder: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / name).write_bytes(b'\x80\x00{"a": \n[1, 2]\n')
+    assert run_app(live.app, [str(folder), "--once"]) == (2 if name == "config.yaml" else 0)
+    told = capsys.readouterr()
+    assert "Traceback" not in told.err
+    assert name == "config.yaml" or "step " in told.out
+
+
+def test_neither_torch_nor_a_picture_is_loaded() -> None:
+    code = "import sys, x1_pretrain.records.live; sys.exit(bool({'torch', 'matplotlib'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_verbs_are_told_apart() -> None:
+    assert cli.VERBS["watch"][0] == live.__name__
+    assert cli.VERBS["guard"][0] == "x1_pretrain.money.guard_command"
+
+
+# -----------------------------------------------------------------------------------------------------------
+# A real terminal
+
+
+class Terminal:
+    """`x1 watch` in a pseudo-terminal of so many columns."""
+
+    def __init__(self, folder: Path, columns: int = 80, rows: int = 40) -> None:
+        self.pid, self.descriptor = pty.fork()
+        if self.pid == 0:
+            environment = os.environ | {"TERM": "xterm-256color", "PYTHONIOENCODING": "utf-8"}
+            words = [sys.executable, "-m", "x1_pretrain.records.live", str(folder), "--every", "0.2"]
+            os.execve(sys.executable, words, {k: v for k, v in environment.items() if k != "COLUMNS"})
+        ioctl(self.descriptor, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+        self.seen = b""
+
+    def until(self, text: str, limit_s: float = 20.0) -> None:
+        end = time.monotonic() + limit_s
+        while text.encode() not in self.seen:
+            assert time.monotonic() < end, self.seen.decode(errors="replace")[-2000:]
+            self.read(0.1)
+
+    def read(self, wait_s: float) -> bool:
+        if not select.select([self.descriptor], [], [], wait_s)[0]:
+            return True
+        try:
+            data = os.read(self.descriptor, 1 << 16)
+        except OSError:  # the other side is gone
+            return False
+        self.seen += data
+        return bool(data)
+
+    def press(self, keys: str) -> None:
+        os.write(self.descriptor, keys.encode())
+
+    def ended(self) -> int:
+        end = time.monotonic() + 20
+        while self.read(0.2) and time.monotonic() < end:
+            pass
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+@pytest.mark.parametrize("key", ["q", "\x03", "\x1b"])
+def test_a_key_leaves_the_screen(folder: Path, trainer: subprocess.Popen[bytes], key: str) -> None:
+    terminal = Terminal(folder)
+    terminal.until("step 30 of 42")
+    terminal.press("x")  # no other key does
+    append(folder / "steps.jsonl", {"step": 31, "session": 2, "loss": 1.5, "grad_norm": 0.5})
+    terminal.until("step 31 of 42")
+    terminal.press(key)
+    assert terminal.ended() == 0
+    assert b"\x1b[?1049l" in terminal.seen  # back on the screen before
+    assert b"Traceback" not in terminal.seen
+
+
+def test_the_screen_ends_when_the_run_does(folder: Path, trainer: subprocess.Popen[bytes]) -> None:
+    terminal = Terminal(folder, columns=120)
+    terminal.until("step 30 of 42")
+    append(folder / "metrics.jsonl", builder.place(42) | {"train/loss": 2.0})
+    append(folder / "events.jsonl", builder.event("finish", 42, 2))
+    assert terminal.ended() == 0
+    assert b"finished" in terminal.seen
+
+
+def test_an_interrupt_leaves_the_lines_too(folder: Path, trainer: subprocess.Popen[bytes]) -> None:
+    words = [sys.executable, "-m", "x1_pretrain.records.live", str(folder), "--every", "0.2"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert "running step 30" in process.stdout.readline()
+        append(folder / "events.jsonl", builder.event("spike", 31, 2) | {"message": "a spike at step 31"})
+        while "a spike at step 31" not in (line := process.stdout.readline()):
+            assert line
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 0
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+
+
+def test_the_listed_states_are_those_that_are_drawn() -> None:
+    from typing import get_args
+
+    from x1_pretrain.records.frame import COLORS
+
+    assert set(get_args(following.Kind)) == set(COLORS)

@@ -1,0 +1,298 @@
+"""The checks of what every step leaves: steps.jsonl, injections, jumps, spikes and their post-mortem."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save, save_file
+from tests.records import builder
+
+from x1_pretrain.corpus.order import Order
+from x1_pretrain.records.checks_rows import recorded_injections, recorded_jumps, recorded_order
+from x1_pretrain.records.run_folder import open_run
+from x1_pretrain.records.verify import verify
+
+EVERY, STEPS, SESSIONS = "every step on record", "no gap or overlap in steps", "sessions agree with events"
+BLOCKS, POSTMORTEM, RELOAD = (
+    "blocks read in order",
+    "post-mortem written",
+    "final weights reload byte for byte",
+)
+Rows = list[dict[str, Any]]
+
+
+def results(folder: Path) -> dict[str, tuple[str, str]]:
+    return {check.name: (check.result, check.evidence) for check in verify(open_run(folder))}
+
+
+def failed(folder: Path) -> dict[str, str]:
+    return {name: evidence for name, (result, evidence) in results(folder).items() if result == "failed"}
+
+
+def step_rows(steps: int = builder.TOTAL_STEPS) -> Rows:
+    return [
+        {"step": s, "time_utc": "2026-11-21T10:15:00.000Z", "session": 1 if s <= 20 else 2}
+        | {"loss": builder.train_loss(s), "grad_norm": 0.5 + 1 / s, "step_s": 0.1, "verdict": "go"}
+        for s in range(1, steps + 1)
+    ]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = builder.build_run(tmp_path / "tiny")
+    builder.write_lines(folder / "steps.jsonl", step_rows())
+    return folder
+
+
+def test_every_step_once_and_the_same_numbers(folder: Path) -> None:
+    result, evidence = results(folder)[EVERY]
+    assert result == "passed"
+    assert evidence == "42 steps, 1 to 42, each once; the 9 rows of metrics agree"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda rows: rows.pop(11), "step 11 is followed by step 13"),
+        (lambda rows: rows.insert(11, rows[10]), "step 11 is followed by step 11"),
+        (lambda rows: rows.pop(0), "begins at step 2, expected 1"),
+        (lambda rows: rows.pop(), "ends at step 41, metrics.jsonl at 42"),
+        (lambda rows: rows[9].update(loss=1.0), "step 10: loss is 1.0 in steps.jsonl, 2.3 in metrics.jsonl"),
+        (lambda rows: rows[9].update(grad_norm="nan"), "step 10: grad_norm is nan in steps.jsonl, 0.6"),
+        (lambda rows: rows.clear(), "steps.jsonl has no rows"),
+    ],
+)
+def test_a_step_missing_twice_or_other_is_seen(
+    folder: Path, change: Callable[[Rows], Any], said: str
+) -> None:
+    rows = step_rows()
+    change(rows)
+    builder.write_lines(folder / "steps.jsonl", rows)
+    assert set(failed(folder)) == {EVERY}
+    assert said in failed(folder)[EVERY]
+
+
+def test_a_loss_that_is_no_number_agrees_with_itself(folder: Path) -> None:
+    rows, metrics = step_rows(), builder.read_lines(folder / "metrics.jsonl")
+    rows[9]["loss"] = metrics[1]["train/loss"] = "nan"
+    builder.write_lines(folder / "steps.jsonl", rows)
+    builder.write_lines(folder / "metrics.jsonl", metrics)
+    assert failed(folder) == {}
+
+
+def test_a_run_that_was_older_than_the_file(folder: Path) -> None:
+    """It was resumed at step 20 by a version that keeps every step."""
+    builder.write_lines(folder / "steps.jsonl", step_rows()[20:])
+    assert results(folder)[EVERY][0] == "passed"
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Injections and jumps
+
+
+def inject(folder: Path, first: int, **rows_too: bool) -> None:
+    """The batches of the five steps after `first` were not data."""
+    events = builder.read_lines(folder / "events.jsonl")
+    told = builder.event("inject", first, 1) | {"first_step": first, "first_batch": first, "steps": 5}
+    events.insert(next(i for i, e in enumerate(events) if e["step"] > first), told)
+    builder.write_lines(folder / "events.jsonl", events)
+    rows = builder.read_lines(folder / "metrics.jsonl")
+    for row in rows:
+        made = min(5, max(0, row["step"] - first))
+        row["tokens"] -= made * builder.TOKENS_PER_STEP
+        if made:
+            row["tokens_injected"] = made * builder.TOKENS_PER_STEP
+    builder.write_lines(folder / "metrics.jsonl", rows)
+
+
+def test_injected_tokens_are_counted_apart(folder: Path) -> None:
+    inject(folder, 12)
+    assert failed(folder) == {}
+    rows = builder.read_lines(folder / "metrics.jsonl")
+    rows[-1]["tokens"] += 64
+    del rows[-2]["tokens_injected"]
+    builder.write_lines(folder / "metrics.jsonl", rows)
+    said = failed(folder)[STEPS]
+    assert "step 42 says 2432 tokens, x 64 without 5 injected it is 2368" in said
+    assert "step 42 says 0 injected tokens, x 64 it is 320" in said
+
+
+def test_tokens_of_an_injection_nobody_told_of_are_an_error(folder: Path) -> None:
+    inject(folder, 12)
+    events = [e for e in builder.read_lines(folder / "events.jsonl") if e["event"] != "inject"]
+    builder.write_lines(folder / "events.jsonl", events)
+    assert set(failed(folder)) == {STEPS}
+
+
+def event(name: str, step: int, **more: Any) -> dict[str, Any]:
+    return {"event": name, "step": step, **more}
+
+
+@pytest.mark.parametrize(
+    ("events", "found"),
+    [
+        ([event("start", 0), event("inject", 12, first_step=12, first_batch=12)], [12]),
+        ([event("inject", 12, first_step=12, first_batch=12), event("resume", 10)], []),
+        ([event("inject", 12, first_step=12, first_batch=12), event("resume", 14)], [12]),
+        (
+            [
+                event("inject", 12, first_step=12, first_batch=12),
+                event("resume", 10),
+                event("inject", 12, first_step=12, first_batch=12),
+            ],
+            [12],
+        ),
+        (
+            [
+                event("inject", 12, first_step=12, first_batch=12),
+                event("rewind", 30, to_step=14, jumps=[[14, 30]]),
+                event("inject", 20, first_step=20, first_batch=36),
+            ],
+            [12, 36],
+        ),
+        ([event("branch", 20, injected=[3], jumps=[]), event("start", 20)], [3]),
+    ],
+)
+def test_what_was_gone_back_over_is_no_injection(events: Rows, found: list[int]) -> None:
+    assert recorded_injections(events) == found
+
+
+def test_the_last_word_on_jumps_holds() -> None:
+    events = [event("branch", 5, jumps=[[5, 9]]), event("rewind", 30, to_step=8, jumps=[[5, 9], [8, 30]])]
+    assert recorded_jumps(events) == [(5, 9), (8, 30)]
+
+
+def rewound(folder: Path, blocks: bool = True) -> Path:
+    """Session 2, at step 30, went back to step 10 and read on at batch 30."""
+    events = builder.read_lines(folder / "events.jsonl")
+    told = builder.event("rewind", 30, 2) | {"from_step": 30, "to_step": 10, "jumps": [[10, 30]]}
+    events.insert(3, told)
+    builder.write_lines(folder / "events.jsonl", events)
+    for name in ("metrics", "steps"):
+        rows = builder.read_lines(folder / f"{name}.jsonl")
+        for row in rows:
+            row["session"] = 1 if row["step"] <= 10 else 2
+        builder.write_lines(folder / f"{name}.jsonl", rows)
+    config = open_run(folder).config
+    sources = recorded_order(open_run(folder)).sources
+    before = Order(config.seed, sources, config.batch_blocks, 80)  # batches, without the jump
+
+    def batch(step: int) -> int:
+        return step if step < 10 else step + 20
+
+    rows = [
+        {"step": s + 1, "ranks": 1, "blocks": [list(draw) for draw in before.step_blocks(batch(s))]}
+        for s in range(42)
+    ]
+    builder.write_lines(folder / "blocks.jsonl", rows if blocks else [])
+    return folder
+
+
+def test_a_rewind_is_followed_in_steps_sessions_and_blocks(folder: Path) -> None:
+    rewound(folder)
+    found = results(folder)
+    assert {name: found[name][0] for name in (STEPS, EVERY, SESSIONS, BLOCKS)} == dict.fromkeys(
+        (STEPS, EVERY, SESSIONS, BLOCKS), "passed"
+    )
+
+
+def test_a_rewind_nobody_told_of_is_seen(folder: Path) -> None:
+    rewound(folder)
+    events = [e for e in builder.read_lines(folder / "events.jsonl") if e["event"] != "rewind"]
+    builder.write_lines(folder / "events.jsonl", events)
+    assert set(failed(folder)) == {SESSIONS, BLOCKS}
+
+
+def test_injected_steps_read_no_blocks(folder: Path) -> None:
+    inject(folder, 12)
+    order = recorded_order(open_run(folder))
+    rows = [
+        {"step": s, "ranks": 1, "blocks": [list(draw) for draw in order.step_blocks(s - 1)]}
+        for s in range(1, 43)
+    ]
+    assert [row["step"] for row in rows if not row["blocks"]] == [13, 14, 15, 16, 17]
+    builder.write_lines(folder / "blocks.jsonl", rows)
+    assert results(folder)[BLOCKS][0] == "passed"
+    rows[12]["blocks"] = rows[0]["blocks"]
+    builder.write_lines(folder / "blocks.jsonl", rows)
+    assert "step 13 read other blocks" in failed(folder)[BLOCKS]
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Post-mortem and weights
+
+
+def spike(folder: Path, onset: int, end: int | None) -> None:
+    events = builder.read_lines(folder / "events.jsonl")
+    begun = {"onset": onset, "loss": 9.0, "grad_norm": 9.0, "injected": False}
+    events.insert(3, builder.event("spike", onset, 2) | begun)
+    if end is not None:
+        close = {"onset": onset, "end": end, "recovered": end, "peak_loss": 9.0, "peak_loss_step": onset}
+        events.insert(4, builder.event("spike_end", end, 2) | close)
+    builder.write_lines(folder / "events.jsonl", events)
+
+
+def test_every_spike_has_its_place_in_the_post_mortem(folder: Path) -> None:
+    assert results(folder)[POSTMORTEM] == ("not applicable", "no spike on record")
+    spike(folder, 25, None)
+    assert results(folder)[POSTMORTEM] == ("not applicable", "a spike is still going on")
+    spike(folder, 30, 33)
+    assert "no spike-postmortem.md" in failed(folder)[POSTMORTEM]
+    page = folder / "spike-postmortem.md"
+    page.write_text("# Spike post-mortem: tiny\n\n## Step 3: natural\n\nStep 30 is not looked at.\n")
+    assert "the spike of step 30 is not in spike-postmortem.md" in failed(folder)[POSTMORTEM]
+    page.write_text("# Spike post-mortem: tiny\n\n## Step 30: natural, recovered in 3 steps\n")
+    assert results(folder)[POSTMORTEM][0] == "passed"
+    page.write_text("# Spike post-mortem: tiny\n\n| onset | kind |\n|---|---|\n| 30 | natural |\n")
+    assert results(folder)[POSTMORTEM][0] == "passed"
+
+
+def test_weights_that_come_out_other_are_seen(folder: Path) -> None:
+    """A file that loads, and whose tensors lie in another order than any writer of the format puts them."""
+    assert results(folder)[RELOAD][0] == "passed"
+    tensors = {"b": np.arange(4, dtype=np.float32), "a": np.ones(2, dtype=np.float32)}
+    data = b"".join(t.tobytes() for t in tensors.values())
+    header = {
+        "b": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]},
+        "a": {"dtype": "F32", "shape": [2], "data_offsets": [16, 24]},
+    }
+    size = int.from_bytes(save(tensors)[:8], "little")  # the usual header is as long:
+    text = json.dumps(header, separators=(",", ":")).encode().ljust(size)
+    assert len(text) == size
+    reseal(folder, lambda file: file.write_bytes(len(text).to_bytes(8, "little") + text + data))
+    assert "saved again it differs from model.safetensors at byte" in failed(folder)[RELOAD]
+    reseal(folder, lambda file: save_file(tensors, file))
+    assert RELOAD not in failed(folder)
+    reseal(folder, lambda file: file.write_bytes(b"no weights"))
+    assert "does not load" in failed(folder)[RELOAD]
+
+
+def reseal(folder: Path, write: Callable[[Path], object]) -> None:
+    """A good checkpoint (its hashes match) with other weights."""
+    from x1_pretrain.runtime.checkpoint_files import sha256
+
+    place = folder / "checkpoints" / "step-000000042"
+    write(place / "model.safetensors")
+    manifest = json.loads((place / "manifest.json").read_text())
+    file = place / "model.safetensors"
+    manifest["files"]["model.safetensors"] |= {"bytes": file.stat().st_size, "sha256": sha256(file)}
+    (place / "manifest.json").write_text(json.dumps(manifest))
+    shutil.rmtree(folder / "checkpoints" / "step-000000020", ignore_errors=True)
+
+
+def test_an_older_run_only_watched(tmp_path: Path) -> None:
+    """Its config knows no policy, and its hash is that of a run without one."""
+    folder = builder.build_run(tmp_path / "old", stability={"policy": "watch"})
+    text = (folder / "config.yaml").read_text()
+    head, _, after = text.partition("stability:\n")
+    kept = after[after.index(next(line for line in after.splitlines() if line and line[0] != " ")) :]
+    (folder / "config.yaml").write_text(head + kept)
+    assert "stability" not in (folder / "config.yaml").read_text()
+    assert open_run(folder).config.stability.policy == "watch"
+    assert failed(folder) == {}
