@@ -15,7 +15,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "train": ("x1_pretrain.train", "train from a config; the same command resumes"),
     "watch": ("x1_pretrain.records.live", "a run, live in the terminal, from its files alone"),
     "report": ("x1_pretrain.report.command", "runs -> one page that opens anywhere: report.html"),
-    "postmortem": ("x1_pretrain.records.postmortem", "what a loss spike was, what it cost, what to do"),
+    "postmortem": ("x1_pretrain.postmortem.command", "what a loss spike was, what it cost, what to do"),
     "isoflop": ("x1_pretrain.laws.isoflop", "small runs of several sizes on one budget, for a law"),
     "fit": ("x1_pretrain.fit_scaling_law", "measured runs -> a scaling law with honest intervals"),
     "predict": ("x1_pretrain.laws.predict", "what a law says: tokens for a size, loss, the next run"),

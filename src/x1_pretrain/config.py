@@ -219,7 +219,7 @@ class StabilityConfig(Section):
 
 
 class TelemetryConfig(Section):
-    """What is measured beside the loss. None of it changes what is trained."""
+    """What is measured beside the loss. None of it changes what is trained, but for rounding."""
 
     every: Count = 100  # steps between the dearer looks: norms by layer, activations, attention logits
     noise_scale: Literal["off", "on", "groups"] = "on"

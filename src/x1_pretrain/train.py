@@ -133,7 +133,7 @@ def train_step(run: Run, batch: Batch[Tensor]) -> Update | None:
     numbers = torch.cat([run.world.sum_(found), norm[None], squares]).tolist()  # the one wait for the device
     run.enter("update")  # from here on the state is between two steps
     loss, grad_norm = numbers[0], numbers[-1 - len(squares)]
-    telemetry.learn_noise(run, numbers[1 : -1 - len(squares)], numbers[-len(squares) :])
+    telemetry.learn_noise(run, batch.injected, numbers[1 : -1 - len(squares)], numbers[-len(squares) :])
     settings, clip = run.config.stability, run.config.optimizer.clip
     judged = stability.judge(run.stability, run.step + 1, loss, grad_norm, settings, clip)
     run.stability = judged.state
@@ -301,7 +301,7 @@ def evaluate_and_sample(run: Run) -> bool:
     run.evaluated_step = run.step
     health.saw(run, "sampling")
     if found:
-        row = run.row(**found)
+        row = run.row(**found) | run.clock.row()
         if run.records:
             run.records.metrics.append(row)
         run.screen.say(console.evaluation_line(row))
@@ -372,9 +372,10 @@ def leave(run: Run) -> int:
     at = f"at step {run.step}" if safe else f"from step {max(run.saved_step, 0)}, later steps are lost"
     if code != errors.INTERRUPTED:
         how = f"to go on {at}, add --raise-ceiling-to USD to the same command"
-        run.event("budget_stopped", f"stopped by {why}; {how}", exit_code=code)
+        run.event("budget_stopped", f"stopped by {why}; {how}", exit_code=code, **run.clock.row())
         return code
-    run.event("signal", f"stopped by {why}; relaunch the same command to go on {at}", signal=why)
+    said = f"stopped by {why}; relaunch the same command to go on {at}"
+    run.event("signal", said, signal=why, **run.clock.row())
     return code
 
 
@@ -384,8 +385,9 @@ def finish(run: Run, code: int) -> int:
     if code == errors.FINISHED:
         spikes.close(run)
         folder = run.config.folder
-        run.event("finish", f"finished: {run.total_steps:,} steps, {run.tokens:,} tokens in {folder}")
-        run.screen.say(f"next: x1 export {folder} --output DIR, x1 verify {folder}")
+        said = f"finished: {run.total_steps:,} steps, {run.tokens:,} tokens in {folder}"
+        run.event("finish", said, **run.clock.row())
+        run.screen.say(f"next: x1 report {folder}, x1 export {folder} --output DIR, x1 verify {folder}")
     at_once = code == errors.BUDGET_STOPPED
     if run.guard:
         run.guard.close(3.0 if at_once else 10.0)

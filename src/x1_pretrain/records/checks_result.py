@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from x1_pretrain.money.audit import audit, gone
+from x1_pretrain.postmortem.episodes import Spike, episodes
 from x1_pretrain.records import weights
 from x1_pretrain.records.checks import FAILED, NOT_APPLICABLE, Check, judged
 from x1_pretrain.records.export_folder import WEIGHTS
 from x1_pretrain.records.run_folder import Row, Run, last_step, read_json, series
-from x1_pretrain.records.spikes import Spike, episodes
 from x1_pretrain.runtime.checkpoint_files import list_checkpoints, newest_good, sha256, step_of, verify_folder
 
 POSTMORTEM = "spike-postmortem.md"

@@ -234,9 +234,11 @@ def recorded_injections(events: Iterable[Row]) -> list[int]:
         if kind == "branch":
             inherited, own = [int(batch) for batch in event.get("injected", [])], {}
         elif kind == "inject":
-            own[event["first_step"]] = event.get("first_batch", event["first_step"])
+            own[int(event["first_step"])] = int(
+                event["first_batch" if "first_batch" in event else "first_step"]
+            )
         elif kind in ("start", "resume", "rewind"):
-            back_to = event.get("to_step", event["step"])
+            back_to = int(event["to_step" if "to_step" in event else "step"])
             own = {step: batch for step, batch in own.items() if step < back_to}
     return sorted({*inherited, *own.values()})
 

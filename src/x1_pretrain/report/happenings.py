@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from x1_pretrain.records.spikes import Spike
+from x1_pretrain.postmortem.episodes import Spike
 from x1_pretrain.report import words
 from x1_pretrain.report.blocks import Block, Happened, Line, Link, Picture, Section, Table
 from x1_pretrain.report.material import Material

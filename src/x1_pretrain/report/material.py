@@ -25,6 +25,7 @@ from x1_pretrain.money import latch
 from x1_pretrain.money.account import Account, account
 from x1_pretrain.money.ledger import NAME as LEDGER
 from x1_pretrain.money.ledger import read_rows
+from x1_pretrain.postmortem.episodes import Spike, episodes
 from x1_pretrain.records.goodput import Goodput, goodput
 from x1_pretrain.records.run_folder import (
     Row,
@@ -37,7 +38,6 @@ from x1_pretrain.records.run_folder import (
     with_numbers,
 )
 from x1_pretrain.records.run_manifest import without_passwords
-from x1_pretrain.records.spikes import Spike, episodes
 from x1_pretrain.records.verify import Check, verify
 from x1_pretrain.report.blocks import F64
 

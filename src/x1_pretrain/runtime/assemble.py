@@ -97,19 +97,19 @@ def fit_machine(
     machine.said += [how, found.message]
     if found.mode != "off" and not signals.interrupted():
         signals.nothing_to_save = True  # compiling can't be polled
-        use_compiled(decoder, machine, found.mode)
+        use_compiled(decoder, machine, found.mode, config.training.z_loss)
     if is_cuda(world) and machine.precision == "bf16":
         peak = gpus.peak_bf16_flops_per_sec(torch.cuda.get_device_name(world.device))
         machine.peak_flops_per_sec = peak * world.size if peak else None
 
 
-def use_compiled(decoder: Decoder, machine: Machine, mode: str) -> None:
+def use_compiled(decoder: Decoder, machine: Machine, mode: str, z_loss: float) -> None:
     """Compile here what the trial compiled, at the shapes of training and of evaluation, and go on without if
     it fails all the same."""
     decoder.compile_blocks(mode)
     machine.compile_mode, machine.terms = mode, compiled_chunk_terms()
     try:
-        dry_run(decoder, machine.micro_batch, machine.terms)
+        dry_run(decoder, machine.micro_batch, machine.terms, z_loss)
         with torch.no_grad():
             dry_run(decoder, machine.micro_batch)
     except Exception as error:  # a compiler can raise anything; training does not depend on it
@@ -142,13 +142,13 @@ def _micro_batch(
     return found
 
 
-def dry_run(decoder: Decoder, sequences: int, terms: ChunkTerms = chunk_terms) -> None:
+def dry_run(decoder: Decoder, sequences: int, terms: ChunkTerms = chunk_terms, z_loss: float = 0.0) -> None:
     """A forward of `sequences` full sequences, and a backward where gradients are on; no update."""
     device = decoder.output_weight.device
     ids = torch.zeros(sequences, decoder.config.context, dtype=torch.int64, device=device)  # (B, T)
     hidden = decoder.hidden(ids).flatten(0, 1)  # (B T, d)
     weight, vocab = decoder.output_weight, decoder.config.vocab
-    loss = summed_loss(hidden, weight, ids.flatten(), vocab, chunk_tokens(device), terms)
+    loss = summed_loss(hidden, weight, ids.flatten(), vocab, chunk_tokens(device), terms, z_loss)
     if loss.requires_grad:
         torch.autograd.backward(loss)
 

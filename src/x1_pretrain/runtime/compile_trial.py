@@ -38,7 +38,7 @@ def main() -> None:
     kernel, _ = attention.choose(wanted_attention(config), device, dtype)
     decoder = Decoder(config.model, compute_dtype=dtype, attention=kernel).to(device)
     decoder.compile_blocks(task["mode"])
-    dry_run(decoder, task["micro_batch"], compiled_chunk_terms())
+    dry_run(decoder, task["micro_batch"], compiled_chunk_terms(), config.training.z_loss)
     with torch.no_grad():
         dry_run(decoder, task["micro_batch"])  # evaluation is another program
     if device.type == "cuda":

@@ -106,7 +106,7 @@ def start_postmortem(run: Run) -> None:
         return
     wait_for_postmortem(run, 0.0)
     run.records.sync()
-    command = [sys.executable, "-m", "x1_pretrain.records.postmortem", str(run.config.folder)]
+    command = [sys.executable, "-m", "x1_pretrain.postmortem.command", str(run.config.folder)]
     try:
         log = (run.config.folder / "postmortem.log").open("wb")
         with log:

@@ -17,7 +17,7 @@ from x1_pretrain.learning.noise import NoiseScales
 from x1_pretrain.model.loss import IGNORED
 from x1_pretrain.runtime.run import Run, Update
 
-SPLIT_EVERY = 8
+SPLIT_EVERY = 16
 
 
 @dataclass
@@ -69,11 +69,12 @@ def after_first(run: Run, rows: Tensor, of: int, counted: Tensor) -> Tensor:
     return few / run.world.size
 
 
-def learn_noise(run: Run, sums: list[float], squares: list[float]) -> None:
-    """`sums`: the step's tokens, and what `after_first` made; `squares` of the whole gradient."""
+def learn_noise(run: Run, injected: bool, sums: list[float], squares: list[float]) -> None:
+    """`sums`: the step's tokens, and what `after_first` made; `squares` of the whole gradient. An injected
+    batch says nothing of the data's noise."""
     run.telemetry.squares = squares
     tokens, *few = sums
-    if few[-1]:
+    if few[-1] and not injected:
         small = dict(zip(vitals.GROUPS, few, strict=False))
         run.telemetry.noise.update(small, dict(zip(vitals.GROUPS, squares, strict=True)), few[-1], tokens)
 

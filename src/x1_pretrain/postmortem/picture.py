@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from x1_pretrain.postmortem.steps_file import value
 from x1_pretrain.records.plots import DPI, INK
 from x1_pretrain.records.run_folder import Row
-from x1_pretrain.records.steps_file import value
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

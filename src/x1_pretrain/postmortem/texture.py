@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from x1_pretrain.records.spikes import level
+from x1_pretrain.postmortem.episodes import level
 
 I64 = npt.NDArray[np.int64]
 DEVIATIONS = 6.0  # a block is odd beyond so many robust standard deviations from the median ...

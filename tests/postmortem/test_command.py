@@ -19,11 +19,12 @@ from tests.records.test_spikes import rewound
 
 from x1_pretrain.command import run as run_app
 from x1_pretrain.errors import UserError
-from x1_pretrain.records import postmortem, spike_picture
+from x1_pretrain.postmortem import command as postmortem
+from x1_pretrain.postmortem import picture as spike_picture
+from x1_pretrain.postmortem.episodes import episodes
+from x1_pretrain.postmortem.tracing import draws_of, order_of
+from x1_pretrain.postmortem.words import count, joined, spans, spoken
 from x1_pretrain.records.run_folder import open_run
-from x1_pretrain.records.spike_words import count, joined, spans, spoken
-from x1_pretrain.records.spikes import episodes
-from x1_pretrain.records.tracing import draws_of, order_of
 
 
 @pytest.fixture(scope="module")
@@ -324,7 +325,7 @@ def test_without_torch(tmp_path: Path) -> None:
     """The trainer starts it beside itself: a second of its own, and no second torch in memory."""
     folder = spiky.natural(tmp_path / "run")
     code = (
-        "import sys; from pathlib import Path; from x1_pretrain.records import postmortem; "
+        "import sys; from pathlib import Path; from x1_pretrain.postmortem import command as postmortem; "
         f"postmortem.write(Path({str(folder)!r})); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

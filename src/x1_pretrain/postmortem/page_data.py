@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from x1_pretrain.numbers import human
-from x1_pretrain.records.spike_data import Seen, SourceCount, by_source
-from x1_pretrain.records.spike_words import code, count, joined, sentence, spans, table
-from x1_pretrain.records.tracing import Piece
+from x1_pretrain.postmortem.data import Seen, SourceCount, by_source
+from x1_pretrain.postmortem.tracing import Piece
+from x1_pretrain.postmortem.words import code, count, joined, sentence, spans, table
 
 if TYPE_CHECKING:
-    from x1_pretrain.records.spike_findings import Findings
+    from x1_pretrain.postmortem.findings import Findings
 
 SOURCES_SHOWN, DOCUMENTS_SHOWN, BLOCKS_SHOWN = 8, 10, 12
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from x1_pretrain.records.spike_words import code, count, joined, sentence, spans
+from x1_pretrain.postmortem.words import code, count, joined, sentence, spans
 
 if TYPE_CHECKING:
-    from x1_pretrain.records.spike_findings import Findings
+    from x1_pretrain.postmortem.findings import Findings
 
 
 def verdict(found: Findings) -> str:

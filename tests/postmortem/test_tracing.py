@@ -9,15 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tests.corpora import write_corpus
-from tests.records import spiky
+from tests.postmortem import spiky
 
 from x1_pretrain.corpus.order import Order
 from x1_pretrain.corpus.shards import open_corpus
 from x1_pretrain.errors import UserError
-from x1_pretrain.records import spike_data
-from x1_pretrain.records.run_folder import open_run
-from x1_pretrain.records.texture import Texture, compressed_size
-from x1_pretrain.records.tracing import (
+from x1_pretrain.postmortem import data as spike_data
+from x1_pretrain.postmortem.texture import Texture, compressed_size
+from x1_pretrain.postmortem.tracing import (
     corpora_of,
     draws_of,
     injected_tokens,
@@ -25,6 +24,7 @@ from x1_pretrain.records.tracing import (
     pieces_of,
     replaced_by_injection,
 )
+from x1_pretrain.records.run_folder import open_run
 
 
 @pytest.fixture

@@ -19,9 +19,9 @@ from x1_pretrain.corpus.order import INJECTED_STEPS
 from x1_pretrain.errors import UserError
 from x1_pretrain.learning.stability import LOSS_FLOOR, NORMAL, stands_out
 from x1_pretrain.money.clock import parse_stamp
+from x1_pretrain.postmortem.steps_file import rows_between, value
+from x1_pretrain.postmortem.tracing import order_of
 from x1_pretrain.records.run_folder import Row, Run, is_number, with_numbers
-from x1_pretrain.records.steps_file import rows_between, value
-from x1_pretrain.records.tracing import order_of
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ def seconds_between(rows: Sequence[Row], first: int, last: int) -> float | None:
             if same and begin and end and end >= begin:
                 total += (end - begin).total_seconds()
             elif is_number(row.get("step_s")):
-                total += row["step_s"] + value(row | {"wait_s": row.get("wait_s", 0.0)}, "wait_s")
+                total += row["step_s"]  # waiting for data is part of it
             else:
                 return None
     return total or None

@@ -13,10 +13,10 @@ from tests.records import builder, spiky
 
 from x1_pretrain.config import OptimizerConfig, RunConfig, parse_config
 from x1_pretrain.money.clock import Clock
+from x1_pretrain.postmortem.effects import clipping, lasting, memory, norms, price
+from x1_pretrain.postmortem.episodes import episodes
+from x1_pretrain.postmortem.verdict import Evidence, judge
 from x1_pretrain.records.run_folder import open_run
-from x1_pretrain.records.spike_effects import clipping, lasting, memory, norms, price
-from x1_pretrain.records.spike_verdict import Evidence, judge
-from x1_pretrain.records.spikes import episodes
 
 
 def rows_of(steps: range, loss: Any, seed: int = 0, noise: float = 0.0) -> list[dict[str, Any]]:

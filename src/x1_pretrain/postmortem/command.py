@@ -2,7 +2,7 @@
 
     x1 postmortem x1-50m-a100
     x1 postmortem x1-50m-a100 --step 12000        that step, spike or not
-    python -m x1_pretrain.records.postmortem runs/x1-50m-a100
+    python -m x1_pretrain.postmortem.command runs/x1-50m-a100
 
 Writes spike-postmortem.md, a picture for each spike and spike-postmortem-data.csv into the run folder. The
 training loop starts it when a spike ends. Exit code 0 also when there was no spike: it says so.
@@ -24,12 +24,12 @@ from x1_pretrain.command import run as run_app
 from x1_pretrain.command import single
 from x1_pretrain.errors import FINISHED, UserError
 from x1_pretrain.money.clock import Clock
-from x1_pretrain.records import spike_page, spike_page_step
+from x1_pretrain.postmortem import page, page_step
+from x1_pretrain.postmortem.data import CSV_COLUMNS, Seen, csv_rows
+from x1_pretrain.postmortem.episodes import Spike, episodes
+from x1_pretrain.postmortem.findings import Findings, gather
+from x1_pretrain.postmortem.picture import View, draw
 from x1_pretrain.records.run_folder import Run, find_run, open_run
-from x1_pretrain.records.spike_data import CSV_COLUMNS, Seen, csv_rows
-from x1_pretrain.records.spike_findings import Findings, gather
-from x1_pretrain.records.spike_picture import View, draw
-from x1_pretrain.records.spikes import Spike, episodes
 
 PAGE, PICTURE, DATA = "spike-postmortem.md", "spike-postmortem.png", "spike-postmortem-data.csv"
 MOST_SECTIONS = 5  # spikes with a section and a picture of their own: the highest, and the newest
@@ -52,16 +52,16 @@ def write(folder: Path, step: int | None = None, output: Path | None = None) -> 
         for one, name in zip(found, names, strict=True):
             draw(view(one), files.new(name))
         files.text(DATA, as_csv((one.seen, one.spike.onset) for one in found))
-        files.text(PAGE, spike_page.page(run, spikes, found, names, DATA))
+        files.text(PAGE, page.page(run, spikes, found, names, DATA))
     return files.written
 
 
 def _write_step(run: Run, step: int, folder: Path) -> list[Path]:
-    quiet, stem = spike_page_step.look(run, step), f"postmortem-step-{step}"
+    quiet, stem = page_step.look(run, step), f"postmortem-step-{step}"
     with _into(folder) as files:
         draw(step_view(quiet), files.new(f"{stem}.png"))
         files.text(f"{stem}-data.csv", as_csv([(quiet.seen, step)]))
-        files.text(f"{stem}.md", spike_page_step.page(quiet, f"{stem}.png", f"{stem}-data.csv"))
+        files.text(f"{stem}.md", page_step.page(quiet, f"{stem}.png", f"{stem}-data.csv"))
     return files.written
 
 
@@ -110,7 +110,7 @@ def view(found: Findings) -> View:
     )
 
 
-def step_view(quiet: spike_page_step.Quiet) -> View:
+def step_view(quiet: page_step.Quiet) -> View:
     return View(
         title=f"{quiet.run.name}: around step {quiet.step:,}",
         rows=[row for row in quiet.rows if abs(row["step"] - quiet.step) <= LEAST_SHOWN],
@@ -189,7 +189,7 @@ def main(
     folder = find_run(run)
     files = write(folder, step, output)
     if not files:
-        print(f"{folder}: {spike_page.none(open_run(folder))}")
+        print(f"{folder}: {page.none(open_run(folder))}")
         return FINISHED
     first = files[0].read_text(encoding="utf-8").splitlines()
     for line in (line for line in first if line.startswith("#") and not line.startswith("###")):
@@ -201,4 +201,4 @@ def main(
 app = single(main)
 
 if __name__ == "__main__":
-    raise SystemExit(run_app(app, prog="python -m x1_pretrain.records.postmortem"))
+    raise SystemExit(run_app(app, prog="python -m x1_pretrain.postmortem.command"))

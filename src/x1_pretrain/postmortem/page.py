@@ -7,11 +7,11 @@ import textwrap
 from collections.abc import Sequence
 
 from x1_pretrain.numbers import human
-from x1_pretrain.records import spike_page_data, spike_page_verdict
-from x1_pretrain.records.run_folder import Run, is_number
-from x1_pretrain.records.spike_effects import Memory, Norm
-from x1_pretrain.records.spike_findings import Findings, state_of
-from x1_pretrain.records.spike_words import (
+from x1_pretrain.postmortem import page_data, page_verdict
+from x1_pretrain.postmortem.effects import Memory, Norm
+from x1_pretrain.postmortem.episodes import Spike, tokens_after
+from x1_pretrain.postmortem.findings import Findings, state_of
+from x1_pretrain.postmortem.words import (
     code,
     count,
     dollars,
@@ -26,7 +26,7 @@ from x1_pretrain.records.spike_words import (
     times,
     word,
 )
-from x1_pretrain.records.spikes import Spike, tokens_after
+from x1_pretrain.records.run_folder import Run, is_number
 
 WIDTH = 110
 HARDLY = 1.05  # times: a second moment raised by less is not worth a sentence
@@ -110,18 +110,18 @@ def section(found: Findings, picture: str, csv: str) -> list[str]:
     kind = "made on purpose" if spike.injected else "natural"
     return [
         f"## Step {spike.onset:,}: {kind}, {outcome(spike)}",
-        spike_page_verdict.verdict(found),
+        page_verdict.verdict(found),
         f"![Loss and gradient norm around step {spike.onset:,}]({picture})",
         "### What happened",
         f"{rise(found)} {duration(found)}",
         aftermath(found),
         norms(found.norms),
         "### What the data were",
-        *spike_page_data.data(found, csv),
+        *page_data.data(found, csv),
         "### What damped it",
         f"{clipped(found)} {remembered(found)}".strip(),
         "### What to do",
-        spike_page_verdict.advice(found),
+        page_verdict.advice(found),
         closing(found),
     ]
 

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.records import builder, spiky
 
+from x1_pretrain.postmortem.episodes import Spike, episodes, seconds_between, tokens_after
+from x1_pretrain.postmortem.steps_file import last_row, rows_between
 from x1_pretrain.records.run_folder import open_run
-from x1_pretrain.records.spikes import Spike, episodes, seconds_between, tokens_after
-from x1_pretrain.records.steps_file import last_row, rows_between
 
 
 def of(folder: Path) -> list[Spike]:

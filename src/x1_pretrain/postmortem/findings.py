@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from x1_pretrain.corpus.order import Order
 from x1_pretrain.errors import UserError
 from x1_pretrain.money.clock import Clock
-from x1_pretrain.records.run_folder import Row, Run, is_number, openings, series
-from x1_pretrain.records.spike_data import Seen, data_of, patterns
-from x1_pretrain.records.spike_effects import (
+from x1_pretrain.postmortem.data import Seen, data_of, patterns
+from x1_pretrain.postmortem.effects import (
     Clipping,
     Lasting,
     Memory,
@@ -23,10 +22,11 @@ from x1_pretrain.records.spike_effects import (
     norms,
     price,
 )
-from x1_pretrain.records.spike_verdict import Evidence, State, Verdict, judge
-from x1_pretrain.records.spikes import Spike, seconds_between
-from x1_pretrain.records.steps_file import every_step, last_row, rows_between, value
-from x1_pretrain.records.tracing import order_of
+from x1_pretrain.postmortem.episodes import Spike, seconds_between
+from x1_pretrain.postmortem.steps_file import every_step, last_row, rows_between, value
+from x1_pretrain.postmortem.tracing import order_of
+from x1_pretrain.postmortem.verdict import Evidence, State, Verdict, judge
+from x1_pretrain.records.run_folder import Row, Run, is_number, openings, series
 
 SHOWN_BEFORE, SHOWN_AFTER = 64, 64  # steps in the picture around a spike, at least
 

@@ -13,9 +13,8 @@ import numpy.typing as npt
 
 from x1_pretrain.corpus.order import Draw, Order
 from x1_pretrain.corpus.shards import Corpus
-from x1_pretrain.records.run_folder import Run
-from x1_pretrain.records.texture import Look, Texture
-from x1_pretrain.records.tracing import (
+from x1_pretrain.postmortem.texture import Look, Texture
+from x1_pretrain.postmortem.tracing import (
     Corpora,
     Piece,
     block_tokens,
@@ -25,6 +24,7 @@ from x1_pretrain.records.tracing import (
     pieces_of,
     replaced_by_injection,
 )
+from x1_pretrain.records.run_folder import Run
 
 MOST_STEPS = 10  # whose documents are listed
 MOST_BLOCKS = 1_024  # whose tokens are looked at

@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from x1_pretrain.errors import UserError
 from x1_pretrain.learning.stability import NORM_FLOOR, stands_out
 from x1_pretrain.numbers import human
+from x1_pretrain.postmortem.data import Seen, data_of, patterns
+from x1_pretrain.postmortem.effects import Norm, norms
+from x1_pretrain.postmortem.episodes import deviation, level, peak, tokens_after
+from x1_pretrain.postmortem.page import norms as norms_table
+from x1_pretrain.postmortem.page import wrapped
+from x1_pretrain.postmortem.page_data import documents_and_sources
+from x1_pretrain.postmortem.steps_file import every_step, last_row, rows_between, value
+from x1_pretrain.postmortem.tracing import order_of
+from x1_pretrain.postmortem.words import code, joined, nats, number, sentence
 from x1_pretrain.records.run_folder import Row, Run
-from x1_pretrain.records.spike_data import Seen, data_of, patterns
-from x1_pretrain.records.spike_effects import Norm, norms
-from x1_pretrain.records.spike_page import norms as norms_table
-from x1_pretrain.records.spike_page import wrapped
-from x1_pretrain.records.spike_page_data import documents_and_sources
-from x1_pretrain.records.spike_words import code, joined, nats, number, sentence
-from x1_pretrain.records.spikes import deviation, level, peak, tokens_after
-from x1_pretrain.records.steps_file import every_step, last_row, rows_between, value
-from x1_pretrain.records.tracing import order_of
 
 AROUND = 20  # steps on either side that count as "around" it
 LATELY = 32  # steps whose median is the loss that was to be expected

@@ -18,8 +18,8 @@ from x1_pretrain.config import OptimizerConfig
 from x1_pretrain.money.account import account
 from x1_pretrain.money.clock import Clock, parse_stamp
 from x1_pretrain.money.ledger import NAME, LedgerError, read_rows
+from x1_pretrain.postmortem.steps_file import value
 from x1_pretrain.records.run_folder import Row, Run, is_number, series
-from x1_pretrain.records.steps_file import value
 
 F64 = npt.NDArray[np.float64]
 
