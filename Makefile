@@ -44,6 +44,8 @@ bench: setup
 	$(BIN)/python benchmarks/model.py
 	$(BIN)/python benchmarks/spend.py
 	$(BIN)/python benchmarks/laws.py
+	$(BIN)/python benchmarks/stability.py
+	$(BIN)/python benchmarks/telemetry.py
 
 clean:
 	rm -rf .venv demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -59,16 +59,20 @@ def tokenizer(vocab_size: int = 300) -> Tokenizer:
 
 
 def _split(domains: dict[str, list[str]], tok: Tokenizer) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    eot, tokens, rows, spans, sizes = tok.token_to_id(END), [], [], {}, 0
+    eot, tokens, rows, spans, sizes = tok.token_to_id(END), [], [], {}, dict.fromkeys(domains, 0)
     for number, (domain, documents) in enumerate(domains.items()):
         first = len(tokens)
         for row, document in enumerate(documents):
             rows.append((len(tokens), number, row, number))
             tokens += [*tok.encode(document).ids, eot]
-            sizes += len(document.encode())
+            sizes[domain] += len(document.encode())
         spans[domain] = [[first, len(tokens)]]
     index = np.array(rows, dtype=[("start", "<u8"), ("file", "<u4"), ("row", "<u4"), ("domain", "<u2")])
     return np.array(tokens, dtype="<u2"), index, {"spans": spans, "bytes": sizes}
+
+
+def _tokens(spans: list[list[int]]) -> int:
+    return sum(end - begin for begin, end in spans)
 
 
 def write_corpus(
@@ -85,8 +89,10 @@ def write_corpus(
         tokens.tofile(folder / f"{split}.bin")
         np.save(folder / f"{split}.idx.npy", index)
         sha = hashlib.sha256(tokens.tobytes()).hexdigest()
-        facts[split] = {"tokens": len(tokens), "documents": len(index), "bytes": more["bytes"], "sha256": sha}
-        facts[f"{split}_spans"] = more["spans"]
+        size = sum(more["bytes"].values())
+        facts[split] = {"tokens": len(tokens), "documents": len(index), "bytes": size, "sha256": sha}
+        facts[f"{split}_spans"], facts[f"{split}_bytes"] = more["spans"], more["bytes"]
+        facts[f"{split}_documents"] = {d: len(t) for d, t in texts.items()}
     tok_sha = hashlib.sha256(tok.to_str().encode()).hexdigest()
     fingerprint = hashlib.sha256(
         (facts["train"]["sha256"] + facts["val"]["sha256"] + tok_sha).encode()
@@ -108,7 +114,13 @@ def write_corpus(
         "train": facts["train"],
         "val": facts["val"],
         "domain_counts": {
-            d: {"train_tokens": 0, "val_tokens": 0, "documents": 0, "bytes": 0} for d in domains
+            d: {
+                "train_tokens": _tokens(facts["train_spans"][d]),
+                "val_tokens": _tokens(facts["val_spans"][d]),
+                "documents": facts["train_documents"][d] + facts["val_documents"][d],
+                "bytes": facts["train_bytes"][d] + facts["val_bytes"][d],
+            }
+            for d in domains
         },
         "val_spans": facts["val_spans"],
         "sources": [

@@ -27,7 +27,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "reconcile": ("x1_pretrain.money.reconcile", "providers against ledgers; end orphans"),
     "fake-provider": ("x1_pretrain.money.providers.fake.server", "a provider of our own, to rehearse with"),
     "export": ("x1_pretrain.export_run", "a run -> the folder of artifacts to show others"),
-    "verify": ("x1_pretrain.records.verify", "check a run as a careful reviewer would"),
+    "verify": ("x1_pretrain.review.command", "check a run as a careful reviewer would"),
     "demo": ("x1_pretrain.demo", "the whole way in minutes, on this machine's own Python as text"),
 }
 
@@ -59,7 +59,10 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(2)
     from x1_pretrain.command import run
 
-    module = importlib.import_module(VERBS[args[0]][0])
+    try:
+        module = importlib.import_module(VERBS[args[0]][0])
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     raise SystemExit(run(module.app, args[1:], prog=f"x1 {args[0]}"))
 
 

@@ -26,6 +26,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 Steps = Annotated[int, Field(ge=0)]
 
 DECAY_SHARE = 0.2  # of a wsd run
+INJECTED_STEPS = 5  # batches that one injection replaces
 
 
 class Section(BaseModel):
@@ -295,6 +296,7 @@ class RunConfig(Section):
                 f"training.total_steps {self.training.total_steps}"
             )
         self._decay_fits()
+        self._injection_fits()
         if late := [step for step in self.checkpoint.at if step > self.training.total_steps]:
             raise ValueError(
                 f"checkpoint.at {late[0]} is after the end, training.total_steps {self.training.total_steps}"
@@ -308,6 +310,14 @@ class RunConfig(Section):
             raise ValueError(
                 f"optimizer.warmup_steps {optimizer.warmup_steps} + {decay} of decay (optimizer.decay_steps) "
                 f"are more than training.total_steps {total}"
+            )
+
+    def _injection_fits(self) -> None:
+        wanted, total = self.stability.inject_spike_at_step, self.training.total_steps
+        if wanted is not None and wanted + INJECTED_STEPS > total:
+            raise ValueError(
+                f"stability.inject_spike_at_step {wanted}: the {INJECTED_STEPS} steps after it must lie "
+                f"within training.total_steps {total}"
             )
 
     def _nearest_batch(self) -> int:

@@ -42,6 +42,7 @@ LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "enc
 CONTEXT, BATCH_BLOCKS = 256, 8
 MINUTES = 3.5  # of training
 SPIKE_AT, SPIKE_LINES = 0.7, 8  # of the run; of its post-mortem
+SPIKE_STEPS = 100  # a shorter run does not know yet what is usual, and does not recover
 PROMPTS = ["def read(self, ", "import os\n", "Return the "]
 say = Console(highlight=False, soft_wrap=True).print
 
@@ -276,8 +277,7 @@ def show_spike(run: Path) -> None:
     file = run / "spike-postmortem.md"
     say("\n[bold]The spike[/bold] (five batches of rare tokens, injected; the run wrote this by itself)")
     if not file.exists():
-        say("  not noticed: a run must know some dozens of steps before it can say what is usual")
-        return
+        raise UserError(f"demo: the spike left no {file}; see {run / 'events.jsonl'}")
     shown = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()][:SPIKE_LINES]
     say("\n".join(f"  {line}" for line in shown), markup=False)
     say(f"  ... {file}", markup=False)
@@ -320,14 +320,17 @@ def main(
         yaml.safe_dump(config_tree(config.training.total_steps), sort_keys=False), encoding="utf-8"
     )
 
-    say("\n[bold]4. Training[/bold], with one interruption and one loss spike on purpose")
     steps = config.training.total_steps
+    spike = " and one loss spike" if steps >= SPIKE_STEPS else ""
+    say(f"\n[bold]4. Training[/bold], with one interruption{spike} on purpose")
     command: list[str | Path] = ["train", "--config", file, "--data-dir", corpus, "--run-dir", run]
-    command += ["--inject-spike-at-step", str(math.ceil(steps * SPIKE_AT))]
+    if steps >= SPIKE_STEPS:
+        command += ["--inject-spike-at-step", str(math.ceil(steps * SPIKE_AT))]
     train_with_an_interruption(command, run, math.ceil(steps * 0.45))
     say("   " + check_resume(run, steps))
     show_learning(run)
-    show_spike(run)
+    if steps >= SPIKE_STEPS:
+        show_spike(run)
 
     say("\n[bold]5. Under a ceiling[/bold]: a rented machine, its hour in a minute, and a price that jumps")
     rented_run(output / "rented", corpus, seconds_per_step)

@@ -7,6 +7,7 @@ torchrun --standalone --nproc_per_node 4 -m x1_pretrain.train --config ...
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Collection
 from contextlib import suppress
@@ -36,7 +37,7 @@ from x1_pretrain.runtime import assemble, checkpoint_files, fit, health, memory,
 from x1_pretrain.runtime.run import Run, Update
 from x1_pretrain.runtime.saving import save
 from x1_pretrain.runtime.signals import Signals
-from x1_pretrain.runtime.start import get_ready, started
+from x1_pretrain.runtime.start import get_ready, started, write_again
 
 # ------------------------------------------------------------------------------------------------------------
 # The loop
@@ -49,6 +50,7 @@ def train(run: Run) -> int:
             f"{run.config.checkpoint_folder}: the checkpoint of step {run.step} can't be saved (see above), "
             "so no later one could: make room or choose another --ckpt-dir"
         )
+    run.enter("start")
     get_ready(run)
     run.health = health.open_health(run)
     spikes.catch_up(run)
@@ -72,6 +74,9 @@ def train_loop(run: Run) -> int:
             saved = save(run)
             health.saw(run, "checkpoint")
             if not saved and done:
+                run.event(
+                    "signal", "the last step is done, its checkpoint is not saved: make room and relaunch"
+                )
                 return errors.INTERRUPTED
         if done:
             return errors.FINISHED
@@ -84,13 +89,14 @@ def train_loop(run: Run) -> int:
         update = train_step(run, batch)
         if update is None:
             continue  # interrupted before the update: this step has not happened
-        if update.judged.verdict == "rewind" and spikes.go_back(run, update):
+        update.step_s, update.wait_s = time.perf_counter() - begun + waited_s, waited_s
+        if update.judged.verdict == "rewind" and spikes.go_back(run, batch, update):
             continue
         run.step += 1
         run.signals.nothing_to_save = False
         if run.step % run.config.log.every == 0:
             assemble.synchronize(run.world)  # so that the time of the update is in the row it belongs to
-        update.step_s, update.wait_s = time.perf_counter() - begun + waited_s, waited_s
+            update.step_s = time.perf_counter() - begun + waited_s
         run.clock.count(update.step_s, waited_s)
         log(run, batch, update)
 
@@ -130,13 +136,17 @@ def train_step(run: Run, batch: Batch[Tensor]) -> Update | None:
     run.world.sum_gradients_(weights)
     squares = vitals.group_squares(run.decoder)  # (G,)
     norm = squares.sum().sqrt()
-    numbers = torch.cat([run.world.sum_(found), norm[None], squares]).tolist()  # the one wait for the device
+    own = torch.cat([norm[None], squares])  # the first rank's: all must come to the same verdict
+    if not run.world.first:
+        own.zero_()
+    numbers = run.world.sum_(torch.cat([found, own])).tolist()  # the one wait for the device
+    loss, grad_norm = numbers[0], numbers[len(found)]
     run.enter("update")  # from here on the state is between two steps
-    loss, grad_norm = numbers[0], numbers[-1 - len(squares)]
-    telemetry.learn_noise(run, batch.injected, numbers[1 : -1 - len(squares)], numbers[-len(squares) :])
     settings, clip = run.config.stability, run.config.optimizer.clip
     judged = stability.judge(run.stability, run.step + 1, loss, grad_norm, settings, clip)
     run.stability = judged.state
+    usual = judged.verdict == "go" and not (judged.flagged or batch.injected)
+    telemetry.learn_noise(run, usual, numbers[1 : len(found)], numbers[len(found) + 1 :])
     lr = learning_rate(run.step, run.config.optimizer, run.total_steps)
     if judged.verdict == "go":
         telemetry.look_at_gradients(run)
@@ -153,7 +163,8 @@ def accumulate(run: Run, tokens: Tensor) -> Tensor | None:
     """Gradients of the mean loss over all counted tokens of the step, a micro-batch at a time; this rank's
     part of that loss, of the tokens, and of what the first micro-batch says of the gradient's noise.
     tokens (n, T + 1). Out of memory: half the micro-batch and once more from the start."""
-    counted = run.world.sum_((tokens[:, 1:] != IGNORED).sum().to(run.world.device, torch.float32))
+    here = float((tokens[:, 1:] != IGNORED).sum())  # on the CPU: nothing waits for the device
+    counted = run.world.sum_(torch.full((), here, device=run.world.device))
     while True:
         total = torch.zeros((), device=run.world.device)
         first: Tensor | None = None
@@ -192,7 +203,7 @@ def halve_micro_batch(run: Run, blocks: int) -> None:
     run.machine.micro_batch = fit.divisors_up_to(blocks, before // 2)[0]
     # The blocks were compiled for the old shape, and compiling in mid-run could not be interrupted.
     run.decoder.uncompile_blocks()
-    run.machine.terms = chunk_terms
+    run.machine.terms, run.machine.compile_mode = chunk_terms, "off"
     run.optimizer.zero_grad(set_to_none=True)
     if run.world.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -235,15 +246,15 @@ def log(run: Run, batch: Batch[Tensor], update: Update) -> None:
     run.enter("other")
     health.saw(run, "step")
     if run.records:
-        run.records.steps.append(step_row(run, update))
-    if run.records and run.records.blocks:
-        read = [list(draw) for draw in batch.draws]  # this rank's: slots 0, ranks, 2 ranks, ...
-        run.records.blocks.append({"step": run.step, "ranks": run.world.size, "blocks": read})
+        telemetry.record_step(run, run.records, run.step, batch, update)
     spikes.tell(run, update)
     run.telemetry.count(update)
     if run.step % run.config.log.every and run.step != run.total_steps:
         run.screen.at(run.step)
         return
+    if run.records and run.records.deleted:
+        write_again(run)
+        save(run)
     row = run.row(**{"train/loss": update.loss, "grad_norm": update.grad_norm, "lr": update.lr})
     row |= pace(run) | telemetry.row(run, batch.tokens, update) | memory.reading(run.world.device)
     row |= {"context": run.config.model.context, "attention/flop_share": run.flops.attention_share}
@@ -265,19 +276,6 @@ def log(run: Run, batch: Batch[Tensor], update: Update) -> None:
         run.event("mlflow", line)
     health.look(run, row)
     run.clock.reset()
-
-
-def step_row(run: Run, update: Update) -> dict[str, Any]:
-    """One row of steps.jsonl, the flight recorder: short, and there for every step."""
-    judged = update.judged
-    row = {"step": run.step, "time_utc": utc_now(), "session": run.session.number}
-    row |= {"loss": update.loss, "grad_norm": update.grad_norm, "clip": judged.clip, "lr": update.lr}
-    row |= {"step_s": round(update.step_s, 4), "wait_s": round(update.wait_s, 4)}
-    if judged.loss_z is not None and judged.grad_z is not None:
-        row |= {"loss_z": round(judged.loss_z, 2), "grad_z": round(judged.grad_z, 2)}
-    row["verdict"] = judged.verdict
-    spike = judged.state.episode is not None or judged.ended is not None
-    return row | ({"injected": True} if update.injected else {}) | ({"spike": True} if spike else {})
 
 
 def pace(run: Run) -> dict[str, float]:
@@ -318,7 +316,9 @@ def evaluated(run: Run) -> dict[str, float] | None:
         room = memory.room_gib(run.world.device)
         size = memory.evaluation_batch(model, size, machine.precision == "bf16", room)
     while True:
-        with suppress(torch.OutOfMemoryError):
+        # compiled blocks would be compiled again for another size, which can't be interrupted
+        stance = "default" if size == machine.micro_batch else "force_eager"
+        with suppress(torch.OutOfMemoryError), torch.compiler.set_stance(stance):
             return evaluate(run.decoder, run.windows, size, run.world, run.interrupted)
         if size == 1 or run.world.size > 1:  # ranks would have to agree
             raise errors.RefusedError(
@@ -471,6 +471,7 @@ def main(
     ] = [],  # noqa: B006
 ) -> int:
     """Train a model from a config. The same command starts a run and resumes it."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # asks for stacks, once there is a watchdog to write them
     flags = {
         "data.dir": data_dir,
         "checkpoint.dir": ckpt_dir,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,27 @@ def test_only_the_processes_on_our_gpus_count() -> None:
     assert row(elsewhere, "GPU health").status == "ok"
     here = page(machine(driver=Driver("12.8", "570", CARDS, ("GPU-1",))))
     assert row(here, "GPU health").status == "slow"
+
+
+def test_throttling_on_the_second_gpu_is_seen() -> None:
+    cards = [CARDS[0].to_json(), replace(CARDS[1], reasons=0x40).to_json()]
+    facts = machine()
+    facts.compute.parts["load"] = {"cards": cards, "loaded": 2}
+    assert "too hot" in row(page(facts), "GPU health").found
+
+
+def test_a_card_that_was_not_loaded_is_not_judged_as_busy() -> None:
+    """Its link sleeps, and its watts are those of doing nothing."""
+    idle = replace(CARDS[0], power_w=60.0, pcie_width=1.0, pcie_width_max=16.0)
+    facts = machine()
+    facts.compute.parts["load"] = {
+        "cards": [idle.to_json(), replace(CARDS[1], power_w=650.0).to_json()],
+        "loaded": 1,
+    }
+    found = row(page(facts), "GPU health")
+    assert found.status == "ok"
+    assert "no throttling on the 1 of 2 under load" in found.found
+    assert "650 W under load" in found.found
 
 
 def test_a_compiler_that_hung_leaves_the_plain_measurement() -> None:

@@ -21,7 +21,8 @@ ANSWERS = {
     "memory.used": "4",
     "temperature.gpu": "31",
     "power.draw": "70.12",
-    "power.limit": "700.00",
+    "power.limit": "650.00",
+    "power.default_limit": "700.00",
     "clocks.sm": "345",
     "clocks_event_reasons.active": "0x0000000000000001",
     "clocks_throttle_reasons.active": "0x0000000000000001",
@@ -61,6 +62,7 @@ def test_everything_is_read() -> None:
     assert card.name == "NVIDIA H100 80GB HBM3"
     assert (card.memory_mib, card.reasons, card.persistence, card.mig) == (81559.0, 1, True, None)
     assert (card.pcie_gen, card.pcie_gen_max) == (1.0, 5.0)
+    assert (card.power_limit_w, card.power_default_w) == (650.0, 700.0)
 
 
 def test_a_driver_that_lacks_fields_still_says_the_rest() -> None:
@@ -120,6 +122,9 @@ def test_why_a_clock_is_held_down(bits: int | None, words: list[str]) -> None:
         ("NVIDIA H100 80GB HBM3", "h100"),
         ("NVIDIA H100 PCIe", "h100-pcie"),
         ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
+        ("NVIDIA A100-PCIE-40GB", "a100-40gb-pcie"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80gb"),
+        ("NVIDIA A100 80GB PCIe", "a100-80gb-pcie"),
         ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", None),
         ("Tesla T4", None),
     ],

@@ -195,6 +195,39 @@ def test_a_product_that_fails_hangs_or_was_not_tried() -> None:
     assert judge.product([], None, {}).status == "-"
 
 
+L4 = Card("NVIDIA L4", reasons=0x4, power_w=71.8, power_limit_w=72.0, power_default_w=72.0)
+
+
+@pytest.mark.parametrize(
+    ("share", "busy", "status", "words"),
+    [
+        (0.45, [L4], "ok", "the board's own power cap of 72 W holds the clock down, and nothing else does"),
+        (0.45, [L4, L4], "ok", "own power cap of 72 W"),
+        (0.45, [replace(L4, reasons=0x44)], "slow", "55% expected"),  # it is too hot as well
+        (0.45, [replace(L4, reasons=0x0)], "slow", "55% expected"),
+        (0.45, [L4, replace(L4, reasons=0x0)], "slow", "55% expected"),
+        (0.45, [], "slow", "55% expected"),
+        (0.45, [replace(L4, power_limit_w=50.0)], "slow", "power cap of 50 W, lowered from 72 W"),
+        (0.10, [L4], "broken", "55% expected"),
+        (0.60, [L4], "ok", "60% of the data sheet"),
+    ],
+)
+def test_a_board_at_its_power_cap_is_well(share: float, busy: list[Card], status: str, words: str) -> None:
+    found = judge.product([{**RATE, "bf16": share * 121e12}], 121e12, {"works": True}, None, busy)
+    assert found.status == status
+    assert words in found.found
+    assert ("another machine" in found.fix) == (words == "55% expected" and status != "ok")
+
+
+def test_health_says_which_gpus_were_looked_at() -> None:
+    four = [CARD] * 4
+    assert "no throttling on the 2 of 4 under load" in judge.health(four, [CARD] * 2, 0).found
+    assert "no throttling;" in judge.health(four, four, 0).found
+    assert "throttling not looked at under load" in judge.health(four, [], 0).found
+    busy = [replace(CARD, power_w=power) for power in (65.0, 70.0, 68.0, 66.0)]
+    assert "65 to 70 W under load" in judge.health(four, busy, 0).found
+
+
 @pytest.mark.parametrize(("share", "status"), [(0.9, "ok"), (0.7, "ok"), (0.69, "slow"), (0.19, "broken")])
 def test_bandwidth(share: float, status: str) -> None:
     found = judge.copy([RATE, {**RATE, "copy_bytes_per_sec": share * 1e12}], 1e12)

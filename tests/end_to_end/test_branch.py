@@ -13,9 +13,9 @@ from tests.end_to_end.in_process import Outcome, train_here
 from tests.end_to_end.processes import Training, curve, last_step, rows, wait_until, weights
 
 from x1_pretrain.config import load_config
-from x1_pretrain.records.checks_rows import blocks_in_order
 from x1_pretrain.records.run_folder import open_run
-from x1_pretrain.records.verify import PASSED, verify
+from x1_pretrain.review.command import PASSED, verify
+from x1_pretrain.review.rows import blocks_in_order
 from x1_pretrain.runtime.branch import read_parent
 from x1_pretrain.runtime.checkpoint import read_state
 from x1_pretrain.runtime.checkpoint_files import list_checkpoints

@@ -131,6 +131,6 @@ def test_a_run_by_name_is_exported_and_verified(tmp_path: Path) -> None:
     done = x1("x1_pretrain.cli", "export", "tiny", "--output", "out", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert "tiny (unfinished: step 30 of 42), weights of step-000000030" in done.stdout
-    checked = x1("x1_pretrain.records.verify", "tiny", "--export", "out", "--json", cwd=tmp_path)
+    checked = x1("x1_pretrain.review.command", "tiny", "--export", "out", "--json", cwd=tmp_path)
     assert checked.returncode == 0
     assert json.loads(checked.stdout)["good"] is True

@@ -16,7 +16,7 @@ from tests.end_to_end.processes import REPOSITORY, last_step, rows, wait_until, 
 
 from x1_pretrain.laws.reading import read_points
 from x1_pretrain.records.run_folder import open_run
-from x1_pretrain.records.verify import verify
+from x1_pretrain.review.command import verify
 
 SWEEP = (
     *(

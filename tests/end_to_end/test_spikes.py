@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from tests.end_to_end.in_process import train_here
 from tests.end_to_end.processes import REPOSITORY, Training, curve, rows, weights
 
 from x1_pretrain.records.run_folder import open_run
-from x1_pretrain.records.verify import FAILED, verify
+from x1_pretrain.review.command import FAILED, verify
 
 Capture = pytest.CaptureFixture[str]
 STEPS, AT = 90, 60
@@ -118,6 +119,7 @@ def test_an_injection_can_be_asked_for_only_ahead(data: Path, tmp_path: Path, ca
     late = train_here(capfd, "--config", config(tmp_path, data, run, inject_spike_at_step=38), *short)
     assert late.code == 2
     assert "the 5 steps after it must lie within training.total_steps 40" in late.one_line
+    assert not run.exists()
     file = config(tmp_path, data, run, inject_spike_at_step="none")
     process = Training("--config", file, *short)
     process.wait_for_line("step 25/")
@@ -184,6 +186,40 @@ def test_killed_around_a_rewind_it_goes_on_as_if_it_had_not_been(
     assert resumed.code == 0, resumed.err
     assert curve(run) == curve(rewound)
     assert weights(run) == weights(rewound)
+    assert [check for check in verify(open_run(run)) if check.result == FAILED] == []
+
+
+def test_every_step_that_was_made_is_on_record_also_the_one_that_decided(rewound: Path) -> None:
+    lost = rows(rewound / "steps.superseded.jsonl")
+    assert [row["step"] for row in lost] == list(range(51, lost[-1]["step"] + 1))
+    assert lost[-1]["verdict"] == "rewind"
+    (end,) = events(rewound, "spike_end")
+    assert end["end"] == lost[-1]["step"]
+
+
+def test_a_second_injection_right_after_the_first_is_told_too(
+    injected: Path, data: Path, tmp_path: Path, capfd: Capture
+) -> None:
+    run = tmp_path / "run"
+    file = config(tmp_path, data, run)
+    process = Training("--config", file, "--set", f"checkpoint.at=[{AT + 5}]")
+    process.wait_for_line(f"step {AT + 8}/")
+    process.kill()
+    done = train_here(capfd, "--config", file, "--inject-spike-at-step", str(AT + 5))
+    assert done.code == 0, done.err
+    assert [event["first_step"] for event in events(run, "inject")] == [AT, AT + 5]
+    assert [check for check in verify(open_run(run)) if check.result == FAILED] == []
+
+
+def test_a_run_folder_that_is_deleted_comes_back(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = Training("--config", config(tmp_path, data, run, inject_spike_at_step="none"))
+    process.wait_for_line("step 30/")
+    shutil.rmtree(run, ignore_errors=True)
+    code, output = process.end()
+    assert code == 0, output
+    assert "was deleted while the run goes on" in output
+    assert [row["step"] for row in rows(run / "steps.jsonl")] == list(range(1, STEPS + 1))
     assert [check for check in verify(open_run(run)) if check.result == FAILED] == []
 
 

@@ -60,7 +60,16 @@ RUNPOD = {
 
 @pytest.mark.parametrize(("names", "expected"), [*LAMBDA.items(), *(((k,), v) for k, v in RUNPOD.items())])
 def test_a_machine_is_of_one_kind_at_most(names: tuple[str, ...], expected: str | None) -> None:
-    assert [known.name for known in kinds() if known.matches(*names)] == ([expected] if expected else [])
+    found = [known for known in kinds() if known.matches(*names)]
+    assert {known.sold_as or known.name for known in found} == ({expected} if expected else set())
+    assert [known.name for known in found if known.sold_as is None] == ([expected] if expected else [])
+
+
+def test_who_asks_for_an_a100_takes_either_board_and_who_names_one_gets_that() -> None:
+    boards = ["NVIDIA A100 80GB PCIe", "NVIDIA A100-SXM4-80GB", "NVIDIA A100-PCIE-40GB"]
+    assert [kind("a100-80gb").matches(board) for board in boards] == [True, True, False]
+    assert [kind("A100 80GB PCIe").matches(board) for board in boards] == [True, False, False]
+    assert [kind("a100-40gb-pcie").matches(board) for board in boards] == [False, False, True]
 
 
 @pytest.mark.parametrize("typed", ["a100-80gb", "A100-80GB", "a100_80gb", "A100 80GB", " a10080gb "])
@@ -101,7 +110,9 @@ SHEETS = {
     "a10": (125, 24, 600),
     "a40": (149.7, 48, 696),
     "a6000": (154.85, 48, 768),
+    "a100-40gb-pcie": (312, 40, 1555),
     "a100-40gb": (312, 40, 1555),
+    "a100-80gb-pcie": (312, 80, 1935),
     "a100-80gb": (312, 80, 2039),
     "h100": (989, 80, 3350),
     "h100-pcie": (756, 80, 2000),
@@ -139,7 +150,16 @@ def test_every_board_has_the_numbers_of_its_sheet() -> None:
 
 def test_links_are_in_one_direction() -> None:
     """Half of what NVIDIA prints for NVLink (600 and 900 GB/s); about 32 and 64 for PCIe of 16 lanes."""
-    links = {"a100-80gb": 300, "h100": 450, "h100-pcie": 64, "b200": 900, "l4": 32, "rtx5090": 64}
+    links = {
+        "a100-80gb": 300,
+        "a100-80gb-pcie": 32,
+        "a100-40gb-pcie": 32,
+        "h100": 450,
+        "h100-pcie": 64,
+        "b200": 900,
+        "l4": 32,
+        "rtx5090": 64,
+    }
     assert {name: kind(name).link_gb_per_sec for name in links} == links
 
 

@@ -423,7 +423,7 @@ def test_a_failed_step_is_loud_and_the_next_start_mends_it(
     assert result.returncode == 1
     assert "START FAILED: step data ended with exit code 1" in result.stdout
     assert "machine still bills" in result.stdout
-    assert "watcher off this machine" in result.stdout
+    assert "guard off this machine" in result.stdout
     assert "step data" in (ready.workspace / "START_FAILED").read_text()
     assert not ready.started()
     assert len(heard) == 1

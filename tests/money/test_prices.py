@@ -47,6 +47,12 @@ def test_the_cheapest_comes_first() -> None:
     assert {row.provider for row in list_prices("h100")} == {"Lambda", "RunPod community", "RunPod secure"}
 
 
+def test_a_board_is_listed_as_what_it_is_sold_as() -> None:
+    assert list_prices("a100-80gb-pcie") == list_prices("a100-80gb") != ()
+    names = {kind.name for kind in kinds()}
+    assert all(kind.sold_as in names for kind in kinds() if kind.sold_as)
+
+
 def test_a_price_of_eight_is_for_eight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = row("l4", "1.00", gpus=1) + row("l4", "0.70", gpus=8)
     rows = table(written(tmp_path, text))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from tests.records import builder
 
 BEGIN = datetime(2026, 11, 21, 10, 0, tzinfo=UTC)

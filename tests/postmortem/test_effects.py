@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.records import builder, spiky
 
+from tests.postmortem import spiky
+from tests.records import builder
 from x1_pretrain.config import OptimizerConfig, RunConfig, parse_config
 from x1_pretrain.money.clock import Clock
 from x1_pretrain.postmortem.effects import clipping, lasting, memory, norms, price
 from x1_pretrain.postmortem.episodes import episodes
+from x1_pretrain.postmortem.findings import last_resume
 from x1_pretrain.postmortem.verdict import Evidence, judge
 from x1_pretrain.records.run_folder import open_run
 
@@ -231,10 +233,14 @@ PLAIN = ["stability.policy", "model.qk_norm", "training.z_loss"]
         ({"steps_to_recover": 2, "data_seen": False}, "one batch", ["data", "stability.policy"]),
         ({"logit_max": 80.0}, "attention", ["model.qk_norm", "training.z_loss", "stability.policy"]),
         (
-            {"logit_max": 9.0, "logit_growth": 3.0},
+            {"logit_max": 25.0, "logit_growth": 3.0},
             "attention",
             ["model.qk_norm", "training.z_loss", "stability.policy"],
         ),
+        ({"logit_max": 12.0, "logit_growth": 2.4}, "optimizer", PLAIN),  # a model that learns to attend
+        ({"logit_max": 30.0, "logit_growth": 1.1}, "optimizer", PLAIN),
+        ({"steps_since_resume": -10}, "optimizer", PLAIN),
+        ({"steps_since_resume": 5}, "resume", ["x1 verify"]),
         ({}, "optimizer", PLAIN),
         ({"spikes": 4}, "optimizer", ["optimizer.lr", *PLAIN]),
         ({"lasting": 0.2}, "optimizer", ["optimizer.lr", *PLAIN]),
@@ -253,6 +259,25 @@ def test_the_verdict_follows_from_the_evidence(
     found = judge(Evidence(**(BASE | evidence)), config())
     assert found.cause == cause
     assert [one.field for one in found.advice] == fields
+
+
+@pytest.mark.parametrize(
+    ("events", "last"),
+    [
+        ([("start", 0)], None),
+        ([("start", 0), ("resume", 100)], 100),
+        ([("start", 0), ("resume", 100), ("resume", 198)], 198),
+        ([("start", 0), ("resume", 100), ("resume", 210)], 100),  # beyond the onset
+        ([("start", 0), ("resume", 150), ("resume", 90)], 90),  # a bad checkpoint: earlier than before
+        ([("start", 0), ("resume", 198), ("rewind", 180)], None),  # that past was given up
+        ([("start", 0), ("resume", 100), ("rewind", 180)], 100),
+        ([("start", 0), ("resume", 100), ("rewind", None)], 100),  # it found no checkpoint
+        ([("start", 0), ("resume", 100), ("start", 0)], None),
+    ],
+)
+def test_the_last_resume_before_an_onset(events: list[tuple[str, int | None]], last: int | None) -> None:
+    rows = [spiky.event(name, step if name != "rewind" else 220, to_step=step) for name, step in events]
+    assert last_resume(rows, 201) == last
 
 
 def test_advice_is_only_what_the_config_has_not_done() -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.records import builder, spiky
 
+from tests.postmortem import spiky
+from tests.records import builder
 from x1_pretrain.postmortem.episodes import Spike, episodes, seconds_between, tokens_after
 from x1_pretrain.postmortem.steps_file import last_row, rows_between
 from x1_pretrain.records.run_folder import open_run
@@ -126,6 +127,52 @@ def test_after_a_rewind_the_steps_of_an_injection_read_other_data(tmp_path: Path
     now, then = run.events(), run.events()[:3]
     assert tokens_after(run, 215, then) == (215 - 5) * spiky.BATCH_TOKENS
     assert tokens_after(run, 215, now) == 215 * spiky.BATCH_TOKENS
+
+
+def injected(folder: Path, *events: dict[str, object], told: bool | None = None) -> bool:
+    """What is said of the last spike, where the detector said `told` or nothing of it."""
+    spiked = {name: value for name, value in spiky.spike_event(201).items() if name != "injected"}
+    spiked |= {} if told is None else {"injected": told}
+    history = [one for one in events if one.get("event") != "later"]
+    later = [one["row"] for one in events if one.get("event") == "later"]
+    folder = spiky.build(folder, spiky.step_rows(260, {201: 5.0}, {}), [*history, spiked, *later])
+    return of(folder)[-1].injected
+
+
+INJECT = spiky.event("inject", 200, first_step=200, first_batch=200, steps=5)
+
+
+def test_the_detectors_own_word_on_what_was_made_on_purpose_holds(tmp_path: Path) -> None:
+    assert not injected(tmp_path / "denied", INJECT, told=False)
+    assert injected(tmp_path / "told", told=True)
+
+
+def test_without_its_word_the_events_until_then_tell(tmp_path: Path) -> None:
+    rewind = spiky.event("rewind", 221, from_step=221, to_step=180, jumps=[[180, 221]])
+    no_rewind = spiky.event("rewind", 203)  # there was no checkpoint to go back to
+    later = {"event": "later", "row": INJECT}
+    assert injected(tmp_path / "made", INJECT)
+    assert injected(tmp_path / "stayed", INJECT, no_rewind)
+    assert not injected(tmp_path / "rewound", INJECT, rewind)
+    assert not injected(tmp_path / "resumed", INJECT, spiky.event("resume", 150))
+    assert not injected(tmp_path / "after", later)
+
+
+def test_a_natural_spike_where_an_injected_one_was_rewound(tmp_path: Path) -> None:
+    folder = rewound(tmp_path / "run", [spiky.spike_event(201), spiky.end_event(201, 215, 205)])
+    events = builder.read_lines(folder / "events.jsonl")
+    events[1:1] = [INJECT]
+    events[2]["injected"] = events[3]["injected"] = True
+    builder.write_lines(folder / "events.jsonl", events)
+    assert [spike.injected for spike in of(folder)] == [True, False]
+
+
+def test_a_branch_off_an_injected_trunk_counts_its_parents_tokens(tmp_path: Path) -> None:
+    branch = spiky.event("branch", 60, injected=[50], jumps=[], run_id="trunk")
+    folder = spiky.build(tmp_path / "run", spiky.step_rows(80, {}, {}), [])
+    builder.write_lines(folder / "events.jsonl", [branch, spiky.event("start", 60)])
+    run = open_run(folder)
+    assert tokens_after(run, 80, run.events()) == 75 * spiky.BATCH_TOKENS
 
 
 def test_a_not_finite_peak_is_the_highest(tmp_path: Path) -> None:

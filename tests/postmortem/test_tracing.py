@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.stats import binom
+
 from tests.corpora import write_corpus
 from tests.postmortem import spiky
-
 from x1_pretrain.corpus.order import Order
 from x1_pretrain.corpus.shards import open_corpus
 from x1_pretrain.errors import UserError
@@ -20,10 +22,10 @@ from x1_pretrain.postmortem.tracing import (
     corpora_of,
     draws_of,
     injected_tokens,
-    order_of,
     pieces_of,
     replaced_by_injection,
 )
+from x1_pretrain.records.data_order import order_of
 from x1_pretrain.records.run_folder import open_run
 
 
@@ -160,6 +162,29 @@ def test_usual_text_is_not(tmp_path: Path, large: Path) -> None:
     order = order_of(run)
     told = [spike_data.patterns(spike_data.data_of(run, order, [step], step)) for step in range(40, 240, 10)]
     assert told == [[]] * 20
+
+
+@pytest.mark.parametrize(
+    ("blocks", "odd", "named"), [(8, 1, False), (16, 1, False), (8, 3, True), (16, 3, True)]
+)
+def test_one_odd_block_of_a_small_batch_is_chance(
+    tmp_path: Path, large: Path, blocks: int, odd: int, named: bool
+) -> None:
+    """One block of a hundred was odd before: a batch of eight has one in one step of thirteen."""
+    run = open_run(spiky.natural(tmp_path / "run", large))
+    seen = spike_data.data_of(run, order_of(run), [201], 201)
+    usual = next(iter(seen.looks.values()))
+    odd_one = replace(usual, rare=True)
+    seen.looks = {(201, slot): odd_one if slot < odd else usual for slot in range(blocks)}
+    seen.odd_before, seen.blocks_before = 0.01, 512
+    assert bool(spike_data.patterns(seen)) == named
+
+
+@pytest.mark.parametrize(
+    ("found", "among", "rate"), [(1, 8, 0.01), (3, 16, 0.012), (40, 1024, 0.02), (0, 4, 0.5)]
+)
+def test_the_tail_of_the_binomial(found: int, among: int, rate: float) -> None:
+    assert spike_data.at_least(found, among, rate) == pytest.approx(binom.sf(found - 1, among, rate))
 
 
 def test_one_source_and_one_document_are_noticed(tmp_path: Path, large: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from x1_pretrain.config import RunConfig, config_hash, parse_config, to_yaml
-from x1_pretrain.records.weights import expected_shapes
+from x1_pretrain.review.weights import expected_shapes
 from x1_pretrain.runtime.checkpoint_files import publish
 
 RUN_ID = "tiny-20261121T101500Z-ab12cd"

@@ -79,6 +79,38 @@ def test_the_story_of_a_run_goes_along(tmp_path: Path) -> None:
         assert (output / name).read_text() == text.replace("me:secret@", "")
 
 
+def test_no_text_that_goes_along_holds_a_password(folder: Path, tmp_path: Path) -> None:
+    """Whatever wrote it: the ledger tells alerts, budget.json and the pages may quote addresses."""
+    hook, signed = (
+        "https://hooks.slack.com/services/T0/B0/hunter2",
+        "http://me:hunter2@host/b.json?sig=hunter2",
+    )
+    row = {
+        "seq": 1,
+        "time_utc": "2026-11-21T10:15:00Z",
+        "event": "budget_stale",
+        "message": f"{signed} is no reading",
+    }
+    builder.write_lines(folder / "ledger.jsonl", [row, row | {"seq": 2, "message": f'told "{hook}"'}])
+    (folder / "budget.json").write_text(json.dumps({"spent_usd": 1.5, "from": signed}))
+    (folder / "spike-postmortem.md").write_text(f"read `{signed}`")
+    (folder / "spike-postmortem-data.csv").write_bytes(b"caf\xe9, " + signed.encode())
+    (folder / "report.html").write_text(f"<p>&#x27;{signed}&#x27;</p>")
+    export(material(folder), tmp_path / "out")
+    for file in (tmp_path / "out").iterdir():
+        assert b"hunter2" not in file.read_bytes(), file.name
+    assert (
+        builder.read_lines(tmp_path / "out" / "ledger.jsonl")[1]["message"]
+        == 'told "https://hooks.slack.com"'
+    )
+    assert json.loads((tmp_path / "out" / "budget.json").read_text()) == {
+        "spent_usd": 1.5,
+        "from": "http://host/b.json",
+    }
+    assert (tmp_path / "out" / "spike-postmortem-data.csv").read_bytes() == b"caf\xe9, http://host/b.json"
+    assert (tmp_path / "out" / "report.html").read_text() == "<p>&#x27;http://host/b.json&#x27;</p>"
+
+
 def test_the_final_weights_are_the_last_checkpoint_byte_for_byte(folder: Path, tmp_path: Path) -> None:
     export(material(folder), tmp_path / "out")
     last = folder / "checkpoints" / "step-000000042"

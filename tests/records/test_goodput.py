@@ -270,6 +270,24 @@ def test_a_ledger_of_another_time_is_said(tmp_path: Path) -> None:
     assert sum(part.usd or 0 for part in found.parts) > 3
 
 
+def test_a_session_on_no_paid_machine_is_left_out(tmp_path: Path) -> None:
+    """At home first, then rented: the rental's dollars are of the rental's seconds alone."""
+    told = two_sessions(tmp_path / "run")
+    told.write()
+    opened = next(row for row in told.events if row["event"] == "resume")
+    begun = g.at(opened) - BEGIN - 10.0  # its first event comes halfway through a start of 20 s
+    ledger(told.folder, begun - 5.0, told.now + 15.0)
+    found = g.goodput(open_run(told.folder))
+    rented = told.now - begun
+    assert found.paid_s == pytest.approx(rented + 20.0)
+    there = parts(found)
+    assert (there[g.BEFORE], there[g.AFTER]) == (pytest.approx(5.0), pytest.approx(15.0))
+    assert there[g.START] == pytest.approx(20.0)
+    assert found.useful_s == pytest.approx(2.0 * 9, abs=0.01)  # nine steps after the one that compiles
+    assert float(sum(part.usd or 0 for part in found.parts)) == pytest.approx(3.60, abs=0.01)
+    assert "paid: 1 machine in ledger.jsonl; 1 session on none of them left out" in found.note
+
+
 def test_a_rehearsed_ledger_is_read_by_its_clock(tmp_path: Path) -> None:
     """60 times as fast: an hour of the ledger was a minute of the run."""
     told = two_sessions(tmp_path / "run")

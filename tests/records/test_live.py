@@ -28,8 +28,10 @@ from x1_pretrain.command import run as run_app
 from x1_pretrain.records import following, live
 from x1_pretrain.records.following import CURVE_POINTS, Curve, Seen, open_followed
 from x1_pretrain.records.frame import clean, event_line, frame, sparkline, status_line
-from x1_pretrain.records.run_folder import open_run
+from x1_pretrain.records.run_folder import ENDINGS, open_run
 from x1_pretrain.records.tail import Tail
+from x1_pretrain.report.material import gather
+from x1_pretrain.report.state import state as report_state
 from x1_pretrain.runtime.lock import Holder
 
 NOW = datetime(2026, 11, 21, 10, 16, tzinfo=UTC).timestamp()  # 18 s after the builder's last record
@@ -162,6 +164,17 @@ def test_a_run_is_what_its_lock_and_its_last_words_say(
     (folder / "STOP.json").write_text('{"reason": "over the ceiling", "by": "guard", "exit_code": 76}')
     state = looked(folder).state(NOW)
     assert (state.kind, state.why) == ("stopped", "by the guard: over the ceiling")
+
+
+@pytest.mark.parametrize(("event", "said"), ENDINGS.items())
+def test_every_ending_is_known_to_both_who_tell_of_it(folder: Path, event: str, said: str) -> None:
+    """The budget's too, where no latch is left: `x1 watch` and the report share one list."""
+    append(folder / "events.jsonl", builder.event(event, 30, 2) | {"message": "why"})
+    (folder / "lock").write_text("")
+    state = looked(folder).state(NOW + 120)
+    assert (state.kind, state.why, state.over) == ("ended", f"{said}: why", True)
+    page = report_state(gather(open_run(folder), datetime.fromtimestamp(NOW, UTC)))
+    assert page.words == f"{said}: why"
 
 
 def test_a_run_on_another_machine_lives_by_its_heartbeat(folder: Path) -> None:

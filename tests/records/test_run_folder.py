@@ -141,7 +141,7 @@ def test_sessions_say_their_steps(tmp_path: Path) -> None:
 
 def test_reading_needs_neither_torch_nor_matplotlib_nor_mlflow() -> None:
     code = (
-        "import sys, json; import x1_pretrain.export_run, x1_pretrain.records.verify, "
+        "import sys, json; import x1_pretrain.export_run, x1_pretrain.review.command, "
         "x1_pretrain.records.mlflow_sink; "
         "print(json.dumps([n for n in ('torch', 'matplotlib', 'mlflow') if n in sys.modules]))"
     )

@@ -147,11 +147,11 @@ def grad_norm(step: int, total: int, noise: Any) -> float:
 
 def place(step: int, config: RunConfig) -> Row:
     total = config.training.total_steps
-    injected = 5 if step >= spiked_at(total) + 5 else 0
+    injected = min(5, max(0, step - spiked_at(total) + 1))  # the updates from the onset on
     row: Row = {"step": step, "tokens": (step - injected) * config.training.batch_tokens}
     row |= {"time_utc": stamp(seconds(step, total)), "session": session(step, total)}
     if injected:
-        row["tokens_injected"] = 5 * config.training.batch_tokens
+        row["tokens_injected"] = injected * config.training.batch_tokens
     return row | {"elapsed_s": round(30 + step * STEP_S, 3)}
 
 

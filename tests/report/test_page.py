@@ -14,7 +14,9 @@ import pytest
 
 from tests.report import builder
 from tests.report.reading import Reading
+from x1_pretrain.errors import UserError
 from x1_pretrain.records.run_folder import open_run
+from x1_pretrain.report import material
 from x1_pretrain.report.command import page_of
 from x1_pretrain.report.page import html
 
@@ -120,6 +122,23 @@ def test_the_figures_are_those_of_the_files(long_run: Path, text: str) -> None:
     assert "327,680 injected" in page.words.replace("328,000", "327,680")
 
 
+def test_a_branch_is_priced_by_the_tokens_it_trained_itself(run: Path) -> None:
+    """Its money starts at zero, its tokens at the parent's."""
+    whole = float(Reading(made(run)).facts()["per billion tokens"].removeprefix("$"))
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["parent"] = {"run_id": "trunk", "step": 150, "checkpoint": "x"}
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    facts = Reading(made(run)).facts()
+    trained = open_run(run).rows()[-1]["tokens"]
+    own = trained - 150 * builder.BATCH
+    assert float(facts["per billion tokens"].removeprefix("$")) == pytest.approx(
+        whole * trained / own, rel=0.02
+    )
+    manifest["parent"] = {"step": "many"}
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    assert float(Reading(made(run)).facts()["per billion tokens"].removeprefix("$")) == whole
+
+
 def test_the_sentence_of_the_gate_and_what_it_came_to(text: str) -> None:
     words = Reading(text).words
     assert f"Said before it started: “{builder.GATE}”" in words
@@ -216,6 +235,31 @@ def test_no_password_of_an_address_is_shown(run: Path) -> None:
     builder.write(run / "events.jsonl", events)
     assert "hunter2" not in made(run)
     assert "hunter2" not in made(run, builder.build(run.parent / "b", total=300, budget__cap_usd=20.0))
+
+
+def test_no_password_of_a_stop_or_a_problem_is_shown(run: Path) -> None:
+    """A guard's reason may quote the address it read, and so may what could not be read here."""
+    stop = {"reason": "no reading of http://me:hunter2@example.org/b?sig=hunter2", "by": "guard"}
+    (run / "STOP.json").write_text(json.dumps(stop | {"exit_code": 76, "time_utc": "now"}))
+    rows = builder.read(run / "metrics.jsonl")
+    builder.write(run / "metrics.jsonl", [row for row in rows if row["step"] < 500])
+    steps = builder.read(run / "steps.jsonl")
+    builder.write(run / "steps.jsonl", [row for row in steps if row["step"] < 500])
+    found = page_of([open_run(run)], NOW)
+    assert "stopped by the guard: no reading of http://example.org/b" in found.state
+    assert "hunter2" not in html(found)
+
+
+def test_no_password_of_a_record_that_can_not_be_read_is_shown(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_: object) -> None:
+        raise UserError("http://me:hunter2@example.org/b: no reading")
+
+    monkeypatch.setattr(material, "goodput", broken)
+    text = made(run)
+    assert "http://example.org/b: no reading" in text
+    assert "hunter2" not in text
 
 
 # ------------------------------------------------------------------------------------------------------------

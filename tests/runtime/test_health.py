@@ -29,6 +29,7 @@ def run(tmp_path: Path) -> SimpleNamespace:
         config=SimpleNamespace(
             telemetry=TelemetryConfig(host_every_s=0.05),
             training=SimpleNamespace(batch_tokens=1000),
+            log=SimpleNamespace(every=10),
             model=small(),
             folder=tmp_path,
             checkpoint_folder=tmp_path / "checkpoints",
@@ -52,7 +53,7 @@ def run(tmp_path: Path) -> SimpleNamespace:
         step=1000,
         told=told,
         alerts=alerts,
-        clock=SimpleNamespace(warm_steps=5),
+        clock=SimpleNamespace(steps=5),
         watchdog=SimpleNamespace(news=list),
         event=lambda name, message, **fields: told.append((name, message, fields)),
     )
@@ -102,8 +103,8 @@ def test_a_leak_is_an_event(watched: SimpleNamespace, monkeypatch: pytest.Monkey
 
 
 def test_the_peak_is_compared_once_and_not_with_the_first_step_in_it(watched: SimpleNamespace) -> None:
-    for warm, peak in ((0, 99.0), (1, 1.0), (2, 2.0)):
-        watched.clock.warm_steps = warm
+    for steps, peak in ((9, 99.0), (10, 1.0), (10, 2.0)):  # of the row's ten, those that compiled nothing
+        watched.clock.steps = steps
         health.look(watched, {"memory/peak_gib": peak})
     assert names(watched) == ["memory"]
     fields = next(fields for name, _, fields in watched.told if name == "memory")

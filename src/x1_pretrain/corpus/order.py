@@ -20,12 +20,13 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from x1_pretrain.config import INJECTED_STEPS as INJECTED_STEPS
+
 U64 = npt.NDArray[np.uint64]
 I64 = npt.NDArray[np.int64]
 
 ROUNDS = 8  # of the Feistel network; four make a good permutation, eight are cheap
 QUOTA_UNIT = 1 << 30  # one block of quota in the integer arithmetic of the mixture
-INJECTED_STEPS = 5  # batches that one injection replaces
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -136,18 +136,35 @@ def seconds_of(torch: Any, place: str, work: Callable[[], object]) -> float:
 
 
 def under_load(torch: Any) -> Facts:
-    """The driver's reading while the first GPU is busy: links and clocks sleep when it is idle."""
-    a = torch.randn(GPU_SIDE, GPU_SIDE, device="cuda:0", dtype=torch.bfloat16)
+    """The driver's reading while every GPU is busy: links and clocks sleep when it is idle."""
+    squares = [a for n in range(torch.cuda.device_count()) if (a := square(torch, n)) is not None]
+    if not squares:
+        return {"cards": [], "loaded": 0, "error": "no GPU has room for the load"}
     end = time.monotonic() + 1.0
     while time.monotonic() < end:
-        torch.matmul(a, a)
-        torch.cuda.synchronize()
-    for _ in range(int(1.5 / seconds_of(torch, "cuda:0", lambda: torch.matmul(a, a)))):
-        torch.matmul(a, a)  # queued: the GPU works on while the driver is asked
+        multiply(torch, squares, 1)
+        for a in squares:
+            torch.cuda.synchronize(a.device)
+    slowest_s = max(seconds_of(torch, str(a.device), lambda a=a: torch.matmul(a, a)) for a in squares)  # type: ignore[misc]
+    multiply(torch, squares, int(1.5 / slowest_s))  # queued: the GPUs work on while the driver is asked
     try:
-        return {"cards": [card.to_json() for card in gpu.cards()]}
+        return {"cards": [card.to_json() for card in gpu.cards()], "loaded": len(squares)}
     except (OSError, RuntimeError) as error:
         return {"cards": [], "error": str(error)[:200]}
+
+
+def square(torch: Any, number: int) -> Any | None:
+    """None: this GPU has no room for it, or does not answer."""
+    try:
+        return torch.randn(GPU_SIDE, GPU_SIDE, device=f"cuda:{number}", dtype=torch.bfloat16)
+    except Exception:  # a GPU that others fill, or that is broken, must not hide the others
+        return None
+
+
+def multiply(torch: Any, squares: list[Any], calls: int) -> None:
+    for _ in range(calls):
+        for a in squares:
+            torch.matmul(a, a)
 
 
 def attention_line(torch: Any, cuda: bool, requested: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -67,7 +68,7 @@ def about_machine(options: Options, facts: Examined, kinds: list[Kind | None]) -
     first = kinds[0] if kinds and facts.cuda else None
     visible = host.environment.get("CUDA_VISIBLE_DEVICES")
     idle = ours(facts.driver.cards, visible) if facts.driver else ()
-    busy = ours([Card(**card) for card in compute.part("load").get("cards", [])], visible)
+    busy = under_load(compute.part("load"), visible)
     own = {card.uuid for card in idle}
     others = sum(uuid in own for uuid in facts.driver.processes) if facts.driver else 0
     rows = [
@@ -77,7 +78,7 @@ def about_machine(options: Options, facts: Examined, kinds: list[Kind | None]) -
         judge_machine.kind(names, kinds),
         judge_machine.health(idle, busy, others),
         judge_machine.product(
-            rates, first.peak_flops_per_sec if first else None, arithmetic, compute.trouble
+            rates, first.peak_flops_per_sec if first else None, arithmetic, compute.trouble, busy
         ),
         judge_machine.copy(rates, _bandwidth(first)),
         judge_machine.upload(rates),
@@ -92,6 +93,14 @@ def about_machine(options: Options, facts: Examined, kinds: list[Kind | None]) -
         line = compute.part("attention").get("which")
         rows.append(judge_run.attention(line, "auto", facts.cuda))
     return rows
+
+
+def under_load(load: Facts, visible: str | None) -> Sequence[Card]:
+    """The cards that were loaded while the driver was asked. Torch numbers them otherwise than the
+    driver: of more cards than were loaded, those that drew the most power."""
+    cards = ours([Card(**card) for card in load.get("cards", [])], visible)
+    loaded = int(load.get("loaded", len(cards)))
+    return sorted(cards, key=lambda card: card.power_w or 0.0, reverse=True)[:loaded]
 
 
 def about_driver(options: Options, facts: Examined, works: bool | None) -> list[Finding]:

@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from x1_pretrain.config import RunConfig, parse_config
-from x1_pretrain.corpus.order import Order, Source, block_count
+from x1_pretrain.corpus.mixture import make_order, refuse_unfit
+from x1_pretrain.corpus.order import Order
 from x1_pretrain.corpus.reader import Reader, TokenFile
 from x1_pretrain.corpus.shards import SPLITS, Corpus, open_corpus
 from x1_pretrain.doctor.trial import Facts, Voice, answered
@@ -38,6 +39,7 @@ def answer(task: Facts, voice: Voice) -> None:
         corpora = {name: open_corpus(Path(folder), name) for name, folder in folders.items()}
         voice.say("open", corpora=[facts_of(corpus) for corpus in corpora.values()])
         if config:
+            refuse_unfit(config, corpora)
             order = make_order(config, corpora)
             voice.say("order", **order_facts(config, order, corpora))
             voice.say("reading", **reading(config, order, corpora, task["gpus"], task["limit_s"]))
@@ -63,22 +65,6 @@ def facts_of(corpus: Corpus) -> Facts:
         "tokenizer_bytes": (corpus.path / "tokenizer.json").stat().st_size,
         "fingerprint": corpus.fingerprint,
     }
-
-
-def make_order(config: RunConfig, corpora: dict[str, Corpus]) -> Order:
-    """As the run makes it; a corpus without a single block is refused."""
-    mixture, context = config.data.mixture(), config.model.context
-    if len({corpus.manifest.tokenizer.sha256 for corpus in corpora.values()}) > 1:
-        raise UserError(
-            f"the corpora {', '.join(corpora)} were tokenized differently: one model, one tokenizer"
-        )
-    if len({corpus.fingerprint for corpus in corpora.values()}) < len(corpora):
-        raise UserError(f"two of the corpora {', '.join(corpora)} hold the same data; name it once")
-    blocks = {name: block_count(len(corpus.train), context) for name, corpus in corpora.items()}
-    if small := [name for name, count in blocks.items() if count < 1]:
-        raise UserError(f"corpus '{small[0]}' has less than one block of {context} + 1 training tokens")
-    sources = [Source(c.fingerprint, blocks[name], mixture[name].weight) for name, c in corpora.items()]
-    return Order(config.seed, sources, config.batch_blocks, config.training.total_steps)
 
 
 def order_facts(config: RunConfig, order: Order, corpora: dict[str, Corpus]) -> Facts:

@@ -20,6 +20,7 @@ FIELDS = {  # ours -> nvidia-smi's names: older drivers have only the last
     "temperature_c": ("temperature.gpu",),
     "power_w": ("power.draw",),
     "power_limit_w": ("power.limit",),
+    "power_default_w": ("power.default_limit",),
     "clock_mhz": ("clocks.sm",),
     "reasons": ("clocks_event_reasons.active", "clocks_throttle_reasons.active"),
     "ecc_errors": ("ecc.errors.uncorrected.volatile.total",),
@@ -30,7 +31,8 @@ FIELDS = {  # ours -> nvidia-smi's names: older drivers have only the last
     "pcie_width": ("pcie.link.width.current",),
     "pcie_width_max": ("pcie.link.width.max",),
 }
-# Bits of the reasons why a clock is below its most. Power at its cap (4) is usual under full load.
+# Bits of the reasons why a clock is below its most. Power at its cap is usual under full load.
+POWER_CAP = 0x04
 BAD_REASONS = {0x08: "hardware slowdown", 0x20: "too hot", 0x40: "too hot (hardware)", 0x80: "power brake"}
 
 Ask = Callable[[Sequence[str]], str]  # arguments -> what nvidia-smi printed; OSError or RuntimeError
@@ -48,6 +50,7 @@ class Card:
     temperature_c: float | None = None
     power_w: float | None = None
     power_limit_w: float | None = None
+    power_default_w: float | None = None  # of the board as it was sold
     clock_mhz: float | None = None
     reasons: int | None = None
     ecc_errors: float | None = None
@@ -179,6 +182,11 @@ def ours(cards: Sequence[Card], visible: str | None) -> tuple[Card, ...]:
         ]
         found += named
     return tuple(found) if words and len(found) == len(words) else tuple(cards)
+
+
+def at_power_cap(card: Card) -> bool:
+    """Its power cap holds the clock down, and nothing else that should not."""
+    return bool((card.reasons or 0) & POWER_CAP) and not throttled(card.reasons)
 
 
 def throttled(reasons: int | None) -> list[str]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from x1_pretrain.doctor.disk import Disk, is_network
 from x1_pretrain.doctor.findings import Finding, size
-from x1_pretrain.doctor.gpu import Card, Driver, throttled
+from x1_pretrain.doctor.gpu import Card, Driver, at_power_cap, throttled
 from x1_pretrain.doctor.machine import Host
 from x1_pretrain.doctor.trial import Facts
 from x1_pretrain.model.gpus import Kind
@@ -168,16 +169,24 @@ def health(idle: Sequence[Card], busy: Sequence[Card], processes: int) -> Findin
         return Finding("GPU health", "broken", "; ".join(broken), "return this machine: its memory fails")
     slow, fixes = _held_down(idle, busy, processes)
     hot = max((c.temperature_c for c in (*idle, *busy) if c.temperature_c is not None), default=None)
-    power = next((c.power_w for c in busy if c.power_w is not None), None)
+    power = [c.power_w for c in busy if c.power_w is not None]
     calm = f"{hot:.0f} C" if hot is not None else "temperature not said"
-    calm += f", {power:.0f} W under load" if power is not None and busy else ""
+    calm += f", {_range(power)} W under load" if power else ""
     calm += (
         "" if any(c.persistence for c in idle) else ", persistence mode off (a start takes seconds longer)"
     )
     measured = {"idle": [c.to_json() for c in idle], "busy": [c.to_json() for c in busy]}
     if slow:
         return Finding("GPU health", "slow", "; ".join([*slow, calm]), "; ".join(fixes), measured)
-    return Finding("GPU health", "ok", f"no errors, no throttling, nobody else; {calm}", measured=measured)
+    seen = "no throttling" if busy else "throttling not looked at under load"
+    only = f" on the {len(busy)} of {len(idle)} under load" if 0 < len(busy) < len(idle) else ""
+    return Finding("GPU health", "ok", f"no errors, nobody else, {seen}{only}; {calm}", measured=measured)
+
+
+def _range(values: Sequence[float]) -> str:
+    """70, or 65 to 70."""
+    low, high = f"{min(values):.0f}", f"{max(values):.0f}"
+    return low if low == high else f"{low} to {high}"
 
 
 def _held_down(idle: Sequence[Card], busy: Sequence[Card], processes: int) -> tuple[list[str], list[str]]:
@@ -200,8 +209,15 @@ def _held_down(idle: Sequence[Card], busy: Sequence[Card], processes: int) -> tu
     return slow, fixes
 
 
-def product(rates: Sequence[Facts], peak: float | None, works: Facts, trouble: str | None = None) -> Finding:
-    """Measured FLOP/s of a big square product against the data sheet's; on a CPU the number alone."""
+def product(
+    rates: Sequence[Facts],
+    peak: float | None,
+    works: Facts,
+    trouble: str | None = None,
+    busy: Sequence[Card] = (),
+) -> Finding:
+    """Measured FLOP/s of a big square product against the data sheet's; on a CPU the number alone. `busy`:
+    the cards under load, whose power cap may be why."""
     if works and not works.get("works"):
         fix = "this torch has no kernels for this GPU, or the GPU is broken: another build (docs/machines.md)"
         return Finding("matmul", "broken", str(works.get("error")), fix)
@@ -221,7 +237,28 @@ def product(rates: Sequence[Facts], peak: float | None, works: Facts, trouble: s
     fix = "see GPU health; if nothing is wrong there, ask for another machine"
     if low < STRAGGLER * high:
         return Finding("matmul", "slow", f"{shown}; the fastest GPU does {high / 1e12:.3g}", fix, measured)
-    return _share("matmul", shown, low, peak, MATMUL_OK, MATMUL_BROKEN, fix, measured)
+    found = _share("matmul", shown, low, peak, MATMUL_OK, MATMUL_BROKEN, fix, measured)
+    return _capped(found, busy) if found.status == "slow" else found
+
+
+def _capped(found: Finding, busy: Sequence[Card]) -> Finding:
+    """Less than expected, where nothing holds the clocks down but the power cap: a board of 72 W (L4) or 150
+    W (A10) can't do more when it is well. A cap below the one it was sold with is somebody's choice."""
+    if not busy or not all(map(at_power_cap, busy)):
+        return found
+    limits = [c.power_limit_w for c in busy if c.power_limit_w is not None]
+    watts = f" of {_range(limits)} W" if limits else ""
+    lowered = [
+        c for c in busy if c.power_limit_w and c.power_default_w and c.power_limit_w < c.power_default_w
+    ]
+    if lowered:
+        told = (
+            f"{found.found}; held down by a power cap{watts}, lowered from {lowered[0].power_default_w:.0f} W"
+        )
+        fix = "`nvidia-smi -pl` as root sets it back, or ask the provider"
+        return replace(found, found=told, fix=fix)
+    told = f"{found.found}; the board's own power cap{watts} holds the clock down, and nothing else does"
+    return replace(found, status="ok", found=told, fix="")
 
 
 def copy(rates: Sequence[Facts], peak: float | None) -> Finding:

@@ -265,7 +265,8 @@ def _found(d: Diagnosis) -> Iterator[str]:
     elif d.forward:
         top = max(d.forward, key=lambda seen: seen.largest)
         yield f"forward pass: all activations are finite; the largest is {top.largest:.3g}, of {top.name}"
-        yield f"largest logit {d.largest_logit:.3g}, loss {d.loss:.4g} a token"
+        if d.largest_logit is not None and d.loss is not None:
+            yield f"largest logit {d.largest_logit:.3g}, loss {d.loss:.4g} a token"
     if d.gradient:
         yield f"the first value that is not finite is on the way back: {d.gradient}"
     elif d.gradient_norm is not None:

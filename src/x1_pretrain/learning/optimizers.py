@@ -50,7 +50,7 @@ def clip_(parameters: Iterable[nn.Parameter], max_norm: float, norm: Tensor) -> 
 
 def state_tensors(optimizer: AdamW, decoder: Decoder) -> dict[str, Tensor]:
     """The optimizer's whole state as named CPU tensors (copies); zeros where no update was made yet."""
-    tensors = {"step": torch.tensor(float(_updates(optimizer)))}
+    tensors = {"step": torch.tensor(float(updates(optimizer)))}
     for name, parameter in decoder.named_parameters():
         rows = decoder.disk_rows(name, parameter)
         state = optimizer.state.get(parameter, {})  # indexing would insert an empty one
@@ -75,9 +75,10 @@ def load_state_tensors(optimizer: AdamW, decoder: Decoder, tensors: Mapping[str,
             optimizer.state[parameter][moment] = padded
 
 
-def _updates(optimizer: AdamW) -> int:
+def updates(optimizer: AdamW) -> int:
     """How many updates were made; one number, since every update is of all weights."""
-    counts = {int(cast(Tensor, state["step"])) for state in optimizer.state.values() if state}
+    steps = [cast(Tensor, state["step"]) for state in optimizer.state.values() if state]
+    counts = set(map(int, torch.stack(steps).tolist())) if steps else set()
     if len(counts) > 1:
         raise ValueError(f"the weights have had different numbers of updates: {sorted(counts)}")
     return counts.pop() if counts else 0

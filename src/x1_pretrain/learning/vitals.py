@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW
 
+from x1_pretrain.learning import optimizers
 from x1_pretrain.learning.optimizers import MOMENTS
 from x1_pretrain.model.decoder import Block, Decoder
 
@@ -115,20 +116,25 @@ def update_ratios(decoder: Decoder, optimizer: AdamW) -> dict[str, float]:
     Computed from what AdamW keeps. With a = lr m^ / (sqrt(v^) + eps) and c = lr x weight decay, an update is
     w' = (1 - c) w - a. So w = (w' + a) / (1 - c), and w' - w = -(a + c w') / (1 - c).
     """
+    step = optimizers.updates(optimizer)  # once: it may be on the device
+    if step == 0:
+        return {}
     settings = {weight: group for group in optimizer.param_groups for weight in group["params"]}
     squares: dict[str, list[Tensor]] = defaultdict(list)
     for name, weight in decoder.named_parameters():
         if state := optimizer.state.get(weight):
-            squares[group_of(name)] += _update_squares(weight, state, settings[weight])
+            squares[group_of(name)] += _update_squares(weight, state, settings[weight], step)
     if not squares:
         return {}
     sums = torch.stack([torch.stack(parts).sum(0) for parts in squares.values()]).tolist()  # (groups, 2)
     return {f"update_ratio/{g}": math.sqrt(u / w) for g, (u, w) in zip(squares, sums, strict=True) if w}
 
 
-def _update_squares(weight: Tensor, state: dict[str, Any], settings: dict[str, Any]) -> list[Tensor]:
+def _update_squares(
+    weight: Tensor, state: dict[str, Any], settings: dict[str, Any], step: int
+) -> list[Tensor]:
     """|a + c w'|^2 and |w' + a|^2 of each piece of one weight, (2,) each."""
-    (beta1, beta2), lr, step = settings["betas"], settings["lr"], float(state["step"])
+    (beta1, beta2), lr = settings["betas"], settings["lr"]
     spread = math.sqrt(1 - beta2**step)  # a = scale x m / (sqrt(v) + eps x spread)
     scale = lr * spread / (1 - beta1**step)
     squares = []

@@ -34,6 +34,7 @@ class Kind(Section):
     pattern: Text  # recognises such a name
     has: frozenset[str]
     lacks: frozenset[str] = frozenset()
+    sold_as: Text | None = None  # the kind whose list prices hold for it
     peak_bf16_tflops: Positive | None = None  # dense
     memory_gib: Positive
     bandwidth_gb_per_sec: Positive | None = None  # of the memory
@@ -127,8 +128,10 @@ def _row(where: str, row: type[Row], fields: dict[str, Any]) -> Row:
 
 
 def _likely(wanted: str) -> list[str]:
-    """Kinds whose name holds what was typed ("a100", "4090") first, else those spelt nearly so."""
-    if holding := [k.name for k in kinds() if len(wanted) > 1 and wanted in _squeezed(k.name)]:
+    """Kinds whose name holds what was typed ("a100", "4090") first, else those spelt nearly so. Of boards
+    that are sold as one kind, that kind."""
+    sold = [k for k in kinds() if k.sold_as is None]
+    if holding := [k.name for k in sold if len(wanted) > 1 and wanted in _squeezed(k.name)]:
         return holding
     names = {_squeezed(k.name): k.name for k in kinds()}
     return [names[close] for close in difflib.get_close_matches(wanted, names, n=3, cutoff=0.6)]

@@ -32,7 +32,8 @@ class ListPrice(Section):
 
 def list_prices(kind_name: str) -> tuple[ListPrice, ...]:
     """Every list price of a kind, cheapest first; none where nobody's is known."""
-    found = [price for price in table() if price.kind == kind_name]
+    names = {kind_name, *(kind.sold_as for kind in kinds() if kind.name == kind_name)}
+    found = [price for price in table() if price.kind in names]
     return tuple(sorted(found, key=lambda price: (price.usd_per_hr, price.gpus, price.provider)))
 
 

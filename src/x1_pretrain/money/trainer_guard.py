@@ -232,7 +232,7 @@ class TrainerGuard:
         self._write(event, message, **fields)
 
     def row(self, tokens: int) -> dict[str, float]:
-        """For the metrics; `tokens` were trained so far."""
+        """For the metrics; `tokens`: trained by this run, none of a parent's: its money starts at zero."""
         if self.decision is None:
             return {}
         row = {"budget/spent_usd": float(round(self.decision.spent_usd, 4))}

@@ -29,9 +29,10 @@ from x1_pretrain.postmortem.data import CSV_COLUMNS, Seen, csv_rows
 from x1_pretrain.postmortem.episodes import Spike, episodes
 from x1_pretrain.postmortem.findings import Findings, gather
 from x1_pretrain.postmortem.picture import View, draw
-from x1_pretrain.records.run_folder import Run, find_run, open_run
+from x1_pretrain.records.run_folder import POSTMORTEM, Run, find_run, open_run
 
-PAGE, PICTURE, DATA = "spike-postmortem.md", "spike-postmortem.png", "spike-postmortem-data.csv"
+STEM = POSTMORTEM.removesuffix(".md")
+PICTURE, DATA = f"{STEM}.png", f"{STEM}-data.csv"
 MOST_SECTIONS = 5  # spikes with a section and a picture of their own: the highest, and the newest
 NEAR = 20  # steps from a spike that a --step still means it
 LEAST_SHOWN = 64  # steps on either side in a picture
@@ -52,7 +53,7 @@ def write(folder: Path, step: int | None = None, output: Path | None = None) -> 
         for one, name in zip(found, names, strict=True):
             draw(view(one), files.new(name))
         files.text(DATA, as_csv((one.seen, one.spike.onset) for one in found))
-        files.text(PAGE, page.page(run, spikes, found, names, DATA))
+        files.text(POSTMORTEM, page.page(run, spikes, found, names, DATA))
     return files.written
 
 
@@ -79,9 +80,9 @@ def chosen(spikes: Sequence[Spike], step: int | None = None) -> list[Spike]:
 
 def picture_names(shown: Sequence[Spike], spikes: Sequence[Spike]) -> list[str]:
     """One picture: the plain name. The run's first spike has it; later ones carry their onset."""
-    stem, names = PICTURE.removesuffix(".png"), []
+    names: list[str] = []
     for spike in shown:
-        name = PICTURE if spike is spikes[0] or len(shown) == 1 else f"{stem}-{spike.onset}.png"
+        name = PICTURE if spike is spikes[0] or len(shown) == 1 else f"{STEM}-{spike.onset}.png"
         twin = sum(other.onset == spike.onset for other in spikes[: spikes.index(spike)])
         names.append(f"{name.removesuffix('.png')}-{twin + 1}.png" if twin else name)
     return names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ STEPS_BEFORE, BLOCKS_BEFORE = 16, 512  # that they are compared with
 EXCERPTS, EXCERPT_TOKENS, EXCERPT_CHARACTERS = 3, 60, 160
 
 ODD_SHARE, ODD_TIMES = 0.05, 4.0  # of the blocks; and so many times what was odd before
+CHANCE = 1e-3  # of so many odd blocks, at the rate before: a small batch has one now and then
 SOURCE_SHARE, SOURCE_TIMES = 0.5, 2.5  # of the tokens, from one source
 DOCUMENT_SHARE, DOCUMENT_TIMES = 0.2, 4.0  # of the tokens, from one document
 
@@ -51,7 +53,8 @@ class Seen:
     replaced_pieces: list[Piece] = field(default_factory=list)
     before: list[Piece] = field(default_factory=list)
     looks: dict[tuple[int, int], Look] = field(default_factory=dict)  # by step and slot
-    odd_before: float = 0.0  # share of blocks, by the same measure
+    odd_before: float = 0.0  # share of blocks, by the same measure ...
+    blocks_before: int = 0  # ... among so many
     excerpts: list[tuple[Piece, str]] = field(default_factory=list)
     injected_excerpt: str | None = None
 
@@ -107,7 +110,7 @@ def _compare(run: Run, order: Order, seen: Seen, onset: int) -> None:
         seen.before += pieces_of(step, [draw for _, draw in draws], opened, context)
     texture = Texture([_tokens(draw, opened, context) for _, draw in earlier], run.config.model.vocab)
     odd = [texture.look(_tokens(draw, opened, context)).odd for _, draw in earlier]
-    seen.odd_before = sum(odd) / len(odd)
+    seen.odd_before, seen.blocks_before = sum(odd) / len(odd), len(odd)
     places = [(step, slot, draw) for step, draws in seen.draws.items() for slot, draw in enumerate(draws)]
     for step, slot, draw in places[:MOST_BLOCKS]:
         seen.looks[step, slot] = texture.look(_tokens(draw, opened, context))
@@ -131,16 +134,31 @@ def patterns(seen: Seen) -> list[str]:
 
 
 def _odd_blocks(seen: Seen) -> list[str]:
-    share = seen.odd_share
-    if share < ODD_SHARE or share < ODD_TIMES * seen.odd_before:
+    """More than usual, and more than chance gives: that is told from the rate before as one odd block and one
+    usual one more would have left it, so that none before is not taken for never."""
+    looks, share = list(seen.looks.values()), seen.odd_share
+    rate = (seen.odd_before * seen.blocks_before + 1) / (seen.blocks_before + 2)
+    by_chance = at_least(sum(look.odd for look in looks), len(looks), rate)
+    if share < ODD_SHARE or share < ODD_TIMES * seen.odd_before or by_chance >= CHANCE:
         return []
-    looks = list(seen.looks.values())
     repetitive, rare = sum(look.repetitive for look in looks), sum(look.rare for look in looks)
     kinds = ["repeat themselves far more"] if repetitive else []
     kinds += ["are made of far rarer tokens"] if rare else []
     odd, before = sum(look.odd for look in looks), f"{seen.odd_before:.1%} of those before"
     blocks = "block" if odd == 1 else "blocks"
     return [f"{odd:,} of its {len(looks):,} {blocks} {' or '.join(kinds)} than is usual ({before})"]
+
+
+def at_least(found: int, among: int, rate: float) -> float:
+    """The chance of `found` or more, each with probability `rate`: the upper tail of the binomial."""
+    if found <= 0:
+        return 1.0
+    logs = [
+        math.lgamma(among + 1) - math.lgamma(k + 1) - math.lgamma(among - k + 1)
+        + k * math.log(rate) + (among - k) * math.log1p(-rate)
+        for k in range(found, among + 1)
+    ]  # fmt: skip
+    return min(1.0, math.fsum(map(math.exp, logs)))
 
 
 def _one_source(seen: Seen) -> list[str]:

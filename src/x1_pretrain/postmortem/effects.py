@@ -1,7 +1,7 @@
 """What a spike did, in numbers: what it left in the loss, what clipping and Adam's memory made of it, its
 price.
 
-All from rows. Nothing here is a judgement; `spike_verdict` makes one of it.
+All from rows. Nothing here is a judgement; `verdict` makes one of it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ F64 = npt.NDArray[np.float64]
 
 LEAST_BEFORE, LEAST_AFTER = 16, 8  # steps; with fewer no trend is drawn
 SETTLED = 32  # steps after the recovery from which the difference is more than a first impression
-CALM = 1.1  # Adam's second moment within a tenth of what it was counts as back
+CALM = 1.1  # Adam's second moment less than a tenth above its usual value counts as back
 MADE = ("go", "")  # verdicts after which the update was made
 
 # -----------------------------------------------------------------------------------------------------------
@@ -138,7 +138,7 @@ class Memory:
     steps: float  # 1 / (1 - beta2)
     peak: float
     peak_step: int
-    calm_step: int  # the first step after the peak with less than a tenth left
+    calm_step: int  # the first step after the peak where it was less than a tenth above its usual value
 
     @property
     def update(self) -> float:

@@ -9,19 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from x1_pretrain.corpus.order import INJECTED_STEPS
 from x1_pretrain.errors import UserError
 from x1_pretrain.learning.stability import LOSS_FLOOR, NORMAL, stands_out
-from x1_pretrain.money.clock import parse_stamp
 from x1_pretrain.postmortem.steps_file import rows_between, value
-from x1_pretrain.postmortem.tracing import order_of
-from x1_pretrain.records.run_folder import Row, Run, is_number, with_numbers
+from x1_pretrain.records.data_order import injected_stretches, order_of, recorded_injections
+from x1_pretrain.records.run_folder import Row, Run, is_number, moment, with_numbers
 
 
 @dataclass(frozen=True)
@@ -159,7 +156,7 @@ def _measured(run: Run, told: _Told, events: Sequence[Row]) -> Spike:
         peak_loss_step=close.get("peak_loss_step", loss[1] or told.onset),
         peak_grad_norm=_known(close.get("peak_grad_norm"), grad[0]),
         peak_grad_norm_step=close.get("peak_grad_norm_step", grad[1] or told.onset),
-        injected=bool(said.get("injected")) or bool(injected_within(events, told.onset)),
+        injected=_made(said, events[: told.place + 1], told.onset),
         policy=close.get("policy", run.config.stability.policy),
         time_utc=next((row.get("time_utc") for row in during), told.begin.get("time_utc")),
         tokens=tokens_after(run, told.onset - 1, events[: told.place + 1]),
@@ -173,6 +170,11 @@ def _measured(run: Run, told: _Told, events: Sequence[Row]) -> Spike:
         events_before=told.place,
     )
     return replace(spike, recovery_s=_seconds(rows, spike))
+
+
+def _made(said: Row, until: Sequence[Row], onset: int) -> bool:
+    """On purpose: the detector's own word, which knew what each step read; else by the events until then."""
+    return bool(said["injected"]) if "injected" in said else injected_within(until, onset) is not None
 
 
 def stood_out(row: Row, alarm: float) -> bool:
@@ -233,7 +235,7 @@ def seconds_between(rows: Sequence[Row], first: int, last: int) -> float | None:
     total = 0.0
     for before, row in pairwise(rows):
         if first <= row["step"] <= last:
-            begin, end = _moment(before), _moment(row)
+            begin, end = moment(before), moment(row)
             same = row.get("session") == before.get("session") and row["step"] == before["step"] + 1
             if same and begin and end and end >= begin:
                 total += (end - begin).total_seconds()
@@ -244,37 +246,20 @@ def seconds_between(rows: Sequence[Row], first: int, last: int) -> float | None:
     return total or None
 
 
-def _moment(row: Row) -> datetime | None:
-    try:
-        return parse_stamp(row.get("time_utc"))
-    except ValueError:
-        return None
-
-
 # -----------------------------------------------------------------------------------------------------------
 # Tokens and injections
 
 
-def injections(events: Iterable[Row]) -> list[tuple[int, int]]:
-    """The updates that trained on injected sequences, as (first, last), each stretch once."""
-    found = {}
-    for event in events:
-        if event.get("event") == "inject" and is_number(event.get("first_step")):
-            first = int(event["first_step"])
-            found[first] = (first + 1, first + int(event.get("steps", INJECTED_STEPS)))
-    return list(found.values())
-
-
-def injected_within(events: Iterable[Row], onset: int) -> tuple[int, int] | None:
-    """The injection that an onset lies in or right behind: its last batch may be the first to stand out."""
-    return next((one for one in injections(events) if one[0] <= onset <= one[1] + 1), None)
+def injected_within(events: Sequence[Row], onset: int) -> tuple[int, int] | None:
+    """The injection that an onset lies in or right behind: its last batch may be the first to stand out. What
+    a resume or a rewind undid by then is none."""
+    return next((one for one in injected_stretches(events) if one[0] <= onset <= one[1] + 1), None)
 
 
 def tokens_after(run: Run, step: int, events: Sequence[Row]) -> int:
     """Tokens trained by the end of `step`, as the run stood after `events`; injected ones are not counted."""
-    told = injections(events)
     try:
-        made = order_of(run, events).injected_before(step) if told else 0
-    except UserError:  # without the order: as if the run had never gone back
-        made = sum(max(0, min(last, step) - first + 1) for first, last in told)
+        made = order_of(run, events).injected_before(step) if recorded_injections(events) else 0
+    except (UserError, TypeError, ValueError):  # without the order: as if the run had never gone back
+        made = sum(max(0, min(last, step) - first + 1) for first, last in injected_stretches(events))
     return (step - made) * run.config.training.batch_tokens

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from x1_pretrain.corpus.order import Order
 from x1_pretrain.errors import UserError
@@ -24,11 +25,11 @@ from x1_pretrain.postmortem.effects import (
 )
 from x1_pretrain.postmortem.episodes import Spike, seconds_between
 from x1_pretrain.postmortem.steps_file import every_step, last_row, rows_between, value
-from x1_pretrain.postmortem.tracing import order_of
 from x1_pretrain.postmortem.verdict import Evidence, State, Verdict, judge
-from x1_pretrain.records.run_folder import Row, Run, is_number, openings, series
+from x1_pretrain.records.data_order import order_of
+from x1_pretrain.records.run_folder import Row, Run, is_number, series
 
-SHOWN_BEFORE, SHOWN_AFTER = 64, 64  # steps in the picture around a spike, at least
+SHOWN_AFTER = 64  # steps in the picture after a spike, at least
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,6 @@ class Findings:
     price: Price | None
     clock: Clock
     redone_s: float | None  # time of the steps that a rewind threw away
-    resumed_at: int | None  # the step of the last resume before
     evidence: Evidence
     verdict: Verdict
 
@@ -79,10 +79,8 @@ def gather(run: Run, spike: Spike, spikes: Sequence[Spike], metrics: Sequence[Ro
     after_recovery = _after_recovery(run, spike, spikes, after)
     calm = [row for row in before if not row.get("spike")]
     left = lasting(calm, after_recovery) if spike.recovered and not spike.rewound_utc else None
-    opened = [
-        row["step"] for row in openings(run.events()[: spike.events_before]) if row["event"] == "resume"
-    ]
-    evidence = _evidence(run, spike, spikes, during, metrics, seen, left, opened[-1:])
+    resumed = last_resume(run.events()[: spike.events_before], spike.onset)
+    evidence = _evidence(run, spike, spikes, during, metrics, seen, left, resumed)
     return Findings(
         run=run,
         spike=spike,
@@ -101,7 +99,6 @@ def gather(run: Run, spike: Spike, spikes: Sequence[Spike], metrics: Sequence[Ro
         price=price(run, spike.time_utc, metrics, clock),
         clock=clock,
         redone_s=_redone_s(rows, spike),
-        resumed_at=opened[-1] if opened else None,
         evidence=evidence,
         verdict=judge(evidence, run.config),
     )
@@ -150,7 +147,7 @@ def _evidence(
     metrics: Sequence[Row],
     seen: Seen | None,
     left: Lasting | None,
-    resumed: Sequence[int],
+    resumed: int | None,
 ) -> Evidence:
     logit_max, growth = _logits(metrics, spike.onset)
     return Evidence(
@@ -163,12 +160,25 @@ def _evidence(
         data_seen=seen is not None and seen.corpora.complete,
         onset=spike.onset,
         warmup_steps=run.config.optimizer.warmup_steps,
-        steps_since_resume=spike.onset - resumed[0] if resumed else None,
+        steps_since_resume=None if resumed is None else spike.onset - resumed,
         logit_max=logit_max,
         logit_growth=growth,
         lasting=left.difference if left and left.settled and left.clear and left.difference > 0 else None,
         spikes=max(1, sum(not other.injected for other in spikes)),
     )
+
+
+def last_resume(events: Sequence[Row], onset: int) -> int | None:
+    """The step of the last resume that led to `onset`. One that a rewind or a later resume went back over is
+    of a past that was given up."""
+    found: list[int] = []
+    for event in events:
+        kind = event.get("event")
+        back_to: Any = event.get("to_step" if kind == "rewind" else "step")
+        if kind in ("start", "resume", "rewind") and is_number(back_to):
+            found = [step for step in found if step < back_to and kind != "start"]
+            found += [int(back_to)] if kind == "resume" else []
+    return max((step for step in found if step < onset), default=None)
 
 
 def finite(row: Row) -> bool:

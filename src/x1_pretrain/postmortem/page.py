@@ -1,4 +1,4 @@
-"""`spike-postmortem.md`: what is known of the spikes of a run, in sentences that its numbers decide."""
+"""The page of the post-mortem: what is known of a run's spikes, in sentences that its numbers decide."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ from x1_pretrain.postmortem.words import (
 from x1_pretrain.records.run_folder import Run, is_number
 
 WIDTH = 110
+NATURAL, MADE = KINDS = "natural", "made on purpose"
+STILL_UP = "still up at the last row"
 HARDLY = 1.05  # times: a second moment raised by less is not worth a sentence
 
 
@@ -69,7 +71,7 @@ def overview(spikes: Sequence[Spike]) -> str:
     rows = [
         [
             f"{spike.onset:,}",
-            "made on purpose" if spike.injected else "natural",
+            MADE if spike.injected else NATURAL,
             f"{spike.height:+.2f}" if math.isfinite(spike.height) else "not finite",
             f"x{spike.grad_factor:.1f}" if math.isfinite(spike.grad_factor) else "not finite",
             outcome(spike),
@@ -84,7 +86,7 @@ def outcome(spike: Spike) -> str:
     return {
         "recovered": f"recovered in {count(spike.recovery_steps or 0, 'step')}",
         "rewound": f"undone by going back to step {spike.rewound_to or 0:,}",
-        "open": "still up at the last row",
+        "open": STILL_UP,
         "not recovered": "not recovered",
     }[state_of(spike)]
 
@@ -107,7 +109,7 @@ def none(run: Run) -> str:
 def section(found: Findings, picture: str, csv: str) -> list[str]:
     """All about one spike, a paragraph an entry."""
     spike = found.spike
-    kind = "made on purpose" if spike.injected else "natural"
+    kind = MADE if spike.injected else NATURAL
     return [
         f"## Step {spike.onset:,}: {kind}, {outcome(spike)}",
         page_verdict.verdict(found),
@@ -303,7 +305,7 @@ def _inflated(found: Findings, memory: Memory) -> str:
     weight = "A weight whose gradient rose as the norm did, after clipping, had its second moment raised to"
     usual = f"{memory.peak:.2g} times its usual value by step {memory.peak_step:,}"
     shrunk = f"A usual gradient then moved it {memory.update:.0%} of its usual way"
-    calm = f"by step {memory.calm_step:,} less than a tenth of the rise was left"
+    calm = f"by step {memory.calm_step:,} that moment was less than a tenth above its usual value"
     known = "" if memory.calm_step <= found.last_step else " (computed: the run is not there yet)"
     return f"{weight} {usual}. {shrunk}; {calm}{known}."
 

@@ -16,8 +16,8 @@ from x1_pretrain.postmortem.page import norms as norms_table
 from x1_pretrain.postmortem.page import wrapped
 from x1_pretrain.postmortem.page_data import documents_and_sources
 from x1_pretrain.postmortem.steps_file import every_step, last_row, rows_between, value
-from x1_pretrain.postmortem.tracing import order_of
 from x1_pretrain.postmortem.words import code, joined, nats, number, sentence
+from x1_pretrain.records.data_order import order_of
 from x1_pretrain.records.run_folder import Row, Run
 
 AROUND = 20  # steps on either side that count as "around" it

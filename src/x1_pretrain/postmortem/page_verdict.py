@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from x1_pretrain.postmortem.words import code, count, joined, sentence, spans
+from x1_pretrain.postmortem.verdict import GREW, Evidence
+from x1_pretrain.postmortem.words import code, count, joined, sentence, spans, times
 
 if TYPE_CHECKING:
     from x1_pretrain.postmortem.findings import Findings
@@ -26,7 +27,7 @@ def cause(found: Findings) -> str:
             broken = count(evidence.not_finite, "step")
             return f"{broken} in it had no finite loss or gradient. {_arithmetic(evidence.precision)}"
         case "data":
-            return f"The data made it: {joined(evidence.patterns)}"
+            return f"The data are the likeliest cause: {joined(evidence.patterns)}"
         case "warm-up":
             within = "within" if evidence.onset <= evidence.warmup_steps else "right after"
             return (
@@ -39,12 +40,18 @@ def cause(found: Findings) -> str:
         case "one batch":
             return f"One batch made it: the loss was back after {back}, too soon for a cure{_data(found)}"
         case "attention":
-            logits = f"{evidence.logit_max or 0:.0f}"
             return (
-                f"Attention is the likeliest cause: its logits had reached {logits} before it{_data(found)}"
+                f"Attention is the likeliest cause: its logits had reached {evidence.logit_max or 0:.0f} "
+                f"before it{_growth(evidence)}{_data(found)}"
             )
         case "optimizer":
             return f"The optimizer is the likeliest cause, for want of another{_data(found)}"
+
+
+def _growth(evidence: Evidence) -> str:
+    if (evidence.logit_growth or 0) <= GREW:
+        return ""
+    return f", {times(evidence.logit_growth or 0)} what they were at three quarters of the way there"
 
 
 def _batches(found: Findings) -> str:

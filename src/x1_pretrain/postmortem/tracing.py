@@ -1,10 +1,9 @@
 """Which data a step read: corpus, source file and row of every document of its blocks, from arithmetic alone.
 
-order = order_of(run)
+order = order_of(run)  # of records.data_order
 pieces = pieces_of(step, draws_of(order, step), corpora_of(run).opened, run.config.model.context)
 
-The order of a run is a function of its config, of the corpora in its manifest, and of the jumps and
-injections in its events. With the corpus folders at hand each block leads to its documents.
+The order says which blocks a step read. With the corpus folders at hand each block leads to its documents.
 """
 
 from __future__ import annotations
@@ -17,50 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from x1_pretrain.corpus.injection import injected_rows, rare_tokens
-from x1_pretrain.corpus.order import Draw, Order, Source, block_count, block_span
+from x1_pretrain.corpus.order import Draw, Order, block_span
 from x1_pretrain.corpus.shards import Corpus, open_corpus
 from x1_pretrain.errors import UserError
-from x1_pretrain.records.run_folder import Row, Run, is_number
-
-# -----------------------------------------------------------------------------------------------------------
-# The order, as the events left it
-
-
-def order_of(run: Run, events: Sequence[Row] | None = None) -> Order:
-    """The order of the run's data, as it is now; or as it was after the first of its events, `events`."""
-    events = run.events() if events is None else events
-    jumps: list[Any] = next((event["jumps"] for event in reversed(events) if "jumps" in event), [])
-    context = run.config.model.context
-    try:
-        sources = [
-            Source(one["fingerprint"], block_count(one["train_tokens"], context), one["weight"])
-            for one in run.manifest["data"]
-        ]
-        past = [(int(step), int(batch)) for step, batch in jumps]
-        shape = (run.config.seed, sources, run.config.batch_blocks, run.total_steps, past)
-        return Order(*shape, injected=_injected(events, Order(*shape)))
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{run.folder}: the order of its data can't be told (manifest.json or the jumps in events.jsonl: "
-            f"{type(error).__name__} {error}); restore them"
-        ) from None
-
-
-def _injected(events: Sequence[Row], order: Order) -> list[int]:
-    """The first batch of each injection; an event may name batches itself, or the step before it."""
-    found: set[int] = set()
-    for event in events:
-        if isinstance(event.get("injected"), list):
-            found |= {int(batch) for batch in event["injected"]}
-        if event.get("event") == "inject" and is_number(event.get("first_step")):
-            found.add(_batch_of_inject(event, order))
-    return sorted(found)
-
-
-def _batch_of_inject(event: Row, order: Order) -> int:
-    if is_number(event.get("first_batch")):
-        return int(event["first_batch"])
-    return order.batch_of(min(int(event["first_step"]), order.total_steps))
+from x1_pretrain.records.run_folder import Run
 
 
 def draws_of(order: Order, step: int) -> list[Draw]:

@@ -14,7 +14,8 @@ BRIEF_STEPS = 2  # a loss that is back so soon was one batch's, not the weights'
 AFTER_WARMUP = 1.25  # times the warm-up: still its own time
 AFTER_RESUME = 5  # steps
 LOGITS = 50.0  # attention logits at which softmax all but picks one token
-GREW = 2.0  # times: a maximum that grew so far before the onset is on its way
+GREW = 2.0  # times: a maximum that grew so far before the onset is on its way ...
+GROWN = 20.0  # ... once it is this large: from 5 to 12 is a model that learns to attend
 LONG_MEMORY = 0.99  # beta2 from which one spike weighs on a hundred steps
 
 
@@ -66,11 +67,12 @@ def _cause(found: Evidence) -> Cause:
         return "data"
     if found.warmup_steps and found.onset <= AFTER_WARMUP * found.warmup_steps:
         return "warm-up"
-    if found.steps_since_resume is not None and found.steps_since_resume <= AFTER_RESUME:
+    if found.steps_since_resume is not None and 0 < found.steps_since_resume <= AFTER_RESUME:
         return "resume"
     if found.steps_to_recover is not None and found.steps_to_recover <= BRIEF_STEPS:
         return "one batch"
-    if (found.logit_max or 0) > LOGITS or (found.logit_growth or 0) > GREW:
+    logits = found.logit_max or 0
+    if logits > LOGITS or (logits > GROWN and (found.logit_growth or 0) > GREW):
         return "attention"
     return "optimizer"
 

@@ -18,6 +18,7 @@ from x1_pretrain.errors import RefusedError, UserError
 from x1_pretrain.records.metrics import utc_now
 from x1_pretrain.records.plots import History, draw_all
 from x1_pretrain.records.run_folder import (
+    POSTMORTEM,
     Row,
     is_number,
     last_step,
@@ -30,7 +31,9 @@ from x1_pretrain.records.run_manifest import without_passwords
 from x1_pretrain.runtime.checkpoint_files import sha256, step_of
 
 WEIGHTS = {"model.safetensors": "final.safetensors", "optimizer.safetensors": "final-optimizer.safetensors"}
-STORY = ("spike-postmortem.md", "spike-postmortem*.png", "spike-postmortem-data.csv", "report.html")
+STEM = POSTMORTEM.removesuffix(".md")
+STORY = (POSTMORTEM, f"{STEM}*.png", f"{STEM}-data.csv", "report.html")
+PICTURES = {".png"}  # everything else that is copied is text
 KEEPERS = {".gitkeep", ".gitignore"}  # a folder with nothing else in it counts as empty
 
 
@@ -134,12 +137,12 @@ def story(folder: Path) -> tuple[Path, ...]:
 
 
 def _copy_beside(material: Material, file: Path, target: Path) -> None:
-    """As it is; a page that people read without the password of the store's address."""
-    secret, instead = material.secret
-    if secret and file.suffix in (".md", ".html"):
-        target.write_bytes(file.read_bytes().replace(secret.encode(), instead.encode()))
-    else:
+    """Pictures as they are, text without passwords. Bytes that are no UTF-8 stay what they were."""
+    if file.suffix in PICTURES:
         shutil.copyfile(file, target)
+    else:
+        text = file.read_bytes().decode("utf-8", "surrogateescape")
+        target.write_bytes(text.encode("utf-8", "surrogateescape"))
 
 
 def _write_csv(rows: Sequence[Row], file: Path) -> None:

@@ -19,14 +19,17 @@ from x1_pretrain.money import latch
 from x1_pretrain.money.account import Rented, account
 from x1_pretrain.money.ledger import NAME as LEDGER
 from x1_pretrain.money.ledger import read_rows
-from x1_pretrain.records.goodput import Goodput, goodput, moment
+from x1_pretrain.records.goodput import Goodput, goodput
 from x1_pretrain.records.run_folder import (
+    ENDINGS,
+    SILENT_S,
     Row,
     Run,
     find_run,
     is_number,
     is_run,
     is_train,
+    moment,
     open_run,
     read_json,
 )
@@ -35,12 +38,10 @@ from x1_pretrain.runtime.lock import STALE_S, Holder
 
 CURVE_POINTS = 512  # at most, of a curve of any length
 PACE_ROWS = 64  # training rows that the time left is counted from
-SILENT_S = 900.0  # without a lock that tells: a run that wrote nothing for so long is not running
 GONE_S = 90.0  # an ended trainer may be relaunched: so long it is waited for
 GOODPUT_S = 60.0  # between two looks at all files, and never more than a 50th of the time
 
 Kind = Literal["waiting", "running", "finished", "stopped", "ended", "died", "silent"]
-ENDINGS = {"signal": "interrupted", "fault": "ended by a fault", "hang": "hung and ended"}
 
 
 @dataclass(frozen=True)
@@ -54,17 +55,27 @@ class State:
 
 @dataclass
 class Curve:
-    """A curve of any length in at most `CURVE_POINTS` means; each of as many values as the others."""
+    """A curve of any length in at most `CURVE_POINTS` means; each of as many values as the others.
+
+    A mean may hide a single value, so the lowest and the highest are kept as well.
+    """
 
     means: list[float] = field(default_factory=list)
     each: int = 1
+    lowest: float = math.inf
+    highest: float = -math.inf
+    first_step: int | None = None
+    last_step: int | None = None
     _sum: float = 0.0
     _count: int = 0
 
-    def add(self, value: object) -> None:
+    def add(self, value: object, step: int | None = None) -> None:
         """What is not finite has no place on a curve; the events tell of it."""
         if not isinstance(value, int | float) or not math.isfinite(value):
             return
+        self.lowest, self.highest = min(self.lowest, value), max(self.highest, value)
+        self.first_step = step if self.first_step is None else self.first_step
+        self.last_step = step
         self._sum, self._count = self._sum + value, self._count + 1
         if self._count < self.each:
             return
@@ -93,7 +104,7 @@ class Metrics:
         self.latest.update(row)
         if is_train(row):
             self.train.append(row)
-            self.loss.add(row["train/loss"])
+            self.loss.add(row["train/loss"], int(row["step"]))
         elif "val/loss" in row:
             self.before, self.evaluated = self.evaluated, row
 
@@ -108,7 +119,47 @@ class Steps:
     def take(self, row: Row) -> None:
         if is_number(row.get("step")):
             self.last = row
-            self.loss.add(row.get("loss"))
+            self.loss.add(row.get("loss"), int(row["step"]))
+
+
+@dataclass
+class Spike:
+    """One spike, as the events tell of it."""
+
+    onset: int
+    recovered: int | None = None  # the step from which the loss was back
+    closed: bool = False
+    rewound_to: int | None = None
+
+
+@dataclass
+class Spikes:
+    """Those of a run as it stands: a resume from before an onset forgets it, since its steps are done
+    again; a rewind closes what it undoes."""
+
+    known: list[Spike] = field(default_factory=list)
+
+    def take(self, event: Row) -> None:
+        kind, onset = event.get("event"), event.get("onset")
+        back_to = event.get("to_step" if kind == "rewind" else "step")
+        if kind in ("spike", "spike_end") and isinstance(onset, int):
+            self._told(event, onset)
+        elif kind == "rewind" and isinstance(back_to, int):
+            for one in self.known:
+                if one.rewound_to is None and one.onset > back_to:
+                    one.rewound_to = back_to
+        elif kind in ("start", "resume") and isinstance(back_to, int):
+            self.known = [s for s in self.known if s.rewound_to is not None or s.onset <= back_to]
+
+    def _told(self, event: Row, onset: int) -> None:
+        """The begin or the end of one; one without its other half is still one."""
+        same = next((s for s in reversed(self.known) if s.onset == onset and s.rewound_to is None), None)
+        if same is None:
+            same = Spike(onset)
+            self.known.append(same)
+        if event["event"] == "spike_end":
+            back = event.get("recovered")
+            same.closed, same.recovered = True, back if isinstance(back, int) else None
 
 
 @dataclass
@@ -118,7 +169,9 @@ class Seen:
     run: Run
     metrics: Metrics = field(default_factory=Metrics)
     steps: Steps = field(default_factory=Steps)
-    events: deque[Row] = field(default_factory=lambda: deque(maxlen=100))
+    events: deque[Row] = field(default_factory=lambda: deque(maxlen=100))  # without those of checkpoints
+    spikes: Spikes = field(default_factory=Spikes)
+    checkpoint: Row | None = None  # the event of the newest
     fresh_events: list[Row] = field(default_factory=list)  # of the last look
     sample: Row | None = None
     newest_s: float | None = None  # when the newest record was written
@@ -149,6 +202,14 @@ class Seen:
         except (OSError, UserError) as error:  # a file in the middle of being replaced: said, and read again
             self.trouble = str(error)
 
+    def recount(self, now_s: float) -> None:
+        """The goodput of this very moment, due or not: for what is looked at longest, the last screen."""
+        self._goodput_due_s = 0.0
+        try:
+            self._count(now_s)
+        except (OSError, UserError) as error:
+            self.trouble = str(error)
+
     def _follow(self) -> None:
         rows = self._new("metrics")
         self.metrics = Metrics() if self._tails["metrics"].again else self.metrics
@@ -161,6 +222,7 @@ class Seen:
         self.fresh_events = self._new("events")
         if self._tails["events"].again:
             self.events.clear()
+            self.spikes, self.checkpoint = Spikes(), None
         for event in self.fresh_events:
             self._take_event(event)
         if samples := self._new("samples"):
@@ -168,12 +230,16 @@ class Seen:
 
     def _new(self, name: str) -> list[Row]:
         rows = self._tails[name].read()
-        times = [at for row in rows[-1:] if (at := moment(row)) is not None]
+        times = [at.timestamp() for row in rows[-1:] if (at := moment(row)) is not None]
         self.newest_s = max((*times, *([self.newest_s] if self.newest_s is not None else [])), default=None)
         return rows
 
     def _take_event(self, event: Row) -> None:
+        if event.get("event") == "checkpoint":  # many, and each like the other: they would push out the rest
+            self.checkpoint = event
+            return
         self.events.append(event)
+        self.spikes.take(event)
         if event.get("event") in ("start", "resume"):
             self.opened, self.finished = True, False
         self.finished = self.finished or event.get("event") == "finish"
@@ -257,8 +323,8 @@ class Seen:
         steps = rows[-1]["step"] - rows[0]["step"]
         if first is None or last is None or steps <= 0 or last <= first:
             return None
-        left = float((last - first) / steps * (self.run.total_steps - rows[-1]["step"]))
-        return max(0.0, left - max(0.0, now_s - last))
+        left = (last - first).total_seconds() / steps * (self.run.total_steps - rows[-1]["step"])
+        return float(max(0.0, left - max(0.0, now_s - last.timestamp())))
 
 
 def amount(value: object) -> Decimal | None:

@@ -11,8 +11,9 @@ from rich.text import Text
 from x1_pretrain.money.guard import dollars
 from x1_pretrain.numbers import compact, human
 from x1_pretrain.records.console import duration
-from x1_pretrain.records.following import Seen, State
+from x1_pretrain.records.following import Curve, Seen, State
 from x1_pretrain.records.goodput import PARTS, Goodput
+from x1_pretrain.records.naming import titled
 from x1_pretrain.records.run_folder import Row, is_number
 
 NARROWEST, WIDEST = 60, 200
@@ -29,10 +30,13 @@ LOUD = {"spike", "not_finite", "skip", "rewind", "fault", "hang", "leak", "slow"
         "over_budget", "checkpoint_failed", "suspended"}  # fmt: skip
 
 
-def frame(seen: Seen, state: State, now_s: float, width: int, plain: bool = False) -> list[Text]:
-    """The whole screen. `plain`: for a terminal that has ASCII only."""
+def frame(
+    seen: Seen, state: State, now_s: float, width: int, plain: bool = False, height: int | None = None
+) -> list[Text]:
+    """The whole screen. `plain`: for a terminal that has ASCII only. `height`: rows it has, which events
+    fill."""
     width = max(NARROWEST, min(WIDEST, width))
-    lines = [
+    above = [
         *_head(seen, state, now_s, width, plain),
         Text(""),
         *_losses(seen, width, plain),
@@ -40,11 +44,12 @@ def frame(seen: Seen, state: State, now_s: float, width: int, plain: bool = Fals
         *_pairs("gradient", _gradient(seen), width),
         *_pairs("machine", _machine(seen), width),
         *_goodput(seen.goodput, width, plain),
-        *_events(seen, width),
-        *_sample(seen, width),
-        *_foot(seen, width),
+        *_pairs("spikes", _spikes(seen), width),
+        *_pairs("checkpoint", _checkpoint(seen), width),
     ]
-    return [_cut(line, width) for line in lines]
+    below = [*_sample(seen, width), *_foot(seen, width)]
+    free = EVENTS if height is None else max(EVENTS, height - len(above) - len(below) - 1)
+    return [_cut(line, width) for line in (*above, *_events(seen, width, free), *below)]
 
 
 def status_line(seen: Seen, state: State, now_s: float) -> str:
@@ -77,7 +82,7 @@ def clean(text: object) -> str:
 
 
 def _head(seen: Seen, state: State, now_s: float, width: int, plain: bool) -> list[Text]:
-    name = Text().append(clean(seen.run.name), "bold")
+    name = Text().append(clean(titled(seen.run)), "bold")
     said = Text().append(state.kind, COLORS[state.kind])
     quiet = seen.quiet_s(now_s)
     if state.kind == "running" and quiet >= 60:
@@ -127,17 +132,32 @@ def _losses(seen: Seen, width: int, plain: bool) -> list[Text]:
         rows = sparkline(curve.means, room, 2, plain)
         lines.append(_labelled("loss", f"{value:<8.4f} ").append(rows[0] if rows else "", "cyan"))
         lines += [Text(" " * (LABEL + 9)).append(row, "cyan") for row in rows[1:]]
+        lines += _pairs("", _scale(curve, room), width)
     return [*lines, *_validation(seen, width)]
 
 
+def _scale(curve: Curve, room: int) -> list[str]:
+    """What the bars stand for: from where to where, the extremes that a mean hides, over which steps."""
+    if not curve.means:
+        return []
+    low, high = _range(resampled(curve.means, room))
+    facts = [f"bars {low:.4f} to {high:.4f}", f"lowest {curve.lowest:.4f}", f"highest {curve.highest:.4f}"]
+    if curve.first_step is not None and curve.last_step is not None:
+        facts.append(f"steps {curve.first_step:,} to {curve.last_step:,}")
+    return facts
+
+
+def _range(shown: Sequence[float]) -> tuple[float, float]:
+    """The first fall of a loss leaves the picture at the top, so that the rest has the scale."""
+    return min(shown), max(shown[len(shown) // 5 :])
+
+
 def sparkline(values: Sequence[float], width: int, height: int, plain: bool = False) -> list[str]:
-    """Bars of `height` rows, the top row first. The first fall of a loss leaves the picture at the top, so
-    that the rest has the scale."""
+    """Bars of `height` rows, the top row first."""
     shown = resampled(values, width)
     if not shown:
         return []
-    tail = shown[len(shown) // 5 :]
-    low, high = min(shown), max(tail)
+    low, high = _range(shown)
     marks = ASCII_SPARKS if plain else SPARKS
     levels = height * len(marks)
     scale = (levels - 1) / (high - low) if high > low else 0.0
@@ -174,7 +194,7 @@ def _validation(seen: Seen, width: int) -> list[Text]:
 def _change(row: Row, before: Row | None, name: str) -> str:
     if before is None or not is_number(before.get(name)) or not is_number(row.get(name)):
         return ""
-    return f" ({row[name] - before[name]:+.4f})"
+    return f" ({row[name] - before[name]:+.4f} since step {before['step']:,})"
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -194,8 +214,9 @@ def _speed(seen: Seen) -> list[str]:
         facts.append(f"MFU {used:.1%}")
     if (wait := _number(row, "data/wait_share")) is not None:
         facts.append(f"data wait {wait:.1%}")
-    if (tokens := _number(row, "tokens")) is not None:
-        facts.append(f"{human(tokens)} tokens")
+    if tokens := _number(row, "tokens"):  # none before the first step
+        exact = 1_000 <= tokens < 999_999.5
+        facts.append(f"{tokens:,.0f} tokens" if exact else f"{human(tokens)} tokens")
     if (price := _number(row, "budget/usd_per_billion_tokens")) is not None:
         facts.append(f"${price:,.2f} per billion")
     return facts
@@ -256,8 +277,36 @@ def _goodput(found: Goodput | None, width: int, plain: bool) -> list[Text]:
 # What happened, what it says
 
 
-def _events(seen: Seen, width: int) -> list[Text]:
-    told = [event for event in seen.events if event.get("event") not in ("machine", "batch")][-EVENTS:]
+def _spikes(seen: Seen) -> list[str]:
+    """Of however long ago: a spike must not scroll out of sight."""
+    if not seen.opened:
+        return []
+    known = seen.spikes.known
+    if not known:
+        return ["0"]
+    last = known[-1]
+    back = "not back yet"
+    if last.rewound_to is not None:
+        back = f"rewound to {last.rewound_to:,}"
+    elif last.recovered is not None:
+        back = f"back at {last.recovered:,}"
+    elif last.closed:
+        back = "never back"
+    return [f"{len(known):,}, last at {last.onset:,}, {back}"]
+
+
+def _checkpoint(seen: Seen) -> list[str]:
+    """The newest, from which a relaunch would go on."""
+    event = seen.checkpoint
+    if event is None or not is_number(event.get("step")):
+        return []
+    took = f" ({seconds:.1f} s)" if (seconds := _number(event, "seconds")) is not None else ""
+    clock = str(event.get("time_utc", ""))[11:19]
+    return [f"last at {event['step']:,}{took}", *([f"{clock} UTC"] if clock else [])]
+
+
+def _events(seen: Seen, width: int, most: int) -> list[Text]:
+    told = [event for event in seen.events if event.get("event") not in ("machine", "batch")][-most:]
     if not told:
         return []
     lines = [_cut(Text(event_line(e), "yellow" if e.get("event") in LOUD else ""), width) for e in told]

@@ -5,8 +5,8 @@ itemised.
     found.share, [(part.name, part.seconds, part.usd) for part in found.parts]
 
 Useful is the time of the steps that are in the final run; the same step done twice is useful once. Paid is
-the time of the machines in `ledger.jsonl`; without rented machines, the wall clock from the first session to
-the last record.
+the time of the machines in `ledger.jsonl`, and sessions on none of them are left out; without rented
+machines, the wall clock from the first session to the last record.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from itertools import pairwise
 from x1_pretrain.money.account import Account, account
 from x1_pretrain.money.clock import Clock, parse_stamp
 from x1_pretrain.money.ledger import NAME, read_rows
-from x1_pretrain.records.run_folder import Row, Run, is_number, is_train, read_jsonl
+from x1_pretrain.records.run_folder import Row, Run, is_number, is_train, moment, read_jsonl
 
 STEP, WAIT, START, TWICE = "training step", "data wait", "start and compile", "work done twice"
 EVALUATION, SAMPLING, CHECKPOINT, OTHER = "evaluation", "sampling", "checkpoint", "other"
@@ -91,8 +91,9 @@ def goodput(run: Run, clock: Clock = Clock()) -> Goodput:
     spans.sort(key=lambda span: span.begin)
     ledger = account(read_rows(run.folder / NAME))
     machines = assigned(spans, paid_machines(ledger, clock))
+    paid = [span for machine in machines for span in machine.spans] if machines else spans
     seconds = dict.fromkeys(PARTS, 0.0)
-    for span in spans:
+    for span in paid:
         for name, amount in span.seconds.items():
             seconds[name] += amount
     _around(seconds, spans, machines, ledger)
@@ -102,7 +103,7 @@ def goodput(run: Run, clock: Clock = Clock()) -> Goodput:
         useful_s=seconds[STEP],
         paid_s=paid_s,
         share=seconds[STEP] / paid_s if paid_s > 0 else None,
-        note=_note(spans, machines, ledger),
+        note=_note(spans, len(spans) - len(paid), machines, ledger),
     )
 
 
@@ -143,16 +144,8 @@ def _identity(row: Row) -> tuple[object, object, bool]:
     return row.get("step"), row["time_utc"], is_train(row)
 
 
-def moment(row: Row) -> float | None:
-    """When a row was written, in seconds of the epoch."""
-    try:
-        return parse_stamp(row.get("time_utc")).timestamp()
-    except (ValueError, OverflowError):
-        return None
-
-
 def at(row: Row) -> float:
-    """`moment` of a row that is known to have one."""
+    """When a row was written, in seconds of the epoch; one that is known to say."""
     return parse_stamp(row["time_utc"]).timestamp()
 
 
@@ -332,13 +325,15 @@ def _only_while_it_works(ledger: Account) -> bool:
     return bool(ledger.machines) and not any(m.bills_idle for m in ledger.machines)
 
 
-def _note(spans: Sequence[Span], machines: Sequence[Machine], ledger: Account) -> str:
+def _note(spans: Sequence[Span], unpaid: int, machines: Sequence[Machine], ledger: Account) -> str:
     """What was counted, in a sentence or two."""
     if not spans:
         return "not measured: the run has no records yet"
     if machines:
         said = f"paid: {len(machines)} machine{'s' * (len(machines) > 1)} in ledger.jsonl"
         said += ", as far as is known by now" if any(machine.open for machine in machines) else ""
+        sessions = "1 session" if unpaid == 1 else f"{unpaid} sessions"
+        said += f"; {sessions} on none of them left out" if unpaid else ""
     elif _only_while_it_works(ledger):
         said = "paid: the sessions alone, on a machine of one's own"
     else:

@@ -37,6 +37,7 @@ def watch(seen: Seen, console: Console, every_s: float) -> int:
     """On a terminal a screen that is drawn again, else lines; until the run is over or somebody leaves."""
     if console.is_terminal:
         state = on_screen(seen, console, every_s)
+        seen.recount(time.time())
         show(seen, state, console)
     else:
         state = in_lines(seen, every_s)
@@ -53,7 +54,8 @@ def on_screen(seen: Seen, console: Console, every_s: float) -> State:
     state = looked(seen)
     with keys() as pressed, Live(console=console, screen=True, auto_refresh=False) as live:
         while True:
-            live.update(Group(*drawn(seen, state, console)[: console.height]), refresh=True)
+            lines = drawn(seen, state, console, console.height)
+            live.update(Group(*lines[: console.height]), refresh=True)
             if state.over or pressed(every_s):
                 return state
             state = looked(seen)
@@ -77,19 +79,23 @@ def in_lines(seen: Seen, every_s: float) -> State:
 
 def show(seen: Seen, state: State, console: Console) -> None:
     """One screen, as it is."""
-    for line in drawn(seen, state, console):
+    height = console.height - 1 if console.is_terminal else None  # a row for the prompt
+    for line in drawn(seen, state, console, height):
         console.print(line, no_wrap=True, overflow="ellipsis", crop=True, highlight=False)
 
 
 def looked(seen: Seen) -> State:
     now_s = time.time()
     seen.look(now_s)
-    return seen.state(now_s)
+    state = seen.state(now_s)
+    if state.over:  # the last word of the run: its goodput is not one of a minute ago
+        seen.recount(now_s)
+    return state
 
 
-def drawn(seen: Seen, state: State, console: Console) -> list[Text]:
+def drawn(seen: Seen, state: State, console: Console, height: int | None) -> list[Text]:
     plain = "utf" not in console.encoding.lower()
-    return frame(seen, state, time.time(), console.width, plain)
+    return frame(seen, state, time.time(), console.width, plain, height)
 
 
 @contextmanager

@@ -37,7 +37,7 @@ class JsonLines:
         os.ftruncate(self._file, self._end)
 
     def append(self, row: Mapping[str, Any]) -> None:
-        self._waiting.append(json.dumps(_plain(row), ensure_ascii=False).encode() + b"\n")
+        self._waiting.append(json.dumps(plain(row), ensure_ascii=False).encode() + b"\n")
         self.flush()
 
     def flush(self) -> None:
@@ -76,6 +76,19 @@ class JsonLines:
         """Rows that are not in the file yet."""
         return len(self._waiting)
 
+    @property
+    def deleted(self) -> bool:
+        return os.fstat(self._file).st_nlink == 0
+
+    def restore(self) -> None:
+        """Write a deleted file again: whoever has it open still has what is in it."""
+        data = os.pread(self._file, self._end, 0)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        again = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        os.pwrite(again, data, 0)
+        os.close(self._file)
+        self._file = again
+
     def close(self) -> None:
         self.flush()
         os.close(self._file)
@@ -87,7 +100,7 @@ def _complete_length(path: Path) -> int:
     return data.rfind(b"\n") + 1
 
 
-def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
+def plain(row: Mapping[str, Any]) -> dict[str, Any]:
     """JSON has no NaN or infinity: they are written as the strings a reader's float() takes."""
     bad = {k: str(v) for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
     return {**row, **bad}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
@@ -16,10 +17,21 @@ from typing import Any, NamedTuple
 
 from x1_pretrain.config import RunConfig, parse_config, parse_yaml
 from x1_pretrain.errors import UserError
+from x1_pretrain.money.clock import parse_stamp
 
 Row = dict[str, Any]  # one JSON object of metrics.jsonl or events.jsonl
 
 NEEDED = ("config.yaml", "manifest.json")  # without these two a folder is not a run
+POSTMORTEM = "spike-postmortem.md"  # of a run with spikes: what they were
+
+SILENT_S = 900.0  # a run that wrote nothing for so long is not taken for one that goes on
+ENDINGS = {  # events that end a session -> what is said of it
+    "signal": "interrupted",
+    "fault": "ended by a fault",
+    "hang": "ended, it hung",
+    "budget_stopped": "stopped by its budget",
+    "over_budget": "stopped at once, over its budget",
+}
 
 
 class Lines(NamedTuple):
@@ -200,6 +212,14 @@ def _config_text(file: Path) -> str:
 def is_number(value: object) -> bool:
     """True for what a curve can hold; a JSON true is not a number."""
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def moment(row: Row) -> datetime | None:
+    """When a row was written; None where it does not say, or says no time."""
+    try:
+        return parse_stamp(row.get("time_utc"))
+    except (ValueError, OverflowError):
+        return None
 
 
 def series(rows: Iterable[Row], name: str) -> tuple[list[int], list[float]]:

@@ -74,7 +74,46 @@ def argv() -> list[str]:
     return [*command, *arguments]
 
 
+# One address in a text. JSON's escapes and HTML's entities end it, so that what it stands in stays whole.
+ADDRESS = re.compile(
+    r"""(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<rest>(?:(?!&(?:\#|quot;|lt;|gt;))[^\s"<>\\])*)""", re.IGNORECASE
+)
+AUTHORITY = re.compile(r"(\[[0-9a-f:.]*\]|[^:@\[\]]*)(:\d*)?", re.IGNORECASE)  # host and port, nobody's name
+CLOSING = re.compile(r"[`'),.;]*$")  # of the text around it
+# Where what follows is a place. Any other scheme may be one of alerts, whose very host may be a token.
+PLACES = re.compile(
+    r"(https?|wss?|grpcs?|tcp|udp|unix|file|sqlite|postgres(ql)?|mysql|mariadb|mssql|oracle|mongodb|redis|"
+    r"s?ftp|ftps|ssh|git|hf|s3|gs|gcs|r2|wasbs?|abfss?|azure|hdfs|dbfs|databricks|runs|models|"
+    r"mlflow-artifacts)(\+\w+)?",
+    re.IGNORECASE,
+)
+HOOKS = re.compile(  # web addresses whose path is the secret
+    r"(hooks\.slack\.com|api\.telegram\.org|[\w.-]*webhook\.office\.com|[\w.-]*\.logic\.azure\.com|"
+    r"chat\.googleapis\.com|maker\.ifttt\.com|hc-ping\.com|ntfy\.sh)(:\d*)?(/|$)|"
+    r"([^/]*)/([^/]+/)*(hooks?|webhooks?)(/|$)",
+    re.IGNORECASE,
+)
+
+
 def without_passwords(text: str) -> str:
-    """`... http://user:secret@host ...` -> `... http://host ...`, for every address inside a text."""
-    text = re.sub(r"://[^\s/?#]*@", "://", text)
-    return re.sub(r"(https?://[^\s?#]*)[?#]\S*", r"\1", text)  # a signed address has its secret behind the ?
+    """`... http://user:secret@host/path?token=x ...` -> `... http://host/path ...`, every address in a text.
+
+    Of an address that alerts go to only the scheme is left, of a web hook the host.
+    """
+    return ADDRESS.sub(_public, text)
+
+
+def _public(found: re.Match[str]) -> str:
+    scheme, rest = found["scheme"], found["rest"]
+    closing = CLOSING.search(rest)
+    end = closing[0] if closing else ""
+    rest = rest.removesuffix(end)
+    if not PLACES.fullmatch(scheme):
+        return f"{scheme}://{end}"
+    head = re.split(r"[/?#]", rest, maxsplit=1)[0]
+    if "@" in head:
+        rest = head.rpartition("@")[2] + rest[len(head) :]
+    elif "@" in rest and not AUTHORITY.fullmatch(head):  # a password with / ? or # in it
+        rest = rest.rpartition("@")[2]
+    rest = re.split(r"[?#]", rest, maxsplit=1)[0]  # a signed address has its secret behind the ?
+    return f"{scheme}://{rest.partition('/')[0] if HOOKS.match(rest) else rest}{end}"

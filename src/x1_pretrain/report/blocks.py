@@ -45,7 +45,12 @@ class Curve:
     y: F64
     style: int = 0
     faint: bool = False  # the raw values below their smoothed self: not in the legend, not read out
-    last: str = ""  # what the legend says of its end
+    last: str = ""  # what the legend says of its end: the last value itself
+    line: str = ""  # what the line is of the values, where it is not they: "median of 5"
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}, {self.line}" if self.line else self.name
 
 
 @dataclass(frozen=True)
@@ -175,6 +180,13 @@ class Verbatim:
     text: str
 
 
+@dataclass(frozen=True)
+class Markdown:
+    """A text that somebody wrote with headings and tables."""
+
+    text: str
+
+
 Block: TypeAlias = (
     Line
     | Facts
@@ -189,6 +201,7 @@ Block: TypeAlias = (
     | Link
     | Folded
     | Verbatim
+    | Markdown
 )
 
 

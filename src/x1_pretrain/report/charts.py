@@ -70,14 +70,15 @@ def _caption(c: Chart) -> str:
 def _legend(c: Chart) -> str:
     """The curves with their last values, then what the levels are: words in the frame would cover curves."""
     items = [
-        _key(f'<path class="{_class(one)}" d="M0 4H36"/>')
-        + esc(one.name)
-        + (f": <b>{esc(one.last)}</b> last" if one.last else "")
-        for one in c.curves
-        if not one.faint
+        _key(f'<path class="{_class(one)}" d="M0 4H36"/>') + _said(one) for one in c.curves if not one.faint
     ]
     items += [_key(_level_key(one)) + esc(one.text) for one in c.levels]
     return f'<ul class="legend">{"".join(f"<li>{item}</li>" for item in items)}</ul>'
+
+
+def _said(curve: Curve) -> str:
+    line = f" (line: {esc(curve.line)})" if curve.line else ""
+    return esc(curve.name) + (f": last value <b>{esc(curve.last)}</b>" if curve.last else "") + line
 
 
 def _key(drawn: str) -> str:
@@ -174,7 +175,7 @@ def described(c: Chart) -> str:
         if curve.faint or ends is None:
             continue
         finish = f", at the end {curve.last}" if curve.last else ""
-        said.append(f"{curve.name}: from {ends[0]:.4g} to {ends[1]:.4g}{finish}.")
+        said.append(f"{curve.title}: from {ends[0]:.4g} to {ends[1]:.4g}{finish}.")
     return " ".join([*said, *(f"{one.text}." for one in c.levels), *(f"{one.text}." for one in c.marks[:20])])
 
 
@@ -248,7 +249,7 @@ def _values(c: Chart, axis: Axis) -> str:
         "x": [round(float(at), 4) for at in axis.place(points)],
         "at": [words.axis_exact(float(point)) for point in points],
         "curves": [
-            {"name": one.name, "style": one.style % STYLES, "y": _read(one, points, axis)} for one in shown
+            {"name": one.title, "style": one.style % STYLES, "y": _read(one, points, axis)} for one in shown
         ],
         "share": c.y_share,
     }

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from x1_pretrain.config import flatten
+from x1_pretrain.records.naming import titled
 from x1_pretrain.report import curves, learning, state, words
-from x1_pretrain.report.blocks import Block, Chart, Curve, Line, Page, Section, Table, Views
+from x1_pretrain.report.aligned import aligned
+from x1_pretrain.report.blocks import Block, Chart, Curve, Line, Mark, Page, Section, Table, Views
 from x1_pretrain.report.material import Material, clean
 
 ABSENT = "not there"
@@ -16,7 +19,7 @@ FIGURES: Sequence[tuple[str, Callable[[Material], str]]] = (
     ("parameters", lambda m: words.tokens(state.parameters(m))),
     ("tokens", lambda m: words.tokens(m.tokens)),
     ("validation loss, last", lambda m: words.loss(m.last("val/loss"))),
-    ("training loss, last", lambda m: words.loss(m.last("train/loss"))),
+    ("training loss, last", lambda m: words.loss((state.training_loss(m) or (0, None))[1])),
     ("speed, median tokens/s", lambda m: words.tokens(state.median(m, "tokens_per_sec"))),
     ("mfu (PaLM), median", lambda m: words.share(state.median(m, "mfu"))),
     ("mfu_causal, median", lambda m: words.share(state.median(m, "mfu_causal"))),
@@ -36,12 +39,13 @@ def page(runs: Sequence[Material], refresh_s: float | None = None) -> Page:
     names = labels(runs)
     over = all(state.state(m).over for m in runs)
     done = sum(m.finished for m in runs)
+    placed = marks(runs, names)
     problems = [Line(f"{name}: {p}", "bad") for name, m in zip(names, runs, strict=True) for p in m.problems]
     sections = [
         Section("numbers", "Final numbers", [_figures(runs, names), *problems]),
-        Section("loss", "Loss", _losses(runs, names)),
-        Section("speed", "Speed", _overlaid(runs, names, _SPEED)),
-        Section("norms", "Gradients and weights", _overlaid(runs, names, _NORMS)),
+        Section("loss", "Loss", [*_losses(runs, names, placed), *learning.mark_list(placed)]),
+        Section("speed", "Speed", _overlaid(runs, names, _SPEED, placed)),
+        Section("norms", "Gradients and weights", _overlaid(runs, names, _NORMS, placed)),
         Section("differences", "What differs", _differences(runs, names)),
     ]
     return Page(
@@ -51,15 +55,35 @@ def page(runs: Sequence[Material], refresh_s: float | None = None) -> Page:
         tone="good" if done == len(runs) else "note",
         share_done=None,
         lead=[Line("Overlaid over trained tokens. `x1 report RUN` gives each its own page.", "note")],
-        sections=sections,
+        sections=aligned(sections),
         refresh_s=None if over else refresh_s,
     )
 
 
 def labels(runs: Sequence[Material]) -> list[str]:
-    """Their names; with the folder where two share one."""
-    names = [m.run.name for m in runs]
-    return [f"{n} ({m.run.folder})" if names.count(n) > 1 else n for n, m in zip(names, runs, strict=True)]
+    """Their names and folders; the whole path where two share both."""
+    names = [titled(m.run) for m in runs]
+    return [
+        f"{m.run.name} ({m.run.folder})" if names.count(n) > 1 else n
+        for n, m in zip(names, runs, strict=True)
+    ]
+
+
+def marks(runs: Sequence[Material], names: Sequence[str]) -> list[Mark]:
+    """Spikes, rewinds and injections of all runs, counted through; each says whose it is."""
+    found = [
+        (mark, name)
+        for m, name in zip(runs, names, strict=True)
+        for mark in learning.marks(m)
+        if mark.kind in ("spike", "rewind", "inject")
+    ]
+    counted: dict[str, int] = {}
+    made = []
+    for mark, name in sorted(found, key=lambda one: one[0].x):
+        letter = mark.label[0]
+        counted[letter] = counted.get(letter, 0) + 1
+        made.append(replace(mark, label=f"{letter}{counted[letter]}", text=f"{name}: {mark.text}"))
+    return made
 
 
 def _figures(runs: Sequence[Material], names: Sequence[str]) -> Table:
@@ -67,17 +91,17 @@ def _figures(runs: Sequence[Material], names: Sequence[str]) -> Table:
     return Table("Side by side", ["", *names], rows)
 
 
-def _losses(runs: Sequence[Material], names: Sequence[str]) -> list[Block]:
+def _losses(runs: Sequence[Material], names: Sequence[str], placed: Sequence[Mark]) -> list[Block]:
     train = _curves(runs, names, "train/loss")
     validation = _curves(runs, names, "val/loss")
     made: list[Block] = []
     for title, name, drawn in (("Validation loss", "val", validation), ("Training loss", "train", train)):
         if drawn:
-            made.append(Views(f"{name}-views", _views(title, name, drawn)))
+            made.append(Views(f"{name}-views", _views(title, name, drawn, placed)))
     return made or [Line("No losses on record yet.", "note")]
 
 
-def _views(title: str, name: str, drawn: Sequence[Curve]) -> list[tuple[str, Chart]]:
+def _views(title: str, name: str, drawn: Sequence[Curve], placed: Sequence[Mark]) -> list[tuple[str, Chart]]:
     end = max(float(c.x.max()) for c in drawn)
     begin = min((float(c.x[c.x > 0].min()) for c in drawn if (c.x > 0).any()), default=1.0)
     kinds = (
@@ -85,23 +109,24 @@ def _views(title: str, name: str, drawn: Sequence[Curve]) -> list[tuple[str, Cha
         ("later part", learning.EARLY * end, False),
         ("logarithmic", begin, True),
     )
-    return [
-        (
-            kind,
-            Chart(
-                f"{name}-{place}",
-                title,
-                "nats per token",
-                drawn,
-                x_name="tokens trained" + (", logarithmic" if log else ""),
-                x_log=log,
-                x_range=(first, end),
-                y_range=learning.loss_range(drawn, 0.0 if log else first)[0],
-                tall=True,
-            ),
+    made = []
+    for place, (kind, first, log) in enumerate(kinds):
+        y_range, above = learning.loss_range(drawn, 0.0 if log else first)
+        chart = Chart(
+            f"{name}-{place}",
+            title,
+            "nats per token",
+            drawn,
+            x_name="tokens trained" + (", logarithmic" if log else ""),
+            x_log=log,
+            x_range=(first, end),
+            y_range=y_range,
+            marks=placed,
+            notes=[f"{words.count(above, 'higher value')} above the frame"] if above else [],
+            tall=True,
         )
-        for place, (kind, first, log) in enumerate(kinds)
-    ]
+        made.append((kind, chart))
+    return made
 
 
 _SPEED = (("tokens_per_sec", "Throughput", "tokens a second"), ("mfu", "MFU (PaLM)", "share of the peak"))
@@ -109,7 +134,10 @@ _NORMS = (("grad_norm", "Gradient norm", "L2"), ("param_norm", "Parameter norm",
 
 
 def _overlaid(
-    runs: Sequence[Material], names: Sequence[str], wanted: Sequence[tuple[str, str, str]]
+    runs: Sequence[Material],
+    names: Sequence[str],
+    wanted: Sequence[tuple[str, str, str]],
+    placed: Sequence[Mark],
 ) -> list[Block]:
     made: list[Block] = []
     for name, title, unit in wanted:
@@ -117,19 +145,34 @@ def _overlaid(
             share, zero = name == "mfu", name in ("mfu", "tokens_per_sec")
             wide = max(curves.spread(c.y) for c in drawn) > 20
             made.append(
-                Chart(f"all-{name}", title, unit, drawn, y_share=share, y_zero=zero, y_log=wide and not zero)
+                Chart(
+                    f"all-{name}",
+                    title,
+                    unit,
+                    drawn,
+                    y_share=share,
+                    y_zero=zero,
+                    y_log=wide and not zero,
+                    marks=placed,
+                )
             )
     return made or [Line("Nothing on record yet.", "note")]
 
 
 def _curves(runs: Sequence[Material], names: Sequence[str], metric: str) -> list[Curve]:
-    """A line a run, smoothed where it is long; the same style in every chart."""
+    """A line a run, smoothed where it is long; the same style in every chart. What every step tells stays
+    below its median, so that a spike of one step is seen."""
     drawn: list[Curve] = []
     for place, (m, name) in enumerate(zip(runs, names, strict=True)):
-        x, y = m.column(metric)
+        each = EVERY_STEP.get(metric)
+        x, y = m.every_step(each, metric) if each else m.column(metric)
         if len(x):
-            drawn += [c for c in curves.curves(name, x, y, place, _last(metric, float(y[-1]))) if not c.faint]
+            found = curves.curves(name, x, y, place, _last(metric, float(y[-1])))
+            drawn += [c for c in found if each or not c.faint]
     return drawn
+
+
+EVERY_STEP = {"train/loss": "loss", "grad_norm": "grad_norm"}  # in the rows, in the steps
 
 
 def _last(metric: str, value: float) -> str:

@@ -31,7 +31,7 @@ def curves(name: str, x: F64, y: F64, style: int = 0, last: str = "") -> list[Cu
     at, width = median_places(len(x)), window(len(x))
     middle = medians_at(y, at, width // 2)
     raw = Curve(f"{name}, raw", x, y, style, faint=True)
-    return [raw, Curve(f"{name}, median of {width}", x[at], middle, style, last=last)]
+    return [raw, Curve(name, x[at], middle, style, last=last, line=f"median of {width}")]
 
 
 def window(count: int) -> int:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 from x1_pretrain.postmortem.episodes import Spike
-from x1_pretrain.report import words
-from x1_pretrain.report.blocks import Block, Happened, Line, Link, Picture, Section, Table
-from x1_pretrain.report.material import Material
+from x1_pretrain.report import markdown, words
+from x1_pretrain.report.blocks import Block, Folded, Happened, Line, Link, Markdown, Picture, Section, Table
+from x1_pretrain.report.material import Material, PostMortem
 
 # Everyday events: counted, not listed.
 EVERYDAY = {"checkpoint", "machine", "batch", "micro_batch", "mlflow", "made_room", "data"}
@@ -25,11 +25,19 @@ def spikes(m: Material) -> Section:
     on_purpose = "" if not made else ", made on purpose" if made == len(rows) else f", {made} made on purpose"
     said = f"{words.count(len(rows), 'spike')} in {steps}{on_purpose}"
     blocks: list[Block] = [Line(f"{said}."), Table("Spikes", head, rows, frozenset({0, 2, 7}))]
-    blocks += [Link(target, f"The post-mortem: {name}") for name, target in m.postmortems]
+    for one in m.postmortems:
+        blocks += _postmortem(one)
     blocks += [Picture(png, "The spike and its recovery, from its post-mortem") for png in m.pictures]
     if not m.postmortems:
         blocks.append(Line("No post-mortem beside the run; `x1 postmortem RUN` writes one.", "note"))
     return Section("spikes", "Spikes", blocks)
+
+
+def _postmortem(one: PostMortem) -> list[Block]:
+    """Its verdicts to read at once; the whole text folded, since the page may be all that somebody has."""
+    verdicts: list[Block] = [Line(said) for said in markdown.verdict(one.text)]
+    link = Link(one.target, f"The same as a file: {one.name}")
+    return [*verdicts, Folded(f"The post-mortem: {one.name}", [Markdown(one.text), link])]
 
 
 def _spike(number: int, spike: Spike) -> list[str]:

@@ -26,7 +26,7 @@ from x1_pretrain.report.material import Material, value
 from x1_pretrain.report.outlook import Expected, check
 
 EARLY = 0.1  # of the tokens, left out of the closer view
-ROWS_SHOWN, TEXTS_SHOWN = 8, 6
+ROWS_SHOWN, TEXTS_SHOWN = 20, 6
 WINDOW_ROWS = 20  # over which a mixture's shares are averaged before they are called changed
 
 
@@ -35,7 +35,8 @@ WINDOW_ROWS = 20  # over which a mixture's shares are averaged before they are c
 
 
 def marks(m: Material) -> list[Mark]:
-    """Spikes, rewinds, injections, resumes, changes of the mixture and of the context, by place."""
+    """Spikes, rewinds, injections, resumes, changes of the mixture and of the context, by place: the tokens
+    trained before it."""
     found = [*_spikes(m), *_events(m), *_contexts(m), *_mixtures(m)]
     return sorted(found, key=lambda mark: mark.x)
 
@@ -46,7 +47,7 @@ def _spikes(m: Material) -> list[Mark]:
         back = f", back at step {spike.recovered:,}" if spike.recovered is not None else ", not back"
         what = "injected spike" if spike.injected else "spike"
         text = f"{what} at step {spike.onset:,}: loss up to {words.loss(spike.peak_loss)}{back}"
-        made.append(Mark(m.tokens_at(spike.onset), f"S{number}", text, "spike"))
+        made.append(Mark(m.tokens_at(spike.onset - 1), f"S{number}", text, "spike"))
     return made
 
 
@@ -128,7 +129,7 @@ def loss(m: Material, expected: Sequence[Expected], placed: Sequence[Mark]) -> S
     if len(m.trained) >= 20:
         views.append((f"without the first {EARLY:.0%}", _later(m, drawn, placed, levels)))
         views.append(("logarithmic tokens", _log(m, drawn, placed, levels)))
-    blocks: list[Block] = [Views("loss-views", views) if len(views) > 1 else views[0][1], *_mark_list(placed)]
+    blocks: list[Block] = [Views("loss-views", views) if len(views) > 1 else views[0][1], *mark_list(placed)]
     return Section("loss", "Loss", [*blocks, *_mixture_chart(m)])
 
 
@@ -210,7 +211,7 @@ def loss_range(
     return (low - pad, high + pad), int((noisy > high + pad).sum())
 
 
-def _mark_list(placed: Sequence[Mark]) -> list[Block]:
+def mark_list(placed: Sequence[Mark]) -> list[Block]:
     if not placed:
         return []
     table = Table("Marks", ["mark", "tokens", "what"], [_mark_row(one) for one in placed], frozenset({0, 2}))
@@ -243,14 +244,23 @@ def evaluations(m: Material, expected: Sequence[Expected]) -> Section:
     if not names:
         return Section("evaluations", "Evaluations", [*blocks, Line("No evaluation on record yet.", "note")])
     rows = [row for row in m.rows if any(value(row, name) is not None for name in names)]
-    shown = _spaced(len(rows), ROWS_SHOWN)
     head = ["step", "tokens", *(name.removeprefix("val/") for name in names)]
-    table = Table("Validation", head, [_evaluation(m, rows[at], names) for at in shown], frozenset())
-    blocks.append(table)
-    if len(shown) < len(rows):
-        every = Table("Every evaluation", head, [_evaluation(m, row, names) for row in rows], frozenset())
+    cells = [_evaluation(m, row, names) for row in rows]
+    blocks.append(Table("Validation", head, _shortened(cells), frozenset()))
+    if len(rows) > ROWS_SHOWN:
+        every = Table("Every evaluation", head, cells, frozenset())
         blocks.append(Folded(f"All {len(rows)} evaluations", [every]))
     return Section("evaluations", "Evaluations", blocks)
+
+
+def _shortened(rows: list[list[str]]) -> list[list[str]]:
+    """The first and the last; in their middle a row that says how many are left out."""
+    if len(rows) <= ROWS_SHOWN:
+        return rows
+    half = ROWS_SHOWN // 2
+    out = [""] * len(rows[0])
+    out[:2] = "…", f"{len(rows) - 2 * half:,} more"
+    return [*rows[:half], out, *rows[-half:]]
 
 
 def _evaluation(m: Material, row: dict[str, object], names: Sequence[str]) -> list[str]:

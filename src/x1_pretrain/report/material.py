@@ -25,9 +25,11 @@ from x1_pretrain.money import latch
 from x1_pretrain.money.account import Account, account
 from x1_pretrain.money.ledger import NAME as LEDGER
 from x1_pretrain.money.ledger import read_rows
-from x1_pretrain.postmortem.episodes import Spike, episodes
+from x1_pretrain.postmortem.episodes import Spike, episodes, tokens_after
+from x1_pretrain.records.data_order import injected_stretches
 from x1_pretrain.records.goodput import Goodput, goodput
 from x1_pretrain.records.run_folder import (
+    POSTMORTEM,
     Row,
     Run,
     is_number,
@@ -38,12 +40,15 @@ from x1_pretrain.records.run_folder import (
     with_numbers,
 )
 from x1_pretrain.records.run_manifest import without_passwords
-from x1_pretrain.records.verify import Check, verify
 from x1_pretrain.report.blocks import F64
+from x1_pretrain.review.check import Check
+from x1_pretrain.review.command import verify
 
 T = TypeVar("T")
 PNG = b"\x89PNG\r\n\x1a\n"
-PICTURE_BYTES = 600_000
+PICTURE_BYTES, TEXT_BYTES = 600_000, 200_000
+STEM = POSTMORTEM.removesuffix(".md")
+LONGEST = 100_000  # steps of one injection that are believed
 LARGEST = 1e150  # beyond it a difference may overflow: drawn as not finite
 
 
@@ -54,6 +59,13 @@ class Corpus:
     facts: dict[str, Any]
     manifest: CorpusManifest | None
     problem: str
+
+
+@dataclass(frozen=True)
+class PostMortem:
+    name: str
+    target: str  # where it is from the page
+    text: str
 
 
 @dataclass(frozen=True)
@@ -73,7 +85,7 @@ class Material:
     paid_time: Goodput | None = None
     spikes: list[Spike] = field(default_factory=list)
     corpora: list[Corpus] = field(default_factory=list)
-    postmortems: list[tuple[str, str]] = field(default_factory=list)  # name, and where it is from the page
+    postmortems: list[PostMortem] = field(default_factory=list)
     pictures: list[bytes] = field(default_factory=list)  # of the post-mortems
     checks: list[Check] | None = None
     problems: list[str] = field(default_factory=list)
@@ -96,6 +108,11 @@ class Material:
         return [row for row in self.rows if is_train(row)]
 
     @cached_property
+    def trained_to(self) -> int:
+        """The step of the last row that tells a loss."""
+        return last_step([row for row in self.trained if value(row, "train/loss") is not None])
+
+    @cached_property
     def validations(self) -> list[str]:
         return validation_losses(self.rows)
 
@@ -109,16 +126,50 @@ class Material:
         steps = sorted(known)
         return np.array(steps, dtype=float), np.array([known[s] for s in steps])
 
+    @cached_property
+    def injected(self) -> F64:
+        """The updates on injected sequences, which add no tokens; from the steps, and from the events where
+        those are not kept."""
+        made = {row["step"] for row in self.steps if row.get("injected") is True}
+        try:
+            for first, last in injected_stretches(self.events):
+                made.update(range(first, min(last, first + LONGEST) + 1))
+        except (TypeError, ValueError, OverflowError):  # events made by anyone: the steps are enough
+            pass
+        return np.array(sorted(made), dtype=float)
+
     def tokens_at(self, step: float) -> float:
-        """Trained tokens after a step; beyond the last row at the pace of the config."""
-        steps, tokens = self.places
-        if step <= steps[-1]:
-            return float(np.interp(step, steps, tokens))
-        return float(tokens[-1] + (step - steps[-1]) * self.run.config.training.batch_tokens)
+        """Trained tokens after a step."""
+        return float(self._trained_by(np.array([step], dtype=float))[0])
+
+    def _trained_by(self, steps: F64) -> F64:
+        """From the last row before each step (the first row, for those before it), a batch a step that was
+        not injected."""
+        known, tokens = self.places
+        at = np.searchsorted(known, steps, side="right") - 1
+        at = np.clip(at, min(1, len(known) - 1), None)
+        made = self._injected_by(steps) - self._injected_by(known[at])
+        found = tokens[at] + (steps - known[at] - made) * self.run.config.training.batch_tokens
+        return np.asarray(np.maximum(found, 0.0))
+
+    def _injected_by(self, steps: F64) -> F64:
+        return np.searchsorted(self.injected, steps, side="right").astype(float)
 
     @property
     def tokens(self) -> float:
         return self.tokens_at(self.step)
+
+    @property
+    def inherited_tokens(self) -> float:
+        """Of a branch: those of its parent, up to the step that it began from."""
+        parent = self.manifest.get("parent")
+        step = parent.get("step") if isinstance(parent, dict) else None
+        return float(tokens_after(self.run, step, self._begun())) if isinstance(step, int) else 0.0
+
+    def _begun(self) -> list[Row]:
+        """The events before the first session: what a branch inherited."""
+        opened = next((n for n, one in enumerate(self.events) if one.get("event") in ("start", "resume")), 0)
+        return self.events[:opened]
 
     @property
     def total_tokens(self) -> float:
@@ -151,13 +202,7 @@ class Material:
         if len(found) < len(self.trained):
             return self.column(otherwise)
         pairs = np.array(found, dtype=float).reshape(-1, 2)
-        return np.interp(pairs[:, 0], *self._extended()), pairs[:, 1]
-
-    def _extended(self) -> tuple[F64, F64]:
-        """The places, and one beyond them for steps that no row has reached yet."""
-        steps, tokens = self.places
-        batch = self.run.config.training.batch_tokens
-        return np.append(steps, steps[-1] + 10**6), np.append(tokens, tokens[-1] + 1e6 * batch)
+        return self._trained_by(pairs[:, 0]), pairs[:, 1]
 
     def last(self, name: str) -> float | None:
         values = self.column(name)[1]
@@ -213,10 +258,10 @@ def gather(run: Run, now: datetime, with_checks: bool = False, page_folder: Path
         paid_time=_attempt(problems, lambda: goodput(run), None),
         spikes=_attempt(problems, lambda: episodes(run), []),
         corpora=_corpora(run),
-        postmortems=_postmortems(run.folder, page_folder or run.folder),
+        postmortems=_postmortems(run.folder, page_folder or run.folder, problems),
         pictures=_pictures(run.folder),
         checks=verify(run) if with_checks else None,
-        problems=problems,
+        problems=[clean(problem) for problem in problems],
     )
 
 
@@ -264,15 +309,30 @@ def _redone(folder: Path) -> int:
     return 0
 
 
-def _postmortems(folder: Path, page_folder: Path) -> list[tuple[str, str]]:
-    files = sorted(folder.glob("spike-postmortem*.md"))
-    return [(f.name, quote(os.path.relpath(f.resolve(), page_folder.resolve()))) for f in files]
+def _postmortems(folder: Path, page_folder: Path, problems: list[str]) -> list[PostMortem]:
+    found = []
+    for file in sorted(folder.glob(f"{STEM}*.md")):
+        target = quote(os.path.relpath(file.resolve(), page_folder.resolve()))
+        found.append(PostMortem(file.name, target, clean(_text(file, problems))))
+    return found
+
+
+def _text(file: Path, problems: list[str]) -> str:
+    """As much of it as a page can carry."""
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        problems.append(f"{file}: can't be read ({error.strerror})")
+        return ""
+    if len(data) > TEXT_BYTES:
+        problems.append(f"{file.name}: longer than {TEXT_BYTES:,} bytes, only its beginning is on the page")
+    return data[:TEXT_BYTES].decode("utf-8", errors="replace")
 
 
 def _pictures(folder: Path) -> list[bytes]:
     """Of the post-mortems, as many as a page can carry."""
     found: list[bytes] = []
-    for file in sorted(folder.glob("spike-postmortem*.png")):
+    for file in sorted(folder.glob(f"{STEM}*.png")):
         try:
             data = file.read_bytes()
         except OSError:

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from x1_pretrain.config import to_yaml
-from x1_pretrain.records.verify import FAILED, PASSED
 from x1_pretrain.report import state, words
 from x1_pretrain.report.blocks import Block, Folded, Line, Section, Table, Verbatim
 from x1_pretrain.report.learning import steps_up
 from x1_pretrain.report.material import Corpus, Material, clean
+from x1_pretrain.review.check import FAILED, PASSED
 
 REASONS_SHOWN = 8
 

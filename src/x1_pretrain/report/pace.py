@@ -57,7 +57,7 @@ def _speed_facts(m: Material) -> list[tuple[str, str, str]]:
     rate, flops = state.median(m, "tokens_per_sec"), state.median(m, "flops_per_sec")
     facts = [("median speed", f"{words.tokens(rate)} tokens/s", "of the logged rows")]
     if flops is not None:
-        facts.append(("realized", f"{flops / 1e12:,.4g} TFLOP/s", "causal count"))
+        facts.append(("realized", words.flops(flops), "causal count"))
     if (wait := state.median(m, "data/wait_share")) is not None:
         facts.append(("waiting for data", words.share(wait, 2), "of step time, median"))
     if (attention := m.last("attention/flop_share")) is not None:

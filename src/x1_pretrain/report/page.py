@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from x1_pretrain.report import charts
+from x1_pretrain.report import charts, markdown
 from x1_pretrain.report.blocks import (
     Block,
     Chart,
@@ -19,6 +19,7 @@ from x1_pretrain.report.blocks import (
     Happened,
     Line,
     Link,
+    Markdown,
     Page,
     Picture,
     Said,
@@ -124,13 +125,17 @@ def _block(block: Block) -> str:
             return _happened(block)
         case Picture():
             data = base64.b64encode(block.png).decode()
-            return f'<figure><img alt="{esc(block.text)}" src="data:image/png;base64,{data}"></figure>'
+            image = f'<img alt="{esc(block.text)}" src="data:image/png;base64,{data}">'
+            said = f'tabindex="0" role="region" aria-label="{esc(block.text)}"'
+            return f'<figure><div class="scroll picture" {said}>{image}</div></figure>'
         case Link():
             return f'<p class="line"><a href="{esc(block.target)}">{esc(block.text)}</a></p>'
         case Folded():
             return _folded(block.title, _blocks(block.blocks))
         case Verbatim():
             return f'<pre tabindex="0">{esc(block.text)}</pre>'
+        case Markdown():
+            return tag("div", markdown.html(block.text), cls="prose")
 
 
 def _folded(title: str, body: str) -> str:
@@ -157,8 +162,9 @@ def _table(table: Table) -> str:
         + "</tr>"
         for row in table.rows
     )
+    cards = ' class="cards"' if table.text_columns - {0} else ""
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{esc(table.caption)}"><table>'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{esc(table.caption)}"><table{cards}>'
         f"<caption>{esc(table.caption)}</caption><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
         "</table></div>"
     )
@@ -166,7 +172,8 @@ def _table(table: Table) -> str:
 
 def _cell(name: str, text: str, column: int, table: Table, more: str = "") -> str:
     number = "" if column in table.text_columns else ' class="number"'
-    return f"<{name}{more}{number}>{esc(text)}</{name}>"
+    titled = f' data-head="{esc(table.head[column])}"' if name == "td" and column < len(table.head) else ""
+    return f"<{name}{more}{number}{titled}>{esc(text)}</{name}>"
 
 
 def _views(views: Views) -> str:

@@ -8,18 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from x1_pretrain.records.run_folder import ENDINGS, SILENT_S, moment
 from x1_pretrain.report import words
 from x1_pretrain.report.blocks import Tone
-from x1_pretrain.report.material import Material
-
-SILENT_S = 900.0  # without a record, a run is said to be silent; twice its usual interval where that is more
-ENDINGS = {
-    "signal": "interrupted",
-    "fault": "ended by a fault",
-    "hang": "ended, it hung",
-    "budget_stopped": "stopped by its budget",
-    "over_budget": "stopped at once, over its budget",
-}
+from x1_pretrain.report.material import Material, clean, value
 
 
 @dataclass(frozen=True)
@@ -34,7 +26,7 @@ def state(m: Material) -> State:
     if m.finished:
         return State("finished", "good", True)
     if m.stop is not None:
-        return State(f"stopped by the {m.stop.by}: {m.stop.reason}", "bad", True)
+        return State(f"stopped by the {m.stop.by}: {clean(m.stop.reason)}", "bad", True)
     quiet_s = silence_s(m)
     if (event := _ending(m)) is not None:
         said = f"{ENDINGS[event['event']]}: {event.get('message', 'no reason on record')}"
@@ -59,13 +51,13 @@ def _ending(m: Material) -> dict[str, Any] | None:
 
 def silence_s(m: Material) -> float | None:
     """Since the newest record; None without one."""
-    times = [words.moment(row.get("time_utc")) for row in (*m.rows[-1:], *m.steps[-1:], *m.events[-1:])]
+    times = [moment(row) for row in (*m.rows[-1:], *m.steps[-1:], *m.events[-1:])]
     known = [time for time in times if time is not None]
     return (m.now - max(known)).total_seconds() if known else None
 
 
 def _usual_interval_s(m: Material) -> float:
-    times = [words.moment(row.get("time_utc")) for row in m.trained[-50:]]
+    times = [moment(row) for row in m.trained[-50:]]
     seconds = [time.timestamp() for time in times if time is not None]
     return float(np.median(np.diff(seconds))) if len(seconds) > 1 else 0.0
 
@@ -84,8 +76,18 @@ def spent_usd(m: Material) -> Decimal | None:
 
 
 def usd_per_billion(m: Material) -> Decimal | None:
-    spent = spent_usd(m)
-    return None if spent is None or m.tokens <= 0 else spent / Decimal(repr(m.tokens / 1e9))
+    """A branch starts its money at zero, so only the tokens that it trained itself are held against it."""
+    spent, own = spent_usd(m), m.tokens - m.inherited_tokens
+    return None if spent is None or own <= 0 else spent / Decimal(repr(own / 1e9))
+
+
+def training_loss(m: Material) -> tuple[int, float] | None:
+    """The last step that tells its loss, and that loss."""
+    for rows, name in ((m.steps, "loss"), (m.trained, "train/loss")):
+        for row in reversed(rows):
+            if (found := value(row, name)) is not None and row["step"] >= m.trained_to:
+                return row["step"], found
+    return None
 
 
 def trained_s(m: Material) -> float | None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from x1_pretrain.records.naming import titled
 from x1_pretrain.report import happenings, health, learning, origin, outlook, pace, state, words
+from x1_pretrain.report.aligned import aligned
 from x1_pretrain.report.blocks import Block, Facts, Page, Section
 from x1_pretrain.report.material import Material
 
@@ -29,13 +31,13 @@ def page(m: Material, prediction: Path | None = None, refresh_s: float | None = 
         origin.records(m),
     ]
     return Page(
-        title=m.run.name,
+        title=titled(m.run),
         kicker=kicker(m),
         state=f"step {m.step:,} of {m.run.total_steps:,}; {stands.words}",
         tone=stands.tone,
         share_done=min(1.0, m.step / m.run.total_steps),
         lead=lead(m),
-        sections=[section for section in sections if section is not None],
+        sections=aligned([section for section in sections if section is not None]),
         refresh_s=None if stands.over else refresh_s,
     )
 
@@ -56,12 +58,13 @@ def key_facts(m: Material) -> list[tuple[str, str, str]]:
     goodput = m.paid_time.share if m.paid_time is not None else None
     per_billion, spent = state.usd_per_billion(m), state.spent_usd(m)
     seconds, count = state.trained_s(m), state.sessions(m)
+    trained = state.training_loss(m)
     apart = f", {words.tokens(injected)} injected not counted" if injected else ""
     return [
         ("parameters", words.tokens(state.parameters(m)), inner),
         ("tokens", words.tokens(m.tokens), f"of {words.tokens(m.total_tokens)}{apart}"),
         ("validation loss", words.loss(m.last("val/loss")), "nats per token, last evaluation"),
-        ("training loss", words.loss(m.last("train/loss")), "last row"),
+        ("training loss", words.loss(trained[1] if trained else None), _where(trained)),
         ("time", words.duration(seconds), f"in the trainer, {words.count(count, 'session')}"),
         ("cost", "not priced" if spent is None else words.usd(spent), _ceiling(m)),
         (
@@ -71,6 +74,10 @@ def key_facts(m: Material) -> list[tuple[str, str, str]]:
         ),
         ("goodput", words.share(goodput), "useful of paid time"),
     ]
+
+
+def _where(trained: tuple[int, float] | None) -> str:
+    return f"of step {trained[0]:,}" if trained else ""
 
 
 def _ceiling(m: Material) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
 from x1_pretrain.numbers import compact, human
+from x1_pretrain.records.run_folder import moment
 
 NOT_MEASURED = "not measured"
 
@@ -24,7 +24,20 @@ def number(value: float | None, form: str = "{:.4g}") -> str:
 
 
 def tokens(value: float | None) -> str:
-    return NOT_MEASURED if value is None else human(value)
+    """Exact below a million, as other pages say the same number."""
+    return NOT_MEASURED if value is None else _exact(value) or human(value)
+
+
+def _exact(value: float) -> str:
+    return f"{value:,.0f}" if 1_000 <= abs(value) < 999_999.5 else ""
+
+
+def flops(rate: float) -> str:
+    """7.58e8 -> 758 MFLOP/s"""
+    for unit, name in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if rate >= unit:
+            return f"{human(rate / unit)} {name}FLOP/s"
+    return f"{human(rate)} FLOP/s"
 
 
 def share(value: float | None, places: int = 1) -> str:
@@ -55,16 +68,8 @@ def gib(value: float | None) -> str:
 
 def when(stamp: Any) -> str:
     """2026-05-23T15:42:01.123Z -> 23 May 15:42:01; what is no time stays as it is."""
-    found = moment(stamp)
+    found = moment({"time_utc": stamp})
     return str(stamp) if found is None else f"{found.day} {found:%b %H:%M:%S}"
-
-
-def moment(stamp: Any) -> datetime | None:
-    try:
-        found = datetime.fromisoformat(str(stamp))
-    except ValueError:
-        return None
-    return found if found.tzinfo else found.replace(tzinfo=UTC)
 
 
 def count(amount: int, what: str) -> str:
@@ -79,4 +84,4 @@ def axis(amount: float) -> str:
 
 def axis_exact(amount: float) -> str:
     """In a read-out: 1.2345 B."""
-    return human(amount, 5) if amount else "0"
+    return _exact(amount) or human(amount, 5) if amount else "0"

@@ -165,8 +165,8 @@ def _require_space(folder: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed_bytes + SAFETY_BYTES:
         raise DiskFullError(
-            f"the disk of {folder} has {free / 2**30:.2f} GiB free, a checkpoint needs "
-            f"{needed_bytes / 2**30:.2f} GiB"
+            f"the disk of {folder} has {free / 2**20:,.1f} MiB free, a checkpoint needs "
+            f"{needed_bytes / 2**20:,.1f} MiB"
         )
 
 
@@ -239,6 +239,17 @@ def prune(
         shutil.rmtree(doomed, ignore_errors=True)
         removed.append(path)
     return removed
+
+
+def remove_newer(folder: Path, good: Path) -> None:
+    """Remove what is newer than `good`, for good: out of sight on the disk itself before anything else."""
+    doomed = []
+    for path in list_checkpoints(folder):
+        if step_of(path) > step_of(good):
+            doomed.append(path.rename(folder / f"{TEMPORARY}removing-{path.name}"))
+    sync_directory(folder)
+    for path in doomed:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def room_for(folder: Path, needed_bytes: int, kept: Path | None, keep_at: Collection[int] = ()) -> bool:

@@ -6,6 +6,8 @@ import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from x1_pretrain.records.metrics import plain
+
 ROWS = 50
 LONGEST = 20_000  # characters of traceback: a recursion's has thousands of lines
 
@@ -20,7 +22,7 @@ def crash_report(error: BaseException, rows: Sequence[Mapping[str, Any]]) -> dic
         "type": type(error).__name__,
         "error": _said(error),
         "traceback": text,
-        "last_rows": [dict(row) for row in rows[-ROWS:]],
+        "last_rows": [plain(row) for row in rows[-ROWS:]],
     }
 
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from x1_pretrain.runtime.assemble import is_cuda
 from x1_pretrain.runtime.run import Run
 from x1_pretrain.runtime.saving import save_here
 from x1_pretrain.runtime.watchdog import Hang
@@ -15,5 +20,13 @@ def hung(run: Run, hang: Hang) -> None:
         run.records.sync()
     if run.guard:
         run.guard.notifier.alert(f"hang-{run.step}", f"X1 {run.config.name}: hung, relaunching", hang.line())
-    if run.world.first and hang.at_rest and run.saved_step < run.step and save_here(run):
-        run.event("checkpoint", f"saved step {run.step} before leaving: nothing is lost")
+    if run.world.first and hang.at_rest and run.saved_step < run.step:
+        with beside_what_hangs(run):
+            save_here(run)
+
+
+def beside_what_hangs(run: Run) -> AbstractContextManager[object]:
+    """A stream of its own: on the usual one a copy would wait behind the kernel that does not end."""
+    if not is_cuda(run.world):
+        return nullcontext()
+    return torch.cuda.stream(torch.cuda.Stream(run.world.device))

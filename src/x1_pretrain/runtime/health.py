@@ -116,8 +116,8 @@ def tell_leaks(run: Run, health: Health) -> None:
 
 
 def tell_peak(run: Run, health: Health, row: dict[str, Any]) -> None:
-    """Once, from the first row without the first step: the prediction of `x1 plan` against this GPU."""
-    if health.peak_told or "memory/peak_gib" not in row or not run.clock.warm_steps:
+    """Once, from the first row in which nothing was compiled: the prediction against this GPU."""
+    if health.peak_told or "memory/peak_gib" not in row or run.clock.steps < run.config.log.every:
         return
     health.peak_told = True
     bf16 = run.machine.precision == "bf16"

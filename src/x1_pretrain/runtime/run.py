@@ -137,6 +137,7 @@ class Run:
     clock: Clock = field(default_factory=Clock)
     health: Health | None = None  # the first rank's
     postmortem: subprocess.Popen[bytes] | None = None  # being written
+    postmortem_before: int = 0  # when the page was written that it replaces
 
     @property
     def total_steps(self) -> int:

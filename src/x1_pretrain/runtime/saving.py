@@ -51,14 +51,23 @@ def write_checkpoint(run: Run) -> None:
         run.health.host.note_write(sum(file.stat().st_size for file in path.iterdir()), took)
     older = checkpoint_files.list_checkpoints(folder)
     if len(older) > settings.keep_last and checkpoint_files.verify_folder(path) is None:
-        checkpoint_files.prune(folder, path, settings.keep_last, settings.keep_every, settings.at)
+        checkpoint_files.prune(folder, path, settings.keep_last, settings.keep_every, needed(run))
+
+
+def needed(run: Run) -> list[int]:
+    """Steps whose checkpoints stay: those asked for, and while a spike lasts the one to go back to."""
+    episode, steps = run.stability.episode, list(run.config.checkpoint.at)
+    if run.config.stability.policy == "rewind" and episode is not None:
+        there = map(checkpoint_files.step_of, checkpoint_files.list_checkpoints(run.config.checkpoint_folder))
+        steps += sorted(step for step in there if step < episode.onset)[-1:]
+    return steps
 
 
 def make_room(run: Run) -> bool:
     """Whether removing all older checkpoints but the newest good one freed anything."""
     folder = run.config.checkpoint_folder
     good, _ = checkpoint_files.newest_good(folder)
-    if good is None or not checkpoint_files.prune(folder, good, 1, None, run.config.checkpoint.at):
+    if good is None or not checkpoint_files.prune(folder, good, 1, None, needed(run)):
         return False
     run.event("made_room", f"removed older checkpoints to make room; {good.name} stays")
     return True

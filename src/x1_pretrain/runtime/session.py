@@ -15,8 +15,10 @@ from typing import Any, Self
 
 from x1_pretrain import config as cfg
 from x1_pretrain.config import RunConfig
-from x1_pretrain.corpus.order import INJECTED_STEPS, Order, Source, block_count
-from x1_pretrain.corpus.shards import Corpus, open_corpus
+from x1_pretrain.corpus import mixture
+from x1_pretrain.corpus.mixture import open_corpora as open_corpora  # opening a session begins with them
+from x1_pretrain.corpus.order import INJECTED_STEPS, Order
+from x1_pretrain.corpus.shards import Corpus
 from x1_pretrain.errors import RefusedError, UserError
 from x1_pretrain.records.metrics import JsonLines, read_rows, rewind
 from x1_pretrain.runtime import checkpoint, checkpoint_files
@@ -36,36 +38,6 @@ STEP_FILES = (
 # Data
 
 
-def open_corpora(config: RunConfig) -> dict[str, Corpus]:
-    """The corpora of the mixture, by name; each checked to be usable by this model."""
-    corpora = {name: open_corpus(Path(c.dir), name) for name, c in config.data.mixture().items()}
-    tokenizers = {c.manifest.tokenizer.sha256 for c in corpora.values()}
-    if len(tokenizers) > 1:
-        raise UserError(
-            f"data: the corpora {', '.join(corpora)} were tokenized differently; one model has one "
-            "tokenizer: tokenize them again with the same tokenizer.json"
-        )
-    _refuse_twins(corpora)
-    for name, corpus in corpora.items():
-        if block_count(len(corpus.train), config.model.context) < 1:
-            raise UserError(
-                f"{corpus.path}: corpus '{name}' has {len(corpus.train)} training tokens, less than one "
-                f"block of {config.model.context} + 1; add text or set a smaller model.context"
-            )
-    return corpora
-
-
-def _refuse_twins(corpora: Mapping[str, Corpus]) -> None:
-    """The same data under two names would be read twice, in the same order."""
-    seen: dict[str, str] = {}
-    for name, corpus in corpora.items():
-        if twin := seen.get(corpus.fingerprint):
-            raise UserError(
-                f"data.corpora: '{twin}' and '{name}' hold the same data; name it once, with both weights"
-            )
-        seen[corpus.fingerprint] = name
-
-
 def resolve(config: RunConfig, corpora: Mapping[str, Corpus]) -> RunConfig:
     """The config with the vocabulary filled in, after checking every id against it."""
     found = max(c.vocab_size for c in corpora.values())
@@ -83,16 +55,10 @@ def resolve(config: RunConfig, corpora: Mapping[str, Corpus]) -> RunConfig:
 def make_order(config: RunConfig, corpora: Mapping[str, Corpus], past: Past | None = None) -> Order:
     """The order of this run's blocks, with what it jumped over and where others were put in."""
     past = past or Past([], [])
-    mixture = config.data.mixture()
-    sources = [
-        Source(c.fingerprint, block_count(len(c.train), config.model.context), mixture[name].weight)
-        for name, c in corpora.items()
-    ]
     try:
         jumps = [(int(step), int(batch)) for step, batch in past.jumps]
-        total = config.training.total_steps
-        return Order(config.seed, sources, config.batch_blocks, total, jumps, past.injected)
-    except (TypeError, ValueError) as error:
+        return mixture.make_order(config, corpora, jumps, past.injected)
+    except (TypeError, ValueError, OverflowError) as error:
         raise RefusedError(
             f"{config.folder}: its record of jumps over batches is damaged ({error}); restore events.jsonl "
             "and the checkpoint, or start a new run with another --run-dir"
@@ -103,11 +69,6 @@ def with_injection(order: Order, wanted: int | None, done: int) -> Order:
     """The order with the injection that the config asks for, if it lies ahead. One that has begun stays."""
     begun = [first for first in order.injected if first < order.batch_of(done)]
     if wanted is not None and wanted >= done:
-        if wanted + INJECTED_STEPS > order.total_steps:
-            raise UserError(
-                f"stability.inject_spike_at_step {wanted}: the {INJECTED_STEPS} steps after it must lie "
-                f"within training.total_steps {order.total_steps}"
-            )
         ahead = order.batch_of(wanted)
         if any(first + INJECTED_STEPS > ahead for first in begun):
             raise UserError(
@@ -133,7 +94,15 @@ class Past:
 
     jumps: list[list[int]]
     injected: list[int]  # first batches
-    jumped_over: list[int] = field(default_factory=list)  # steps of injections from before the last jump
+    jumped_over: list[int | None] = field(
+        default_factory=list
+    )  # steps of injections from before the last jump
+    rewinds: int | None = None  # with a jump that the checkpoint does not know of yet: how many it makes
+
+    @classmethod
+    def of(cls, state: RunState | None) -> Past:
+        """As a checkpoint has it; without one nothing has happened yet."""
+        return cls(state.jumps, state.injected) if state else cls([], [])
 
 
 @dataclass
@@ -148,6 +117,7 @@ class Session:
     skipped: list[tuple[Path, str]]  # newer checkpoints that did not verify
     superseded_rows: int
     last_evaluated: int  # step of the newest evaluation on record, -1 for none
+    elapsed_s: float  # of training so far, as the newest row has it
     finished: bool  # an earlier session said so
     locks: list[FolderLock]  # the first rank's
     past: Past
@@ -231,26 +201,27 @@ def _found(
         skipped=skipped,
         superseded_rows=superseded["metrics.jsonl"],
         last_evaluated=last_evaluated,
+        elapsed_s=max([past.elapsed_s if past else 0.0, *(r.get("elapsed_s", 0.0) for r in rows)]),
         finished=any(r.get("event") == "finish" for r in read_rows(folder / "events.jsonl")),
         locks=locks,
-        past=past_on_record(folder, past),
+        past=past_on_record(folder, state) if state else Past.of(parent),
         branching=parent is not None,
     )
 
 
-def past_on_record(folder: Path, state: RunState | None) -> Past:
+def past_on_record(folder: Path, state: RunState) -> Past:
     """A rewind is on record before it is acted on: an event that names other jumps wins over the checkpoint,
     which is from before it."""
-    saved = Past(state.jumps, state.injected) if state else Past([], [])
+    saved = Past.of(state)
     rows = list(read_rows(folder / "events.jsonl"))
     named = [place for place, row in enumerate(rows) if "jumps" in row]
     if not named:
         return saved
     last = rows[named[-1]]
-    begun = [row["first_step"] for row in rows[: named[-1]] if row.get("event") == "inject"]
+    begun = [row.get("first_step") for row in rows[: named[-1]] if row.get("event") == "inject"]
     if last["jumps"] == saved.jumps:
         return Past(saved.jumps, saved.injected, begun)
-    return Past(last["jumps"], last.get("injected", []), begun)
+    return Past(last["jumps"], last.get("injected", []), begun, last.get("rewinds"))
 
 
 def _refuse_another_parent(folder: Path, state: RunState, branch_from: Path | None) -> None:
@@ -330,6 +301,16 @@ class Records:
         for file in files:
             file.sync()
         return sum(file.waiting for file in files)
+
+    @property
+    def deleted(self) -> bool:
+        """Whether someone removed the folder from under the run."""
+        return self.metrics.deleted
+
+    def restore(self) -> None:
+        for file in (self.metrics, self.steps, self.events, self.samples, self.blocks):
+            if file is not None and file.deleted:
+                file.restore()
 
     def close(self) -> None:
         """Before the files are cut back."""

@@ -23,8 +23,7 @@ from x1_pretrain.corpus.reader import Reader, TokenFile
 from x1_pretrain.corpus.shards import Corpus
 from x1_pretrain.errors import RefusedError, UserError
 from x1_pretrain.evals.perplexity import windows
-from x1_pretrain.learning.noise import NoiseScales
-from x1_pretrain.learning.stability import State
+from x1_pretrain.learning.stability import State, after_rewind
 from x1_pretrain.model.flops import flops_per_token, parameter_counts
 from x1_pretrain.money.trainer_guard import TrainerGuard
 from x1_pretrain.records import console, run_manifest
@@ -162,10 +161,9 @@ def build(
         checkpoint.load(session.checkpoint, decoder, optimizer)
     order = make_order(config, corpora, session.past)
     wanted = config.stability.inject_spike_at_step
-    if wanted not in session.past.jumped_over:
+    if wanted is None or wanted not in session.past.jumped_over:
         order = with_injection(order, wanted, session.step)
     reader = open_reader(config, corpora, order, here, session.step)
-    groups = config.telemetry.noise_scale == "groups"
     run = Run(
         config=config,
         world=here,
@@ -182,18 +180,26 @@ def build(
         flops=flops_per_token(config.model),
         reader=reader,
         windows=windows(corpora, config.model.context, config.evaluation.tokens),
-        telemetry=Telemetry(NoiseScales.from_json(state.noise if state else {}, groups)),
+        telemetry=Telemetry.resumed(config, session.step, state.noise if state else {}),
         watchdog=Watchdog(config.folder, here.rank, config.watchdog),
         sink=None,
         step=session.step,
         saved_step=session.step if state and not session.branching else -1,
         evaluated_step=session.last_evaluated,
-        stability=State.from_json(state.stability) if state else State(),
-        clock=Clock(earlier_s=state.elapsed_s if state else 0.0),
+        stability=known_of_spikes(session),
+        clock=Clock(earlier_s=session.elapsed_s),
     )
     if here.first:
         open_folder(run)
     return run
+
+
+def known_of_spikes(session: Session) -> State:
+    """What the detector knows. A kill between a rewind and the next checkpoint leaves that of the checkpoint
+    gone back to, as it was before."""
+    saved = State.from_json(session.resumed.stability) if session.resumed else State()
+    rewinds = session.past.rewinds
+    return saved if rewinds is None else after_rewind(saved, State(rewinds=rewinds - 1))
 
 
 def refuse_without_room(config: RunConfig, good: Path, needed: int) -> None:
@@ -260,6 +266,17 @@ def open_folder(run: Run) -> None:
         return
     redone = f"; {session.superseded_rows} rows of later steps set aside" if session.superseded_rows else ""
     run.event("resume", f"run {session.run_id} goes on from {session.checkpoint}{redone}", log_every=every)
+
+
+def write_again(run: Run) -> None:
+    """Someone removed the run folder while the run goes on: what is known of it is written again."""
+    assert run.records is not None
+    folder = run.config.folder
+    run.records.restore()
+    write_atomically(folder / "config.yaml", cfg.to_yaml(without_secrets(run.config)))
+    write_atomically(folder / "manifest.json", json.dumps(manifest(run), indent=1) + "\n")
+    said = f"{folder} was deleted while the run goes on: records, config and manifest are written again"
+    run.event("deleted", f"{said}; a checkpoint is saved now, earlier ones are lost if they were there")
 
 
 def without_secrets(config: RunConfig) -> RunConfig:

@@ -6,16 +6,22 @@ micro-batch. Where a step is one micro-batch, every `SPLIT_EVERY`-th step is don
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from x1_pretrain.config import RunConfig
+from x1_pretrain.corpus.reader import Batch
 from x1_pretrain.learning import vitals
 from x1_pretrain.learning.noise import NoiseScales
 from x1_pretrain.model.loss import IGNORED
+from x1_pretrain.records.metrics import read_rows, utc_now
 from x1_pretrain.runtime.run import Run, Update
+from x1_pretrain.runtime.session import Records
 
 SPLIT_EVERY = 16
 
@@ -35,6 +41,18 @@ class Telemetry:
         self.steps += 1
         self.clipped += update.grad_norm > update.judged.clip
         self.injected += update.injected
+
+    @classmethod
+    def resumed(cls, config: RunConfig, step: int, saved: Mapping[str, Any]) -> Self:
+        """At `step`: a row counts the steps since the one before also where a resume lies between them."""
+        found = cls(NoiseScales.from_json(saved, config.telemetry.noise_scale == "groups"))
+        if since := step % config.log.every:
+            for row in read_rows(config.folder / "steps.jsonl"):
+                if step - since < row["step"] <= step:
+                    found.steps += 1
+                    found.clipped += row["grad_norm"] > row["clip"]
+                    found.injected += row.get("injected", False)
+        return found
 
     def counts(self) -> dict[str, float]:
         """Since the last row."""
@@ -63,24 +81,41 @@ def after_first(run: Run, rows: Tensor, of: int, counted: Tensor) -> Tensor:
     few = torch.zeros(len(vitals.GROUPS) + 1, device=run.world.device)
     if run.config.telemetry.noise_scale == "off" or len(rows) == of * run.world.size:
         return few
-    tokens = (rows[:, 1:] != IGNORED).sum().to(run.world.device, torch.float32)
-    few[:-1] = vitals.group_squares(run.decoder) * (counted / tokens.clamp(min=1.0)) ** 2
+    tokens = float((rows[:, 1:] != IGNORED).sum())  # on the CPU: nothing waits for the device
+    few[:-1] = vitals.group_squares(run.decoder) * (counted / max(tokens, 1.0)) ** 2
     few[-1] = tokens
     return few / run.world.size
 
 
-def learn_noise(run: Run, injected: bool, sums: list[float], squares: list[float]) -> None:
-    """`sums`: the step's tokens, and what `after_first` made; `squares` of the whole gradient. An injected
-    batch says nothing of the data's noise."""
+def learn_noise(run: Run, usual: bool, sums: list[float], squares: list[float]) -> None:
+    """`sums`: the step's tokens, and what `after_first` made; `squares` of the whole gradient. A spike says
+    nothing of the data's noise: one gradient 100 times the usual would weigh 10,000 times as much."""
     run.telemetry.squares = squares
     tokens, *few = sums
-    if few[-1] and not injected:
+    if few[-1] and usual:
         small = dict(zip(vitals.GROUPS, few, strict=False))
         run.telemetry.noise.update(small, dict(zip(vitals.GROUPS, squares, strict=True)), few[-1], tokens)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Rows
+
+
+def record_step(run: Run, records: Records, step: int, batch: Batch[Tensor], update: Update) -> None:
+    """One row of steps.jsonl, the flight recorder, short and there for every step; and what the step read."""
+    judged = update.judged
+    row = {"step": step, "time_utc": utc_now(), "session": run.session.number}
+    row |= {"loss": update.loss, "grad_norm": update.grad_norm, "clip": judged.clip, "lr": update.lr}
+    row |= {"step_s": round(update.step_s, 4), "wait_s": round(update.wait_s, 4)}
+    if judged.loss_z is not None and judged.grad_z is not None:
+        row |= {"loss_z": round(judged.loss_z, 2), "grad_z": round(judged.grad_z, 2)}
+    row["verdict"] = judged.verdict
+    spike = judged.state.episode is not None or judged.ended is not None
+    row |= ({"injected": True} if update.injected else {}) | ({"spike": True} if spike else {})
+    records.steps.append(row)
+    if records.blocks:
+        read = [list(draw) for draw in batch.draws]  # this rank's: slots 0, ranks, 2 ranks, ...
+        records.blocks.append({"step": step, "ranks": run.world.size, "blocks": read})
 
 
 def row_due(run: Run, step: int) -> bool:
@@ -108,9 +143,12 @@ def row(run: Run, tokens: Tensor, update: Update) -> dict[str, Any]:
     found |= {f"grad_norm/{name}": square**0.5 for name, square in groups if square}
     weights = vitals.norms(run.decoder, gradients=False, by_layer=dear(run, run.step))
     found["param_norm"] = sum(n**2 for name, n in weights.items() if "layer." not in name) ** 0.5
-    found |= weights | vitals.moment_norms(run.optimizer) | vitals.update_ratios(run.decoder, run.optimizer)
+    found |= weights | vitals.moment_norms(run.optimizer)
+    if update.judged.verdict == "go":
+        found |= vitals.update_ratios(run.decoder, run.optimizer)
     if dear(run, run.step):
         found |= run.telemetry.by_layer
         if run.world.first and not update.injected:
-            found |= vitals.probe(run.decoder, tokens[:1, :-1].to(run.world.device))
+            with suppress(torch.OutOfMemoryError):  # a reading does not end a run
+                found |= vitals.probe(run.decoder, tokens[:1, :-1].to(run.world.device))
     return found

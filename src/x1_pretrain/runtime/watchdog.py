@@ -127,8 +127,9 @@ class Watchdog:
     def enter(self, phase: Phase, step: int | None = None) -> None:
         """The loop goes on to `phase`. No step: the one before."""
         self._mark = (phase, self._mark[1] if step is None else step)
-        if phase == "update":
+        if phase == "update" and not self._warm:
             self._warm = True
+            self._tell_guardian(self._limits.step_s, self._mark)  # it still has the limit of the first step
         if self._hung:
             self._park()
 
@@ -221,7 +222,8 @@ class Watchdog:
 
     def _end(self, mark: tuple[str, int], limit: float) -> None:
         hang = Hang(mark[0], mark[1], self._idle_s, limit, None)
-        self._tell_guardian(self._limits.save_s * (1 if self._rank == 0 else 2), mark)
+        first_s = 0.0 if self._rank == 0 else self._limits.step_s + self._limits.save_s
+        self._tell_guardian(self._limits.save_s + first_s, mark)
         hang = Hang(mark[0], mark[1], self._idle_s, limit, self._write(hang.line()))
         _say(f"\nx1: {hang.line()}\n")
         self._ask_peers()
@@ -241,11 +243,12 @@ class Watchdog:
             _say(f"x1: after the hang: {type(error).__name__}: {error}\n")
 
     def _wait_for_first_rank(self) -> None:
-        """Launchers end all ranks soon after the first that leaves: the one that saves leaves first."""
+        """Launchers end all ranks soon after the first that leaves: the one that saves leaves first. It may
+        be in a step, whose limit is longer."""
         if self._rank == 0:
             return
         first = next(iter(self._peers.items()), None)
-        deadline = time.monotonic() + self._limits.save_s
+        deadline = time.monotonic() + self._limits.step_s + self._limits.save_s
         while time.monotonic() < deadline and (first is None or is_alive(*first)):
             time.sleep(0.05)
 

@@ -1,6 +1,7 @@
 """Check a run as a careful reviewer would: from its files alone, each check with its evidence in words.
 
     x1 verify x1-50m-a100 --export experiments/X1-pretraining/run-cloud/
+    python -m x1_pretrain.review.command runs/x1-50m-a100
 
 Exit code 0 when every check passed or does not apply, 1 when any failed.
 """
@@ -20,32 +21,31 @@ import typer
 from x1_pretrain.command import run as run_app
 from x1_pretrain.command import single
 from x1_pretrain.errors import FAULT, FINISHED, UserError
-from x1_pretrain.records import checks_manifest, checks_result, checks_rows
-from x1_pretrain.records.checks import FAILED, NOT_APPLICABLE, PASSED, Check, attempted
 from x1_pretrain.records.run_folder import Run, find_run, last_step, open_run
-
-__all__ = ["FAILED", "NOT_APPLICABLE", "PASSED", "Check", "app", "verify"]
+from x1_pretrain.review import manifest, result
+from x1_pretrain.review import rows as records
+from x1_pretrain.review.check import FAILED, NOT_APPLICABLE, PASSED, Check, attempted
 
 
 def verify(run: Run, export: Path | None = None) -> list[Check]:
     """Every check, in the order a reader would ask."""
     rows = cache(run.rows)  # read once, in the first check that needs them
     checks: dict[str, Callable[[], Check]] = {
-        "manifest complete": lambda: checks_manifest.manifest_complete(run),
-        "config is the recorded one": lambda: checks_manifest.config_is_the_recorded(run),
-        "records readable": lambda: checks_rows.rows_whole(run),
-        "no gap or overlap in steps": lambda: checks_rows.steps_covered(run, rows()),
-        "every step on record": lambda: checks_rows.every_step(run, rows),
-        "sessions agree with events": lambda: checks_rows.sessions_consistent(run, rows()),
-        "blocks read in order": lambda: checks_rows.blocks_in_order(run),
-        "final loss in the band": lambda: checks_result.final_loss(run, rows()),
-        "checkpoints verify": lambda: checks_result.checkpoints_good(run, rows()),
-        "final weights sound": lambda: checks_result.weights_good(run),
-        "final weights reload byte for byte": lambda: checks_result.weights_reload(run),
-        "post-mortem written": lambda: checks_result.postmortem_written(run),
-        "below the ceiling": lambda: checks_result.below_the_ceiling(run),
-        "machine confirmed gone": lambda: checks_result.machine_gone(run),
-        "export equals the final checkpoint": lambda: checks_result.export_equal(run, export),
+        "manifest complete": lambda: manifest.manifest_complete(run),
+        "config is the recorded one": lambda: manifest.config_is_the_recorded(run),
+        "records readable": lambda: records.rows_whole(run),
+        "no gap or overlap in steps": lambda: records.steps_covered(run, rows()),
+        "every step on record": lambda: records.every_step(run, rows),
+        "sessions agree with events": lambda: records.sessions_consistent(run, rows()),
+        "blocks read in order": lambda: records.blocks_in_order(run),
+        "final loss in the band": lambda: result.final_loss(run, rows()),
+        "checkpoints verify": lambda: result.checkpoints_good(run, rows()),
+        "final weights sound": lambda: result.weights_good(run),
+        "final weights reload byte for byte": lambda: result.weights_reload(run),
+        "post-mortem written": lambda: result.postmortem_written(run),
+        "below the ceiling": lambda: result.below_the_ceiling(run),
+        "machine confirmed gone": lambda: result.machine_gone(run),
+        "export equals the final checkpoint": lambda: result.export_equal(run, export),
     }
     return [attempted(name, check) for name, check in checks.items()]
 
@@ -95,4 +95,4 @@ def main(
 app = single(main)
 
 if __name__ == "__main__":
-    raise SystemExit(run_app(app, prog="python -m x1_pretrain.records.verify"))
+    raise SystemExit(run_app(app, prog="python -m x1_pretrain.review.command"))

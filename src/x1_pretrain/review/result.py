@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from x1_pretrain.money.audit import audit, gone
-from x1_pretrain.postmortem.episodes import Spike, episodes
-from x1_pretrain.records import weights
-from x1_pretrain.records.checks import FAILED, NOT_APPLICABLE, Check, judged
+from x1_pretrain.postmortem.episodes import episodes
+from x1_pretrain.postmortem.page import KINDS, STILL_UP
 from x1_pretrain.records.export_folder import WEIGHTS
-from x1_pretrain.records.run_folder import Row, Run, last_step, read_json, series
+from x1_pretrain.records.run_folder import POSTMORTEM, Row, Run, last_step, read_json, series
+from x1_pretrain.review import weights
+from x1_pretrain.review.check import FAILED, NOT_APPLICABLE, Check, judged
 from x1_pretrain.runtime.checkpoint_files import list_checkpoints, newest_good, sha256, step_of, verify_folder
-
-POSTMORTEM = "spike-postmortem.md"
 
 
 def final_loss(run: Run, rows: Sequence[Row]) -> Check:
@@ -76,28 +75,41 @@ def weights_reload(run: Run) -> Check:
 
 
 def postmortem_written(run: Run) -> Check:
-    """Every spike that is over has its place in the post-mortem."""
+    """Every spike that is over has its place in the post-mortem, and none is told as still going on."""
     name, file = "post-mortem written", run.folder / POSTMORTEM
     spikes = episodes(run)
     over = [spike for spike in spikes if not spike.open]
     if not over:
         return Check(name, NOT_APPLICABLE, "a spike is still going on" if spikes else "no spike on record")
+    writes = f"`x1 postmortem {run.folder}` writes it"
     if not file.is_file():
-        return judged(name, [f"no {POSTMORTEM} in {run.folder}: `x1 postmortem {run.folder}` writes it"], "")
+        return judged(name, [f"no {POSTMORTEM} in {run.folder}: {writes}"], "")
     lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-    problems = [
-        f"the spike of step {spike.onset:,} is not in {POSTMORTEM}: `x1 postmortem {run.folder}` writes it"
-        for spike in over
-        if not any(_is_of(line, spike) for line in lines)
-    ]
+    problems = []
+    for onset in dict.fromkeys(spike.onset for spike in over):
+        ended = [not spike.open for spike in spikes if spike.onset == onset]
+        if problem := _untold(lines, onset, sum(ended), len(ended) - sum(ended)):
+            problems.append(f"{problem}: {writes}")
     onsets = ", ".join(f"{spike.onset:,}" + (" (injected)" if spike.injected else "") for spike in over)
     return judged(name, problems, f"{POSTMORTEM} has every spike: of step {onsets}")
 
 
-def _is_of(line: str, spike: Spike) -> bool:
-    """Its own section; of many spikes the lesser ones have a row of a table."""
-    cells = [cell.strip().removeprefix("step ") for cell in line.split("|")]
-    return line.startswith(f"## Step {spike.onset:,}:") or f"{spike.onset:,}" in cells[1:]
+def _untold(lines: Sequence[str], onset: int, over: int, still_up: int) -> str | None:
+    """What is wrong with how the spikes of one onset are told: each in its section; of many spikes the lesser
+    have only their row of the overview."""
+    sections = [line for line in lines if line.startswith(f"## Step {onset:,}:")]
+    rows = [line for line in lines if _is_overview_row(line, onset)]
+    if any(sum(STILL_UP in line for line in told) > still_up for told in (sections, rows)):
+        return f"{POSTMORTEM} has the spike of step {onset:,} as {STILL_UP}, and it is over"
+    if max(sum(STILL_UP not in line for line in told) for told in (sections, rows)) < over:
+        return f"the spike of step {onset:,} is not in {POSTMORTEM}"
+    return None
+
+
+def _is_overview_row(line: str, onset: int) -> bool:
+    """Other tables hold numbers too: of documents, norms, sources."""
+    cells = [cell.strip() for cell in line.split("|")]
+    return len(cells) > 3 and cells[0] == "" and cells[1] == f"{onset:,}" and cells[2] in KINDS
 
 
 def below_the_ceiling(run: Run) -> Check:

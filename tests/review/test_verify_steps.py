@@ -14,9 +14,9 @@ from safetensors.numpy import save, save_file
 from tests.records import builder
 
 from x1_pretrain.corpus.order import Order
-from x1_pretrain.records.checks_rows import recorded_injections, recorded_jumps, recorded_order
+from x1_pretrain.records.data_order import order_of, recorded_injections, recorded_jumps
 from x1_pretrain.records.run_folder import open_run
-from x1_pretrain.records.verify import verify
+from x1_pretrain.review.command import verify
 
 EVERY, STEPS, SESSIONS = "every step on record", "no gap or overlap in steps", "sessions agree with events"
 BLOCKS, POSTMORTEM, RELOAD = (
@@ -180,7 +180,7 @@ def rewound(folder: Path, blocks: bool = True) -> Path:
             row["session"] = 1 if row["step"] <= 10 else 2
         builder.write_lines(folder / f"{name}.jsonl", rows)
     config = open_run(folder).config
-    sources = recorded_order(open_run(folder)).sources
+    sources = order_of(open_run(folder)).sources
     before = Order(config.seed, sources, config.batch_blocks, 80)  # batches, without the jump
 
     def batch(step: int) -> int:
@@ -211,7 +211,7 @@ def test_a_rewind_nobody_told_of_is_seen(folder: Path) -> None:
 
 def test_injected_steps_read_no_blocks(folder: Path) -> None:
     inject(folder, 12)
-    order = recorded_order(open_run(folder))
+    order = order_of(open_run(folder))
     rows = [
         {"step": s, "ranks": 1, "blocks": [list(draw) for draw in order.step_blocks(s - 1)]}
         for s in range(1, 43)
@@ -251,6 +251,62 @@ def test_every_spike_has_its_place_in_the_post_mortem(folder: Path) -> None:
     assert results(folder)[POSTMORTEM][0] == "passed"
     page.write_text("# Spike post-mortem: tiny\n\n| onset | kind |\n|---|---|\n| 30 | natural |\n")
     assert results(folder)[POSTMORTEM][0] == "passed"
+
+
+def test_a_cell_of_another_table_is_no_place_for_a_spike(folder: Path) -> None:
+    spike(folder, 30, 33)
+    page = folder / "spike-postmortem.md"
+    for row in ("| 30 | `web.txt` | 7 | 32 |", "| code | natural | 30 |", "| 30 | 5 |", "30 | natural |"):
+        page.write_text(f"# Spike post-mortem: tiny\n\n## Step 3: natural, recovered\n\n{row}\n")
+        assert "the spike of step 30 is not in" in failed(folder)[POSTMORTEM], row
+    page.write_text("# Spike post-mortem: tiny\n\n| 30 | made on purpose | +2.00 | x9.0 | recovered |\n")
+    assert POSTMORTEM not in failed(folder)
+
+
+def test_a_page_from_when_the_spike_was_still_up_is_out_of_date(folder: Path) -> None:
+    spike(folder, 30, 33)
+    page, row = folder / "spike-postmortem.md", "| 30 | natural | +2.00 | x9.0 | recovered in 3 steps |"
+    page.write_text("# Spike post-mortem: tiny\n\n## Step 30: natural, still up at the last row\n")
+    assert "as still up at the last row, and it is over: `x1 postmortem" in failed(folder)[POSTMORTEM]
+    page.write_text(page.read_text() + f"\n{row}\n")
+    assert POSTMORTEM in failed(folder)
+    page.write_text(f"{row}\n\n## Step 30: natural, recovered in 3 steps\n")
+    assert POSTMORTEM not in failed(folder)
+
+
+def test_two_spikes_of_one_step_have_two_places(folder: Path) -> None:
+    """The first was undone by a rewind; the second came on the same step number, and is over too."""
+    spike(folder, 30, 33)
+    events = builder.read_lines(folder / "events.jsonl")
+    again = [dict(one) for one in events[3:5]]
+    rewind = builder.event("rewind", 33, 2) | {"from_step": 33, "to_step": 20, "jumps": [[20, 33]]}
+    builder.write_lines(folder / "events.jsonl", [*events[:5], rewind, *again, *events[5:]])
+    page, row = folder / "spike-postmortem.md", "| 30 | natural | +2.00 | x9.0 | recovered |\n"
+    page.write_text(row)
+    assert "the spike of step 30 is not in" in failed(folder)[POSTMORTEM]
+    page.write_text(2 * row)
+    assert POSTMORTEM not in failed(folder)
+
+
+def test_a_resume_from_before_an_earlier_one_keeps_to_its_own_log_every(tmp_path: Path) -> None:
+    """Session 2 went on from 30 with a row every 10; its checkpoint was bad, session 3 went on from 20."""
+    folder = builder.build_run(tmp_path / "tiny", log__every=10)
+    events = [
+        builder.event("start", 0, 1) | {"log_every": 5},
+        builder.event("resume", 30, 2) | {"log_every": 10},
+        builder.event("resume", 20, 3) | {"log_every": 10},
+        builder.event("finish", 42, 3),
+    ]
+    builder.write_lines(folder / "events.jsonl", events)
+    rows = [
+        row for row in builder.rows(42) if row["step"] <= 20 or row["step"] % 10 == 0 or row["step"] == 42
+    ]
+    rows = [row | {"session": 1 if row["step"] <= 20 else 3} for row in rows]
+    builder.write_lines(folder / "metrics.jsonl", rows)
+    assert not {STEPS, SESSIONS} & set(failed(folder)), failed(folder)
+    rows = [row for row in rows if row["step"] != 15]  # due in session 1, which had a row every 5
+    builder.write_lines(folder / "metrics.jsonl", rows)
+    assert "no training row for step 15" in failed(folder)[STEPS]
 
 
 def test_weights_that_come_out_other_are_seen(folder: Path) -> None:

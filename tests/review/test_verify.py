@@ -15,10 +15,11 @@ from tests.records import builder
 from x1_pretrain.command import run as run_app
 from x1_pretrain.money.clock import Clock
 from x1_pretrain.money.ledger import Ledger
-from x1_pretrain.records.checks_rows import blocks_in_order, recorded_order
+from x1_pretrain.records.data_order import order_of
 from x1_pretrain.records.export_folder import export as write_export
 from x1_pretrain.records.run_folder import open_run
-from x1_pretrain.records.verify import FAILED, NOT_APPLICABLE, PASSED, Check, app, verify
+from x1_pretrain.review.command import FAILED, NOT_APPLICABLE, PASSED, Check, app, verify
+from x1_pretrain.review.rows import blocks_in_order
 
 MANIFEST, CONFIG, READABLE = "manifest complete", "config is the recorded one", "records readable"
 STEPS, SESSIONS, LOSS = "no gap or overlap in steps", "sessions agree with events", "final loss in the band"
@@ -343,7 +344,7 @@ def test_the_command_says_in_one_line_that_there_is_no_such_run(capsys: pytest.C
 def test_blocks_that_are_not_those_of_the_order_are_found(tmp_path: Path) -> None:
     folder = builder.build_run(tmp_path / "run")
     run = open_run(folder)
-    order = recorded_order(run)
+    order = order_of(run)
     rows = [{"step": s, "ranks": 1, "blocks": [list(d) for d in order.step_blocks(s - 1)]} for s in (1, 2, 3)]
     file = folder / "blocks.jsonl"
 

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 from tests.records import builder
 
-from x1_pretrain.records.weights import expected_shapes, problems
+from x1_pretrain.review.weights import expected_shapes, problems
 
 
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen3ForCausalLM"])

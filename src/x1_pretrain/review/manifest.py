@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from x1_pretrain.config import config_hash
-from x1_pretrain.records.checks import Check, judged
 from x1_pretrain.records.run_folder import Run
+from x1_pretrain.review.check import Check, judged
 
 # What the manifest must say. Those in NULLABLE may be null: known, and absent.
 MANIFEST_KEYS = (

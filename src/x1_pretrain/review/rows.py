@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
-from x1_pretrain.corpus.order import Order, Source, block_count
-from x1_pretrain.records.checks import NOT_APPLICABLE, Check, judged
+from x1_pretrain.records.data_order import order_of
 from x1_pretrain.records.run_folder import (
     Row,
     Run,
@@ -21,6 +20,7 @@ from x1_pretrain.records.run_folder import (
     read_jsonl,
     with_numbers,
 )
+from x1_pretrain.review.check import NOT_APPLICABLE, Check, judged
 
 
 def rows_whole(run: Run) -> Check:
@@ -59,7 +59,7 @@ def _token_problems(run: Run, rows: Sequence[Row]) -> list[str]:
     """Tokens are steps times tokens per step; those of injected batches are counted apart."""
     per_step, events = run.config.training.batch_tokens, run.events()
     made = any(event.get("event") == "inject" or event.get("injected") for event in events)
-    order = recorded_order(run) if made else None
+    order = order_of(run) if made else None
     problems = []
     for row in rows:
         injected = order.injected_before(row["step"]) if order else 0
@@ -137,16 +137,20 @@ def due_steps(run: Run, rows: Sequence[Row]) -> set[int]:
 
 
 def reached(events: Sequence[Row]) -> list[Row]:
-    """The openings of the sessions; after a rewind, none is of a step beyond where it went back to."""
+    """The openings of the sessions; none is of a step beyond where a rewind or a later resume went back to:
+    a checkpoint that turned out bad makes a resume begin before the one before it."""
     found: list[Row] = []
     for event in events:
         if not is_number(event.get("step")):
             continue
-        if event.get("event") in ("start", "resume"):
-            found = [*([] if event["event"] == "start" else found), dict(event)]
-        elif event.get("event") == "rewind" and is_number(event.get("to_step")):
+        opens = event.get("event") in ("start", "resume")
+        back_to = event["step"] if opens else event.get("to_step")
+        if event.get("event") == "start":
+            found = []
+        if (opens or event.get("event") == "rewind") and is_number(back_to):
             for one in found:
-                one["step"] = min(one["step"], event["to_step"])
+                one["step"] = min(one["step"], back_to)
+        found += [dict(event)] if opens else []
     return found
 
 
@@ -185,7 +189,7 @@ def blocks_in_order(run: Run) -> Check:
     name, rows = "blocks read in order", read_jsonl(run.folder / "blocks.jsonl").rows
     if not rows:
         return Check(name, NOT_APPLICABLE, "not logged (log.blocks is off)")
-    context, order = run.config.model.context, recorded_order(run)
+    context, order = run.config.model.context, order_of(run)
     problems, count = [], 0
     for row in rows:
         expected = order.step_blocks(row["step"] - 1, slice(0, None, row["ranks"]))
@@ -198,49 +202,6 @@ def blocks_in_order(run: Run) -> Check:
         problems.append("the steps in blocks.jsonl have a gap or a double")
     evidence = f"{count:,} blocks of {context} tokens over {len(rows):,} steps are those of the order"
     return judged(name, problems, evidence)
-
-
-def recorded_order(run: Run) -> Order:
-    """The order of the run's data, from what its manifest recorded of the corpora."""
-    context = run.config.model.context
-    sources = [
-        Source(c["fingerprint"], block_count(c["train_tokens"], context), c["weight"])
-        for c in run.manifest["data"]
-    ]
-    events = run.events()
-    return Order(
-        run.config.seed,
-        sources,
-        run.config.batch_blocks,
-        run.total_steps,
-        recorded_jumps(events),
-        recorded_injections(events),
-    )
-
-
-def recorded_jumps(events: Iterable[Row]) -> list[tuple[int, int]]:
-    """The batches that were jumped over: each event that names them names them all."""
-    named = [event["jumps"] for event in events if "jumps" in event]
-    return [(int(step), int(batch)) for step, batch in (named[-1] if named else [])]
-
-
-def recorded_injections(events: Iterable[Row]) -> list[int]:
-    """The first batch of each injection that the run as it stands trained on. What a resume or a rewind went
-    back over is told again when it is trained on again."""
-    inherited: list[int] = []
-    own: dict[int, int] = {}  # step it began after -> its first batch
-    for event in events:
-        kind = event.get("event")
-        if kind == "branch":
-            inherited, own = [int(batch) for batch in event.get("injected", [])], {}
-        elif kind == "inject":
-            own[int(event["first_step"])] = int(
-                event["first_batch" if "first_batch" in event else "first_step"]
-            )
-        elif kind in ("start", "resume", "rewind"):
-            back_to = int(event["to_step" if "to_step" in event else "step"])
-            own = {step: batch for step, batch in own.items() if step < back_to}
-    return sorted({*inherited, *own.values()})
 
 
 def _outside(row: Row, spans: dict[Any, tuple[int, int | None]]) -> str | None:
