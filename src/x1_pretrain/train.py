@@ -262,7 +262,7 @@ def log(run: Run, batch: Batch[Tensor], update: Update) -> None:
     for name, first, last in zip(run.corpora, before, after, strict=True):
         row[f"mixture/{name}"] = (last - first) / run.config.batch_blocks
     if run.guard:
-        row |= run.guard.row(run.tokens)
+        row |= run.guard.row(run.own_tokens)
     if run.health:
         row |= run.health.host.row()
     row |= run.clock.row()

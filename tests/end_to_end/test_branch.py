@@ -13,13 +13,14 @@ from tests.end_to_end.in_process import Outcome, train_here
 from tests.end_to_end.processes import Training, curve, last_step, rows, wait_until, weights
 
 from x1_pretrain.config import load_config
+from x1_pretrain.corpus.mixture import open_corpora
 from x1_pretrain.records.run_folder import open_run
 from x1_pretrain.review.command import PASSED, verify
 from x1_pretrain.review.rows import blocks_in_order
 from x1_pretrain.runtime.branch import read_parent
 from x1_pretrain.runtime.checkpoint import read_state
 from x1_pretrain.runtime.checkpoint_files import list_checkpoints
-from x1_pretrain.runtime.session import open_corpora, resolve
+from x1_pretrain.runtime.session import resolve
 
 Capture = pytest.CaptureFixture[str]
 WSD = {"lr": 3e-3, "min_lr": 3e-4, "warmup_steps": 5, "schedule": "wsd"}

@@ -278,7 +278,7 @@ def test_what_adams_memory_is_back_to_is_what_is_tested(tmp_path: Path) -> None:
 
 
 def test_a_spike_after_going_back_over_a_resume_does_not_blame_it(tmp_path: Path) -> None:
-    """Resumed at 200, back to 180 at 221, and up again at 195: 15 steps after going back, not -5 after 200."""
+    """Resumed at 200, back to 180 at 221, up again at 195: 15 steps after going back, not -5 after 200."""
     folder = rewound(tmp_path / "run", [spiky.spike_event(195), spiky.end_event(195, 210, 199)])
     events = builder.read_lines(folder / "events.jsonl")
     builder.write_lines(folder / "events.jsonl", [events[0], spiky.event("resume", 200), *events[1:]])

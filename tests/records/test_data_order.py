@@ -73,7 +73,7 @@ class Loop:
 
     def inject(self) -> None:
         ahead = self.order.batch_of(self.step)
-        free = all(first + INJECTED_STEPS < ahead for first in self.order.injected)
+        free = all(first + INJECTED_STEPS <= ahead for first in self.order.injected)
         if free and self.step + INJECTED_STEPS <= TOTAL:
             self.order = self.with_past(self.order.jumps, [*self.order.injected, ahead])
 
@@ -82,7 +82,7 @@ class Loop:
         return Order(o.seed, o.sources, o.batch_blocks, o.total_steps, jumps, injected)
 
     def advance(self) -> None:
-        if self.order.injects(self.step) and not (self.step and self.order.injects(self.step - 1)):
+        if self.order.batch_of(self.step) in self.order.injected:
             self.tell("inject", first_step=self.step, first_batch=self.order.batch_of(self.step), steps=5)
         self.step += 1
 

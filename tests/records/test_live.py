@@ -235,6 +235,79 @@ def test_the_screen_says_what_the_rows_say(folder: Path, trainer: subprocess.Pop
         assert part in shown, part
 
 
+def told(name: str, step: int, **fields: Any) -> dict[str, Any]:
+    return builder.event(name, step, 2) | {"message": f"a {name} at {step}"} | fields
+
+
+def test_a_spike_stays_in_sight_however_many_checkpoints_follow(folder: Path) -> None:
+    log = folder / "events.jsonl"
+    append(log, told("spike", 21, onset=21), told("spike_end", 26, onset=21, recovered=24))
+    append(log, *(told("checkpoint", s, seconds=0.25) for s in range(22, 250)))
+    shown = text_of(looked(folder))
+    assert "spikes      1, last at 21, back at 24" in shown
+    assert "checkpoint  last at 249 (0.2 s)" in shown
+    assert "a spike at 21" in shown
+    assert "a checkpoint at" not in shown
+    append(log, told("spike", 28, onset=28))
+    assert "spikes      2, last at 28, not back yet" in text_of(looked(folder))
+    append(log, told("rewind", 28, from_step=28, to_step=22))
+    assert "spikes      2, last at 28, rewound to 22" in text_of(looked(folder))
+    append(log, told("resume", 20))  # steps from 21 on are done again; what was rewound stays
+    assert "spikes      1, last at 28, rewound to 22" in text_of(looked(folder))
+    append(log, told("start", 0))
+    assert "spikes      1, last at 28" in text_of(looked(folder))
+
+
+def test_a_run_without_spikes_says_so(folder: Path) -> None:
+    assert "spikes      0" in text_of(looked(folder))
+
+
+@pytest.mark.parametrize("height", [20, 40, 60])
+def test_events_fill_the_free_rows(folder: Path, height: int) -> None:
+    append(folder / "events.jsonl", *(told("skip", 30, message=f"skip number {n}") for n in range(90)))
+    seen = looked(folder)
+    lines = [line.plain for line in frame(seen, seen.state(NOW), NOW, 100, False, height)]
+    assert "skip number 89" in "\n".join(lines)
+    assert len(lines) == max(height, len(text_of(seen).splitlines()))
+
+
+def test_the_curve_says_its_scale(folder: Path) -> None:
+    steps = builder.read_lines(folder / "steps.jsonl")
+    spiked = [row | ({"loss": 77.5} if row["step"] == 12 else {}) for row in steps]
+    builder.write_lines(folder / "steps.jsonl", spiked)
+    shown = text_of(looked(folder))
+    low = min(row["loss"] for row in spiked)
+    assert f"lowest {low:.4f}  highest 77.5000  steps 1 to 30" in shown
+    rows = [builder.place(step) | {"val/loss": loss} for step, loss in ((20, 2.25), (30, 2.2591))]
+    append(folder / "metrics.jsonl", *rows)
+    assert "all 2.2591 (+0.0091 since step 20)" in text_of(looked(folder))
+
+
+def test_the_last_screen_has_the_goodput_of_its_moment(tmp_path: Path) -> None:
+    folder = builder.build_run(tmp_path / "done")
+    seen = looked(folder)
+    seen.goodput = None
+    seen.look(NOW + 1)
+    assert seen.goodput is None  # not due yet
+    seen.recount(NOW + 1)
+    assert seen.goodput is not None
+    again = Seen(open_run(folder))
+    again._goodput_due_s = time.time() + 1e6
+    assert live.looked(again).over
+    assert again.goodput is not None
+
+
+def test_before_the_first_step_no_speed_is_told(folder: Path) -> None:
+    builder.write_lines(folder / "metrics.jsonl", [builder.place(0) | {"tokens": 0, "val/loss": 5.6}])
+    assert "speed" not in text_of(looked(folder))
+
+
+def test_the_folder_is_named_where_it_has_another_name(folder: Path) -> None:
+    assert text_of(looked(folder)).startswith("tiny  ")
+    other = folder.rename(folder.parent / "spike")
+    assert text_of(looked(other)).startswith("tiny (spike)  ")
+
+
 def test_what_was_not_measured_is_not_shown(folder: Path) -> None:
     shown = text_of(looked(folder))
     assert "MFU" not in shown

@@ -15,7 +15,7 @@ from tests.report import builder
 from tests.report.reading import Reading
 from x1_pretrain.command import run as command
 from x1_pretrain.records.run_folder import open_run
-from x1_pretrain.report.blocks import Page
+from x1_pretrain.report.blocks import Chart, Page, Views
 from x1_pretrain.report.command import app, page_of, watching
 from x1_pretrain.report.page import html
 
@@ -92,6 +92,36 @@ def test_runs_of_one_name_are_told_apart(run: Path) -> None:
     page = page_of([open_run(run), open_run(twin)], datetime.now(UTC))
     assert str(twin) in page.title
     Reading(html(page))
+
+
+def test_a_spike_of_one_step_is_seen_and_marked_beside_another_run(run: Path) -> None:
+    """Rows every ten steps know nothing of it; the steps do."""
+    other = builder.build(run.parent / "b", total=400)
+    steps = builder.read(other / "steps.jsonl")
+    builder.write(
+        other / "steps.jsonl",
+        [r | ({"loss": 99.0, "grad_norm": 777.0} if r["step"] == 333 else {}) for r in steps],
+    )
+    page = page_of([open_run(run), open_run(other)], datetime.now(UTC))
+    text = html(page)
+    charts = {s.id: [c for b in s.blocks if isinstance(b, Views) for _, c in b.views] for s in page.sections}
+    norms = [b for s in page.sections if s.id == "norms" for b in s.blocks if isinstance(b, Chart)]
+    train = [c for c in charts["loss"] if c.id == "train-0"]
+    assert max(float(c.y.max()) for c in train[0].curves) == 99.0
+    assert max(float(c.y.max()) for c in norms[0].curves) == 777.0
+    assert "1 higher value above the frame" in text
+    marks = [(mark.label, mark.text) for mark in train[0].marks]
+    assert {label for label, _ in marks} == {"S1", "S2", "I1", "I2"}
+    assert next(said for label, said in marks if label == "S2").startswith("b: injected spike at step 188")
+    assert {m.label for m in norms[0].marks} == {"S1", "S2", "I1", "I2"}
+    assert text.count("b: injected spike at step 188") > 1  # in the chart and in the table
+
+
+def test_runs_of_one_config_are_named_by_their_folders(run: Path) -> None:
+    other = run.parent / "b"
+    builder.build(run.parent / "x" / "a", total=400).rename(other)
+    page = page_of([open_run(run), open_run(other)], datetime.now(UTC))
+    assert page.title == "a · a (b)"
 
 
 def test_eight_runs_one_of_them_empty(run: Path) -> None:

@@ -16,8 +16,9 @@ from tests.report import builder
 from tests.report.reading import Reading
 from x1_pretrain.errors import UserError
 from x1_pretrain.records.run_folder import open_run
-from x1_pretrain.report import material
+from x1_pretrain.report import learning, material, words
 from x1_pretrain.report.command import page_of
+from x1_pretrain.report.material import gather
 from x1_pretrain.report.page import html
 
 NOW = datetime(2026, 11, 20, 12, 0, 0, tzinfo=UTC)
@@ -157,6 +158,98 @@ def test_what_happened_is_marked_where_it_happened(long_run: Path, text: str) ->
     moved = re.search(r"M1 (\d+) M mixture: code 25% to 50%", words)
     assert moved
     assert abs(int(moved[1]) - 786) <= 2  # half of 1.573 B
+
+
+SMALL = 512  # tokens a step: places that a rounded number would not tell
+
+
+def small(folder: Path, log_every: int, **changes: Any) -> Path:
+    return builder.build(folder, total=400, log_every=log_every, training__batch_tokens=SMALL, **changes)
+
+
+@pytest.mark.parametrize("log_every", [1, 7, 10, 400])
+def test_injected_steps_add_no_tokens_wherever_the_rows_are(tmp_path: Path, log_every: int) -> None:
+    """Step s has trained s batches, less the five from the onset on: by hand, for each."""
+    folder, onset = small(tmp_path / "a", log_every, model__context=32), builder.spiked_at(400)
+    for without in (False, True):
+        if without:  # the events tell it too
+            (folder / "steps.jsonl").unlink()
+        found = gather(open_run(folder), NOW)
+        for step in range(401):
+            made_up = sum(onset <= s < onset + 5 for s in range(1, step + 1))
+            assert found.tokens_at(step) == (step - made_up) * SMALL, step
+        placed = {mark.label: mark for mark in learning.marks(found)}
+        assert placed["S1"].x == placed["I1"].x == (onset - 1) * SMALL
+
+
+def test_tokens_are_exact_below_a_million(tmp_path: Path) -> None:
+    page = Reading(made(small(tmp_path / "a", 10, model__context=32)))
+    assert page.facts()["tokens"] == f"{395 * SMALL:,}" == "202,240"
+    assert f"S1 {187 * SMALL:,} injected spike at step 188" in page.words
+    assert words.tokens(999_999.7) == "1 M"
+    assert [words.flops(v) for v in (7.581e8, 1.2e14, 3.2e9, 12.0)] == [
+        "758 MFLOP/s",
+        "120 TFLOP/s",
+        "3.2 GFLOP/s",
+        "12 FLOP/s",
+    ]
+
+
+def test_the_headline_has_the_loss_of_the_last_step(run: Path) -> None:
+    steps = [row for row in builder.read(run / "steps.jsonl") if row["step"] <= 597]
+    rows = [row for row in builder.read(run / "metrics.jsonl") if row["step"] <= 590]
+    builder.write(run / "steps.jsonl", steps)
+    builder.write(run / "metrics.jsonl", rows)
+    page = Reading(made(run))
+    assert page.facts()["training loss"] == f"{steps[-1]['loss']:.4f}"
+    assert "of step 597" in page.words
+    builder.write(run / "steps.jsonl", steps[:100])  # an old recorder: the rows know better
+    assert Reading(made(run)).facts()["training loss"] == f"{rows[-1]['train/loss']:.4f}"
+
+
+def test_the_legend_does_not_call_the_last_value_a_median(run: Path) -> None:
+    last = builder.read(run / "steps.jsonl")[-1]["loss"]
+    assert f"train: last value <b>{last:.4f}</b> (line: median of 7)" in made(run)
+
+
+def test_up_to_twenty_evaluations_are_shown_and_what_is_left_out_is_counted(tmp_path: Path) -> None:
+    for every, count in ((20, 20), (10, 40)):
+        folder = builder.build(tmp_path / str(every), total=400, evaluation__every=every)
+        text = made(folder)
+        table = re.search(r"<caption>Validation</caption>.*?</table>", text, re.S)
+        assert table
+        steps = re.findall(r'<th scope="row"[^>]*>([^<]*)</th>', table[0])
+        assert [s for s in steps if s != "…"] == (
+            [str(s) for s in range(20, 401, 20)]
+            if count == 20
+            else [str(s) for s in (*range(10, 101, 10), *range(310, 401, 10))]
+        )
+        assert ("20 more" in table[0]) == (count == 40)
+
+
+def test_every_chart_has_the_same_horizontal_axis(text: str) -> None:
+    """Labels of the axes: apart from the closer and the logarithmic view all are one."""
+    axes = re.findall(r'data-chart="([^"]*)".*?<div class="x"[^>]*>(.*?)</div>', text, re.S)
+    places = {name: re.sub(r"<[^>]*>", " ", re.sub(r'class="[^"]*"', "", labels)) for name, labels in axes}
+    shared = {labels for name, labels in places.items() if name not in ("loss-later", "loss-log")}
+    assert len(places) > 8
+    assert len(shared) == 1
+    assert re.sub(r"<[^>]*>", "", axes[0][1]).startswith("0")
+
+
+def test_a_folder_of_another_name_is_named(run: Path) -> None:
+    assert page_of([open_run(run)], NOW).title == "x1-small"
+    other = run.rename(run.parent / "again")
+    assert page_of([open_run(other)], NOW).title == "x1-small (again)"
+
+
+def test_on_a_narrow_screen_each_cell_says_what_it_is(run: Path) -> None:
+    text = made(run, verify=True)
+    table = re.search(r'<table class="cards"><caption>The checks.*?</table>', text, re.S)
+    assert table
+    cells = re.findall(r'<td data-head="([^"]*)">', table[0])
+    assert set(cells) == {"check", "evidence"}
+    assert '<th scope="row" class="number" data-head="step">30</th>' in text
 
 
 def test_the_read_out_holds_the_values_of_the_rows(long_run: Path, text: str) -> None:
@@ -416,7 +509,20 @@ def test_a_post_mortem_is_linked_and_its_picture_is_in_the_page(run: Path, tmp_p
     text = html(page_of([open_run(run)], NOW, page_folder=tmp_path / "elsewhere"))
     links = [v for tag, name, v in Reading(text).attributes if (tag, name) == ("a", "href") and "spike" in v]
     assert links[-1] == "../x1-small/spike-postmortem.md"
+    assert '<div class="scroll picture" tabindex="0"' in text  # scrolls by itself where it is too wide
     assert text.count("data:image/png;base64,") == 1
+
+
+def test_the_text_of_a_post_mortem_is_in_the_page(run: Path) -> None:
+    said = f"# It rose\n\n**Verdict.** Made on purpose.\n\n{EVIL} http://me:hunter2@example.org/\n"
+    (run / "spike-postmortem.md").write_text(said)
+    (run / "spike-postmortem-2.md").mkdir()
+    text = made(run)
+    assert '<p class="line">Made on purpose.</p><details>' in text  # the verdict before the fold
+    assert '<div class="prose"><h3>It rose</h3><p class="line"><b>Verdict.</b> Made on purpose.</p>' in text
+    assert "<img src=x" not in text
+    assert "hunter2" not in text
+    assert "spike-postmortem-2.md: can't be read" in Reading(text).words
 
 
 def test_the_corpus_tells_of_itself_when_it_is_at_hand(run: Path, corpus: Path) -> None:
@@ -429,6 +535,13 @@ def test_the_corpus_tells_of_itself_when_it_is_at_hand(run: Path, corpus: Path) 
     assert f"{facts['train']['documents']:,}" in words
     for name in facts["domains"]:
         assert f"{facts['domain_counts'][name]['train_tokens']:,}" in words
+    for kind in ("train", "val"):  # the domains of the small corpus that tests and the demo write
+        parts = [one[f"{kind}_tokens"] for one in facts["domain_counts"].values()]
+        assert min(parts) > 0
+        assert sum(parts) == facts[kind]["tokens"]
+    assert sum(one["documents"] for one in facts["domain_counts"].values()) == sum(
+        facts[kind]["documents"] for kind in ("train", "val")
+    )
     epochs = (600 - 5) * builder.BATCH / facts["train"]["tokens"]
     assert f"{epochs:.3g}" in words
     own["fingerprint"] = "other"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.corpora import tiny_config
 
+from tests.corpora import tiny_config
 from x1_pretrain.config import ADDED, OptimizerConfig, config_hash, parse_config, step_fields
 from x1_pretrain.corpus.order import Order, Source
 from x1_pretrain.runtime.branch import SCHEDULE, optimizer_of, unlike

@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.corpora import tiny_config
 
+from tests.corpora import tiny_config
 from x1_pretrain.config import ModelConfig, RunConfig, parse_config
 from x1_pretrain.model.decoder import Decoder
 from x1_pretrain.runtime import assemble, fit

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.model.test_memory import small
 
+from tests.model.test_memory import small
 from x1_pretrain.config import TelemetryConfig
 from x1_pretrain.runtime import health
 from x1_pretrain.runtime.health import Health

@@ -18,8 +18,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from tests.model.test_memory import SHAPES, Live, decoder_of, small
 
+from tests.model.test_memory import SHAPES, Live, decoder_of, small
 from x1_pretrain.model.loss import token_losses
 from x1_pretrain.runtime import memory
 from x1_pretrain.runtime.memory import LeakDetector, Phase, Window

@@ -142,7 +142,7 @@ def _copy_beside(material: Material, file: Path, target: Path) -> None:
         shutil.copyfile(file, target)
     else:
         text = file.read_bytes().decode("utf-8", "surrogateescape")
-        target.write_bytes(text.encode("utf-8", "surrogateescape"))
+        target.write_bytes(material.public(text).encode("utf-8", "surrogateescape"))
 
 
 def _write_csv(rows: Sequence[Row], file: Path) -> None:

@@ -7,7 +7,7 @@ page carries it already, and of a link the words stay.
 from __future__ import annotations
 
 import re
-from itertools import groupby
+from itertools import groupby, zip_longest
 
 from x1_pretrain.report.markup import esc, tag
 
@@ -62,13 +62,11 @@ def _list(lines: list[str]) -> str:
 
 
 def _table(lines: list[str]) -> str:
-    numbers = [cell.strip().endswith("-:") for cell in _cells(lines[1])]
-    head = "".join(_cell("th", cell, n, numbers) for n, cell in enumerate(_cells(lines[0])))
-    rows = (
-        tag("tr", "".join(_cell("td", cell, n, numbers) for n, cell in enumerate(_cells(line))))
-        for line in lines[2:]
-    )
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    heads = _cells(lines[0])
+    numbers = [cell.endswith("-:") for cell in _cells(lines[1])]
+    head = "".join(tag("th", spans(one), cls=_class(n, numbers)) for n, one in enumerate(heads))
+    rows = (tag("tr", _row(_cells(line), heads, numbers)) for line in lines[2:])
+    table = f'<table class="cards"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
     return f'<div class="scroll" tabindex="0" role="region" aria-label="table">{table}</div>'
 
 
@@ -77,8 +75,17 @@ def _cells(line: str) -> list[str]:
     return [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", inner)]
 
 
-def _cell(name: str, text: str, column: int, numbers: list[bool]) -> str:
-    return tag(name, spans(text), cls="number" if column < len(numbers) and numbers[column] else "")
+def _row(cells: list[str], heads: list[str], numbers: list[bool]) -> str:
+    """The first cell names the row; the others carry their heads, for a screen too narrow for columns."""
+    made = [tag("th", spans(cells[0]), cls=_class(0, numbers))]
+    for column, (cell, head) in enumerate(zip_longest(cells[1:], heads[1:], fillvalue=""), 1):
+        cls = f' class="{found}"' if (found := _class(column, numbers)) else ""
+        made.append(f'<td{cls} data-head="{esc(head)}">{spans(cell)}</td>')
+    return "".join(made)
+
+
+def _class(column: int, numbers: list[bool]) -> str:
+    return "number" if column < len(numbers) and numbers[column] else ""
 
 
 def spans(text: str) -> str:

@@ -34,6 +34,7 @@ from x1_pretrain.report.markup import esc, place, sentence, tag
 
 STYLE = Path(__file__).with_name("style.css")
 SCRIPT = Path(__file__).with_name("script.js")
+WIDE = 5  # columns, from which on a narrow screen shows a card a row
 LONG_TEXT = 240  # letters of a sample, from which on the rest is folded
 
 
@@ -162,7 +163,7 @@ def _table(table: Table) -> str:
         + "</tr>"
         for row in table.rows
     )
-    cards = ' class="cards"' if table.text_columns - {0} else ""
+    cards = ' class="cards"' if table.text_columns - {0} or len(table.head) > WIDE else ""
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{esc(table.caption)}"><table{cards}>'
         f"<caption>{esc(table.caption)}</caption><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
@@ -172,7 +173,8 @@ def _table(table: Table) -> str:
 
 def _cell(name: str, text: str, column: int, table: Table, more: str = "") -> str:
     number = "" if column in table.text_columns else ' class="number"'
-    titled = f' data-head="{esc(table.head[column])}"' if name == "td" and column < len(table.head) else ""
+    named = (name == "td" or (number and 'scope="row"' in more)) and column < len(table.head)
+    titled = f' data-head="{esc(table.head[column])}"' if named else ""
     return f"<{name}{more}{number}{titled}>{esc(text)}</{name}>"
 
 

@@ -29,4 +29,5 @@ def beside_what_hangs(run: Run) -> AbstractContextManager[object]:
     """A stream of its own: on the usual one a copy would wait behind the kernel that does not end."""
     if not is_cuda(run.world):
         return nullcontext()
-    return torch.cuda.stream(torch.cuda.Stream(run.world.device))
+    stream = torch.cuda.Stream(run.world.device)  # type: ignore[no-untyped-call]
+    return torch.cuda.stream(stream)

@@ -149,6 +149,12 @@ class Run:
         return (self.step - self.injected_steps) * self.config.training.batch_tokens
 
     @property
+    def own_tokens(self) -> int:
+        """Of a branch: without its parent's, which it did not pay for."""
+        begun = (self.session.parent or {}).get("step", 0)
+        return self.tokens - (begun - self.order.injected_before(begun)) * self.config.training.batch_tokens
+
+    @property
     def injected_steps(self) -> int:
         return self.order.injected_before(self.step)
 

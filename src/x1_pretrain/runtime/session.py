@@ -16,7 +16,6 @@ from typing import Any, Self
 from x1_pretrain import config as cfg
 from x1_pretrain.config import RunConfig
 from x1_pretrain.corpus import mixture
-from x1_pretrain.corpus.mixture import open_corpora as open_corpora  # opening a session begins with them
 from x1_pretrain.corpus.order import INJECTED_STEPS, Order
 from x1_pretrain.corpus.shards import Corpus
 from x1_pretrain.errors import RefusedError, UserError
@@ -295,28 +294,28 @@ class Records:
 
     def sync(self) -> int:
         """Through to the disk; how many rows are still waiting for room there."""
-        files = [
-            f for f in (self.metrics, self.steps, self.events, self.samples, self.blocks) if f is not None
-        ]
-        for file in files:
+        for file in self._files():
             file.sync()
-        return sum(file.waiting for file in files)
+        return sum(file.waiting for file in self._files())
 
     @property
     def deleted(self) -> bool:
-        """Whether someone removed the folder from under the run."""
-        return self.metrics.deleted
+        """Whether someone removed the folder, or a file of it, from under the run."""
+        return any(file.deleted for file in self._files())
 
     def restore(self) -> None:
-        for file in (self.metrics, self.steps, self.events, self.samples, self.blocks):
-            if file is not None and file.deleted:
+        for file in self._files():
+            if file.deleted:
                 file.restore()
+
+    def _files(self) -> list[JsonLines]:
+        files = (self.metrics, self.steps, self.events, self.samples, self.blocks)
+        return [file for file in files if file is not None]
 
     def close(self) -> None:
         """Before the files are cut back."""
-        for file in (self.metrics, self.steps, self.events, self.samples, self.blocks):
-            if file is not None:
-                file.close()
+        for file in self._files():
+            file.close()
 
 
 def open_records(folder: Path, with_blocks: bool, on_trouble: Any) -> Records:

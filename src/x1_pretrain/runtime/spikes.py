@@ -23,6 +23,7 @@ from x1_pretrain.learning import stability
 from x1_pretrain.learning.stability import Episode
 from x1_pretrain.records.metrics import read_rows, rewind
 from x1_pretrain.records.mlflow_sink import MlflowSink
+from x1_pretrain.records.run_folder import POSTMORTEM
 from x1_pretrain.runtime import checkpoint, checkpoint_files, telemetry
 from x1_pretrain.runtime.run import Run, Update
 from x1_pretrain.runtime.session import STEP_FILES, Records, open_records
@@ -30,7 +31,6 @@ from x1_pretrain.runtime.start import open_reader
 from x1_pretrain.runtime.telemetry import Telemetry
 
 POSTMORTEM_S = 60.0  # what the end of a run waits for one
-PAGE = "spike-postmortem.md"
 
 
 class UnrecordedError(UserError):
@@ -52,6 +52,8 @@ def tell_injection(run: Run) -> None:
         f"injected on purpose: the batches of steps {first} to {last} are rare tokens, not data; they count "
         "as no tokens seen"
     )
+    if run.step < stability.KNOWN:
+        message += f"; too early to be noticed: the first {stability.KNOWN} steps are only learned from"
     fields = {"first_step": run.step, "first_batch": run.order.batch_of(run.step), "steps": INJECTED_STEPS}
     run.event("inject", message, **fields)
     if run.guard:
@@ -122,7 +124,7 @@ def start_postmortem(run: Run) -> None:
     command = [sys.executable, "-m", "x1_pretrain.postmortem.command", str(run.config.folder)]
     try:
         log = (run.config.folder / "postmortem.log").open("wb")
-        run.postmortem_before = written_ns(run.config.folder / PAGE)
+        run.postmortem_before = written_ns(run.config.folder / POSTMORTEM)
         with log:
             run.postmortem = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
@@ -139,7 +141,7 @@ def tell_postmortem(run: Run) -> None:
         return
     code, run.postmortem = run.postmortem.returncode, None
     log, folder = run.config.folder / "postmortem.log", run.config.folder
-    path = folder / PAGE
+    path = folder / POSTMORTEM
     if code == 0 and written_ns(path) == run.postmortem_before:
         return  # there was nothing to tell
     if code == 0:

@@ -18,6 +18,7 @@ from torch import Tensor
 from x1_pretrain import config as cfg
 from x1_pretrain.config import MlflowConfig, RunConfig
 from x1_pretrain.corpus.injection import rare_tokens
+from x1_pretrain.corpus.mixture import open_corpora
 from x1_pretrain.corpus.order import Order
 from x1_pretrain.corpus.reader import Reader, TokenFile
 from x1_pretrain.corpus.shards import Corpus
@@ -36,7 +37,6 @@ from x1_pretrain.runtime.session import (
     Session,
     link_checkpoints,
     make_order,
-    open_corpora,
     open_records,
     open_session,
     resolve,
