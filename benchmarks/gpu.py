@@ -790,6 +790,33 @@ def plain_step(model: nn.Module, mean_loss: Callable[[], Tensor], bench: Bench) 
 
 # Running the checks: what matters most comes first, for the time may run out
 
+# The flight recorder
+
+
+def doctor(bench: Bench) -> Iterator[Row]:
+    """What `x1 doctor` finds here, line by line."""
+    command = [sys.executable, "-m", "x1_pretrain.doctor.command", "--json", "--offline"]
+    done = subprocess.run(command, cwd=bench.folder, env=environment(), capture_output=True, text=True)
+    for found in json.loads(done.stdout)["findings"]:
+        yield Row("doctor", found["check"], found["status"], "", found["found"])
+    yield Row("doctor", "exit code", str(done.returncode))
+
+
+def telemetry(bench: Bench) -> Iterator[Row]:
+    """What all that is measured beside the loss costs, of a step."""
+    if bench.smoke:
+        yield Row("telemetry", "share of a step", "not in a smoke run", "", "benchmarks/telemetry.py")
+        return
+    script = Path(__file__).with_name("telemetry.py")
+    command = [sys.executable, str(script), "--model", "50m", "--device", "cuda", "--pairs", "4"]
+    done = subprocess.run(command, cwd=bench.folder, env=environment(), capture_output=True, text=True)
+    told = [line for line in done.stdout.splitlines() if line.startswith(("| all |", "- seconds", "A step"))]
+    for line in told:
+        yield Row("telemetry", "as printed", line.strip("|- "))
+    if done.returncode or not told:
+        yield failure("telemetry", one_line(RuntimeError(done.stderr.strip().splitlines()[-1])))
+
+
 CHECKS: dict[str, tuple[Callable[[Bench], Iterator[Row]], float]] = {  # name -> check, its limit in seconds
     "device": (device, 60),
     "ceilings": (ceilings, 60),
@@ -803,6 +830,8 @@ CHECKS: dict[str, tuple[Callable[[Bench], Iterator[Row]], float]] = {  # name ->
     "optimizer": (optimizer_step, 40),
     "loss": (loss_chunks, 90),
     "autotune": (autotune, 150),
+    "doctor": (doctor, 150),
+    "telemetry": (telemetry, 120),
 }
 
 

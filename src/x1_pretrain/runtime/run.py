@@ -151,7 +151,7 @@ class Run:
     @property
     def own_tokens(self) -> int:
         """Of a branch: without its parent's, which it did not pay for."""
-        begun = (self.session.parent or {}).get("step", 0)
+        begun = int((self.session.parent or {}).get("step", 0))
         return self.tokens - (begun - self.order.injected_before(begun)) * self.config.training.batch_tokens
 
     @property
