@@ -795,7 +795,7 @@ def plain_step(model: nn.Module, mean_loss: Callable[[], Tensor], bench: Bench) 
 
 def doctor(bench: Bench) -> Iterator[Row]:
     """What `x1 doctor` finds here, line by line."""
-    command = [sys.executable, "-m", "x1_pretrain.doctor.command", "--json", "--offline"]
+    command = [sys.executable, "-m", "x1_pretrain.cli", "doctor", "--json", "--offline"]
     done = subprocess.run(command, cwd=bench.folder, env=environment(), capture_output=True, text=True)
     for found in json.loads(done.stdout)["findings"]:
         yield Row("doctor", found["check"], found["status"], "", found["found"])

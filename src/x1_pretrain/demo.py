@@ -278,7 +278,8 @@ def show_spike(run: Path) -> None:
     say("\n[bold]The spike[/bold] (five batches of rare tokens, injected; the run wrote this by itself)")
     if not file.exists():
         raise UserError(f"demo: the spike left no {file}; see {run / 'events.jsonl'}")
-    shown = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()][:SPIKE_LINES]
+    lines = file.read_text(encoding="utf-8").splitlines()
+    shown = [line for line in lines if line.strip() and not line.startswith("![")][:SPIKE_LINES]
     say("\n".join(f"  {line}" for line in shown), markup=False)
     say(f"  ... {file}", markup=False)
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from tests.corpora import write_config
 
@@ -68,6 +70,42 @@ def test_a_config_is_examined_and_priced(whole: subprocess.CompletedProcess[str]
 def test_nothing_is_left_behind(whole: subprocess.CompletedProcess[str], config: Path) -> None:
     assert whole.returncode == 0
     assert [path.name for path in config.parent.iterdir()] == [config.name]
+
+
+@pytest.mark.parametrize("later_s", [0.0, 1.5])
+def test_sigterm_ends_the_children_and_leaves_no_file(tmp_path: Path, later_s: float) -> None:
+    """At the very moment that a child is started, and while it works."""
+    args = [sys.executable, "-c", CALL, "--offline", "--device", "cpu", "--ckpt-dir", str(tmp_path)]
+    with subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as found:
+        process = psutil.Process(found.pid)
+        end = time.monotonic() + 60
+        while not (children := process.children()) and time.monotonic() < end:
+            time.sleep(0.02)
+        assert children
+        time.sleep(later_s)
+        found.terminate()
+        _, errors = found.communicate(timeout=30)
+    assert found.returncode == 143, errors
+    assert b"Traceback" not in errors
+    assert not any(child.is_running() for child in children)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_child_that_nobody_has_in_hand_yet_is_ended_and_those_of_others_are_not() -> None:
+    sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+    other = subprocess.Popen(sleep)
+    try:
+        with pytest.raises(SystemExit) as ended, command.ended_in_order():
+            mine = subprocess.Popen(sleep, start_new_session=True)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        assert ended.value.code == 143
+        assert not psutil.pid_exists(mine.pid) or mine.poll() is not None
+        assert other.poll() is None
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        other.kill()
+        other.wait()
 
 
 def test_without_a_config_the_machine_alone() -> None:

@@ -116,6 +116,25 @@ def test_the_estimate_is_of_the_compiled_step_on_both_gpus() -> None:
     assert estimate.parts_s["checkpoints"] == pytest.approx(6 * (size / 1e9 + 2 * size / 2e9))
 
 
+def test_without_data_evaluations_are_not_counted() -> None:
+    found = page(machine(data=Trial({}, "it did not open")))
+    assert found.estimate is not None
+    assert found.estimate.parts_s["evaluation"] is None
+    assert "evaluation: not counted" in found.estimate_text
+    assert "evaluation 0s" not in found.estimate_text
+
+
+def test_a_cpus_late_trial_breaks_nothing() -> None:
+    compute = Trial({"torch": {"version": "2"}, "arithmetic": {"works": True}}, "ended after 35 s")
+    assert row(page(machine(compute=compute, cuda=False, ranks=1)), "matmul").status == "slow"
+    assert row(page(machine(compute=compute)), "matmul").status == "broken"
+
+
+def test_the_room_on_the_disk_is_explained() -> None:
+    told = row(page(machine()), "disk space").found
+    assert "the one being written among them; 64 MiB for logs" in told
+
+
 def test_which_price_is_taken() -> None:
     listed = list_price("h100", 2)
     assert listed is not None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import http.server
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -59,6 +61,26 @@ def test_an_error_on_the_way_leaves_no_file(tmp_path: Path, monkeypatch: pytest.
     found = disk.look(tmp_path, 0.5)
     assert found.trouble == "No space left on device"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_file_has_no_name_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed at any moment, the doctor leaves nothing."""
+    seen: list[list[Path]] = []
+    sync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (seen.append(list(tmp_path.iterdir())), sync(fd)))
+    assert disk.look(tmp_path, 0.5).trouble is None
+    assert seen
+    assert not any(seen)
+
+
+def test_what_a_killed_doctor_left_is_removed_and_a_living_ones_is_not(tmp_path: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    names = [f"{disk.PREFIX}{gone.pid}", f"{disk.PREFIX}{os.getppid()}", f"{disk.PREFIX}notes", "x1-doctor-1"]
+    for name in names:
+        (tmp_path / name).touch()
+    disk.remove_old(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == set(names[1:])
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,19 @@ def test_the_sentences_hold_what_they_must() -> None:
         "rank of 2",
     ):
         assert words in text, words
+    assert "this CPU's" not in text
+    assert "The speed is this CPU's" in estimate.sentences(paid, made, 2, "CPU", gpu=False)
+    unread = estimate.estimate(made, pace, None, 0.0, None)
+    assert "evaluation: not counted, the data did not open" in estimate.sentences(unread, made, 1, "CPU")
+    assert unread.hours == paid.hours
     free = estimate.estimate(made, pace, 0.0, 0.0, None)
     assert free.usd is None
     assert "no price is known" in estimate.sentences(free, made, 1, "CPU")
+
+
+def test_what_takes_years_is_rounded() -> None:
+    made = config(steps=100, every=100)
+    pace = estimate.pace([75_161.0] * 10, 1, 0.0, 8, 10, 1, None)
+    text = estimate.sentences(estimate.estimate(made, pace, 0.0, 0.0, Price(2.0, "x")), made, 1, "CPU")
+    assert "about 16,700 h [about 16,700 h, about 16,700 h]: training about 16,700 h" in text
+    assert "$33,400 [" in text

@@ -11,6 +11,7 @@ from x1_pretrain.doctor import judge_machine as judge
 from x1_pretrain.doctor.disk import Disk
 from x1_pretrain.doctor.gpu import Card, Driver
 from x1_pretrain.doctor.machine import Host
+from x1_pretrain.doctor.trial import ENDED
 from x1_pretrain.model.gpus import kind
 
 HOST = Host(
@@ -193,6 +194,15 @@ def test_a_product_that_fails_hangs_or_was_not_tried() -> None:
     assert judge.product([], 1e12, {"works": True}, "ended after 35 s").status == "broken"
     assert judge.product([], None, {}, "ImportError").status == "-"
     assert judge.product([], None, {}).status == "-"
+
+
+def test_a_cpu_that_is_too_busy_for_the_trial_is_no_broken_gpu() -> None:
+    late = judge.product([], None, {"works": True}, f"{ENDED} 35 s without an answer", gpu=False)
+    assert late.status == "slow"
+    assert "the CPU is busy" in late.fix
+    crashed = judge.product([], None, {"works": True}, "killed by SIGSEGV", gpu=False)
+    assert crashed.status == "broken"
+    assert "GPU" not in late.fix + crashed.fix
 
 
 L4 = Card("NVIDIA L4", reasons=0x4, power_w=71.8, power_limit_w=72.0, power_default_w=72.0)

@@ -31,6 +31,7 @@ def test_the_whole_way(tmp_path: Path) -> None:
     assert evaluations[-1]["val/code/loss"] < evaluations[0]["val/code/loss"]
     assert evaluations[-1]["val/prose/loss"] < evaluations[0]["val/prose/loss"]
     assert "0 failed" in done.stdout
+    assert "<svg" in (run / "report.html").read_text(encoding="utf-8")
     points = (tmp_path / "demo" / "law" / "runs.csv").read_text(encoding="utf-8").splitlines()
     assert len(points) == 1 + 9  # three sizes, three lengths
     told, came = re.search(r"Predicted ([\d.]+) \[.*\], measured ([\d.]+): ", done.stdout).groups()  # type: ignore[union-attr]

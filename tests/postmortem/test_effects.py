@@ -14,7 +14,7 @@ from tests.postmortem import spiky
 from tests.records import builder
 from x1_pretrain.config import OptimizerConfig, RunConfig, parse_config
 from x1_pretrain.money.clock import Clock
-from x1_pretrain.postmortem.effects import clipping, lasting, memory, norms, price
+from x1_pretrain.postmortem.effects import Lasting, clipping, lasting, memory, norms, price
 from x1_pretrain.postmortem.episodes import episodes
 from x1_pretrain.postmortem.findings import last_resume
 from x1_pretrain.postmortem.verdict import Evidence, judge
@@ -67,6 +67,24 @@ def test_a_bend_in_the_trend_is_no_damage() -> None:
     damaged = lasting(before, rows_of(range(206, 270), lambda s: flattening(s) + 0.5, 3, 0.03))
     assert damaged is not None
     assert damaged.clear
+
+
+@pytest.mark.parametrize(
+    ("difference", "error", "reading"),
+    [
+        (0.386, 0.306, "blind"),  # the twin run without the injection lay 0.009 above
+        (0.0, 0.511, "blind"),
+        (0.01, 0.02, "nothing"),
+        (-0.5, 0.02, "nothing"),
+        (0.03, 0.02, "above"),
+        (0.05, 0.02, "may have"),
+        (0.5, 0.2, "may have"),
+    ],
+)
+def test_no_more_is_read_from_a_difference_than_its_error_allows(
+    difference: float, error: float, reading: str
+) -> None:
+    assert Lasting(difference, error, 3.0, 3.0 + difference, 100, 1, 64, 64).reading == reading
 
 
 def test_too_few_steps_give_no_trend() -> None:
@@ -216,6 +234,8 @@ PLAIN = ["stability.policy", "model.qk_norm", "training.z_loss"]
     [
         ({"injected": True}, "injected", []),
         ({"injected": True, "lasting": 0.1}, "injected", ["optimizer.clip", "optimizer.lr"]),
+        ({"injected": True, "lasting": 0.1, "untouched": True}, "injected", []),
+        ({"injected": True, "state": "rewound", "steps_to_recover": None}, "injected", []),
         ({"injected": True, "not_finite": 2, "patterns": ("x",)}, "injected", []),
         ({"not_finite": 1}, "not finite", ["training.precision", "model.qk_norm", "training.z_loss"]),
         (

@@ -150,3 +150,14 @@ def test_a_spike_leaves_the_smoothed_curve_alone_and_the_first_value_stands() ->
     spiked[100] = 1000
     assert np.abs(smooth(spiked, 11) - values).max() < 0.2
     assert smooth(values, 11)[0] == 10
+
+
+@pytest.mark.parametrize("name", ["grad_norm", "train/loss", "val/loss", "param_norm", "tokens_per_sec"])
+@pytest.mark.parametrize(("damaged", "steps"), [(-1e308, 30), (1e308, 300), (float("inf"), 300)])
+def test_a_damaged_number_is_drawn_as_none(tmp_path: Path, name: str, damaged: float, steps: int) -> None:
+    rows = made_rows(steps)
+    rows[10] |= {name: damaged}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        names = draw_all(History("run", rows, clip=1.0), tmp_path)
+    assert all((tmp_path / one).stat().st_size > 1000 for one in names)

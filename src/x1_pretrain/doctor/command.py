@@ -12,11 +12,16 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
+import psutil
 import typer
 
 from x1_pretrain import __version__
@@ -25,6 +30,7 @@ from x1_pretrain.command import single
 from x1_pretrain.config import RunConfig
 from x1_pretrain.doctor import conclusion, findings
 from x1_pretrain.doctor.examination import Options, examine
+from x1_pretrain.doctor.trial import DYING_S
 from x1_pretrain.errors import UserError
 from x1_pretrain.numbers import for_json
 from x1_pretrain.records.metrics import utc_now
@@ -98,7 +104,8 @@ def main(
     )
     progress = Progress(begun, as_json)
     try:
-        facts = examine(options, progress.say)
+        with ended_in_order():
+            facts = examine(options, progress.say)
     finally:
         progress.clear()
     target = env_file or (config.parent if config else Path()) / conclusion.ENV_NAME
@@ -106,6 +113,36 @@ def main(
     took_s = time.monotonic() - begun
     print(_as_json(page, took_s) if as_json else _as_text(page, loaded, took_s))
     return findings.exit_code(page.findings)
+
+
+@contextmanager
+def ended_in_order() -> Iterator[None]:
+    """SIGTERM unwinds as Ctrl-C does, so that every child is ended and every file removed; exit code 143."""
+
+    def end(number: int, _: object) -> None:
+        signal.signal(number, signal.SIG_IGN)  # a second one must not interrupt the cleaning
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # only there signals can be taken
+        yield
+        return
+    others = set(psutil.Process().children())
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    except (SystemExit, KeyboardInterrupt):
+        _end_all(set(psutil.Process().children()) - others)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _end_all(children: set[psutil.Process]) -> None:
+    """A signal may come while a child is being started, before anyone has it in hand."""
+    for child in children:
+        with suppress(psutil.Error):
+            child.kill()
+    psutil.wait_procs(list(children), timeout=DYING_S)
 
 
 # Left by torchrun: with them a trial would wait for ranks that nobody started.

@@ -50,7 +50,9 @@ def conclude(options: Options, facts: Examined, env_file: Path, usd_per_hr: floa
     if options.config:
         rows += about_run(options.config, facts, found)
     rows.append(judge_run.alerts(facts.alerts, bool(options.config and options.config.budget.cap_usd)))
-    text = sums.sentences(found, options.config, facts.ranks, how(facts)) if found and options.config else ""
+    text = ""
+    if found and options.config:
+        text = sums.sentences(found, options.config, facts.ranks, how(facts), facts.cuda)
     return Page(rows, found, text)
 
 
@@ -78,7 +80,12 @@ def about_machine(options: Options, facts: Examined, kinds: list[Kind | None]) -
         judge_machine.kind(names, kinds),
         judge_machine.health(idle, busy, others),
         judge_machine.product(
-            rates, first.peak_flops_per_sec if first else None, arithmetic, compute.trouble, busy
+            rates,
+            first.peak_flops_per_sec if first else None,
+            arithmetic,
+            compute.trouble,
+            busy,
+            gpu=facts.cuda,
         ),
         judge_machine.copy(rates, _bandwidth(first)),
         judge_machine.upload(rates),
@@ -202,7 +209,10 @@ def disk_needed(config: RunConfig | None, facts: Examined, folder: Path) -> tupl
         there = 0
     still = max(1, most - there)
     beside = f", {there} are there" if there else ""
-    return float(still * one + LOG_BYTES), f"{most} checkpoints of {size(one)}{beside}"
+    return float(still * one + LOG_BYTES), (
+        f"at most {most} checkpoints of {size(one)} at once, the one being written among them{beside}; "
+        f"{size(LOG_BYTES)} for logs"
+    )
 
 
 def memory_needed(config: RunConfig | None, facts: Examined) -> tuple[float | None, str]:
@@ -265,9 +275,12 @@ def estimate_of(config: RunConfig, facts: Examined, price: Price | None) -> Esti
     )
 
 
-def evaluation_s(config: RunConfig, measured: Facts, facts: Examined) -> float:
-    """One evaluation: so many tokens of each domain, forward only, shared by the ranks."""
+def evaluation_s(config: RunConfig, measured: Facts, facts: Examined) -> float | None:
+    """One evaluation: so many tokens of each domain, forward only, shared by the ranks. None: the data, which
+    say how many there are, did not open."""
     opened = facts.data.part("open").get("corpora", []) if facts.data else []
+    if not opened:
+        return None
     tokens = sum(min(n, config.evaluation.tokens) for corpus in opened for n in corpus["domains"].values())
     forward_tokens = measured["sequences"] * config.model.context
     return float(tokens / forward_tokens * measured["forward_s"] / facts.ranks)

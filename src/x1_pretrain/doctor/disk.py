@@ -10,14 +10,15 @@ import mmap
 import os
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 CHUNK = 8 << 20
+PREFIX = ".x1-doctor-"  # and the number of the process
 MOST_BYTES = 512 << 20
 SHARE_OF_FREE = 10  # never more than a tenth of what is free
 NETWORK = ("nfs", "cifs", "smb", "sshfs", "9p", "ceph", "gluster", "lustre", "gpfs", "beegfs", "s3", "gcs")
@@ -46,40 +47,70 @@ def existing(folder: Path) -> Path:
 
 
 def look(folder: Path, limit_s: float, clock: Clock = time.perf_counter) -> Disk:
-    """Write for a third of the time, read for a third; the file is removed."""
+    """Write for a third of the time, read for a third; the file has no name by then."""
     place = existing(folder)
     free = shutil.disk_usage(place).free
     facts = Disk(str(place), free, file_system(place))
     most = min(MOST_BYTES, free // SHARE_OF_FREE) // CHUNK * CHUNK
     if most < CHUNK:
         return facts
-    file = place / f".x1-doctor-{os.getpid()}"
+    remove_old(place)
     try:
-        written, write_s = _write(file, most, limit_s / 3, clock)
-        read, read_s, how = _read(file, limit_s / 3, clock)
+        with _nameless(place / f"{PREFIX}{os.getpid()}") as (writer, readers):
+            written, write_s = _write(writer, most, limit_s / 3, clock)
+            read, read_s, how = _read(readers, limit_s / 3, clock)
     except OSError as error:
         return Disk(str(place), free, facts.file_system, trouble=f"{error.strerror or error}")
-    finally:
-        with suppress(OSError):
-            file.unlink(missing_ok=True)
     rates = written / max(write_s, 1e-9), read / max(read_s, 1e-9)
     return Disk(str(place), free, facts.file_system, *rates, written, how)
 
 
-def _write(file: Path, most: int, limit_s: float, clock: Clock) -> tuple[int, float]:
+def remove_old(folder: Path) -> None:
+    """What a doctor that was killed left, where its process is gone."""
+    for file in folder.glob(f"{PREFIX}*"):
+        pid = file.name.removeprefix(PREFIX)
+        if pid.isdecimal() and len(pid) < 10 and file.is_file() and not psutil.pid_exists(int(pid)):
+            with suppress(OSError):
+                file.unlink()
+
+
+@contextmanager
+def _nameless(file: Path) -> Iterator[tuple[int, tuple[int | None, int]]]:
+    """Descriptors to write and to read `file`: around the page cache (None: not to be had) and through it.
+    The name goes at once: however the doctor ends, the room comes back."""
+    with ExitStack() as stack:
+
+        def opened(flags: int) -> int:
+            descriptor = os.open(file, flags, 0o600)
+            stack.callback(os.close, descriptor)
+            return descriptor
+
+        file.unlink(missing_ok=True)  # of an earlier process with this number
+        try:
+            writer, direct = opened(os.O_WRONLY | os.O_CREAT | os.O_EXCL), None
+            with suppress(OSError):  # tmpfs and some network mounts have no O_DIRECT
+                direct = opened(os.O_RDONLY | os.O_DIRECT) if hasattr(os, "O_DIRECT") else None
+            reader = opened(os.O_RDONLY)
+        finally:
+            with suppress(OSError):  # a mount that keeps the name of an open file: once more below
+                file.unlink(missing_ok=True)
+        try:
+            yield writer, (direct, reader)
+        finally:
+            with suppress(OSError):
+                file.unlink(missing_ok=True)
+
+
+def _write(descriptor: int, most: int, limit_s: float, clock: Clock) -> tuple[int, float]:
     """Bytes and seconds. Each round is followed by an fsync, so that the limit is one of real work."""
     noise = os.urandom(CHUNK)
-    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     written, begun = 0, clock()
-    try:
-        while written < most and clock() - begun < limit_s:
-            for _ in range(min(8, (most - written) // CHUNK)):
-                _write_all(descriptor, noise)
-                written += CHUNK
-            os.fsync(descriptor)
-        return written, clock() - begun
-    finally:
-        os.close(descriptor)
+    while written < most and clock() - begun < limit_s:
+        for _ in range(min(8, (most - written) // CHUNK)):
+            _write_all(descriptor, noise)
+            written += CHUNK
+        os.fsync(descriptor)
+    return written, clock() - begun
 
 
 def _write_all(descriptor: int, data: bytes) -> None:
@@ -88,29 +119,25 @@ def _write_all(descriptor: int, data: bytes) -> None:
         view = view[os.write(descriptor, view) :]
 
 
-def _read(file: Path, limit_s: float, clock: Clock) -> tuple[int, float, str]:
+def _read(readers: tuple[int | None, int], limit_s: float, clock: Clock) -> tuple[int, float, str]:
     """Bytes, seconds, and how the cache was avoided."""
-    with suppress(OSError):  # tmpfs and some network mounts have no O_DIRECT
-        return (*_read_chunks(file, getattr(os, "O_DIRECT", 0), limit_s, clock), "O_DIRECT")
-    descriptor = os.open(file, os.O_RDONLY)
+    direct, reader = readers
+    if direct is not None:
+        with suppress(OSError):  # some file systems open so, and then can't read
+            return (*_read_chunks(direct, limit_s, clock), "O_DIRECT")
     if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    os.close(descriptor)
-    return (*_read_chunks(file, 0, limit_s, clock), "cache asked to drop it")
+        os.posix_fadvise(reader, 0, 0, os.POSIX_FADV_DONTNEED)
+    return (*_read_chunks(reader, limit_s, clock), "cache asked to drop it")
 
 
-def _read_chunks(file: Path, flags: int, limit_s: float, clock: Clock) -> tuple[int, float]:
-    descriptor = os.open(file, os.O_RDONLY | flags)
-    try:
-        with mmap.mmap(-1, CHUNK) as buffer:  # aligned to a page, as O_DIRECT wants it
-            total, begun = 0, clock()
-            while (got := os.readv(descriptor, [buffer])) > 0:
-                total += got
-                if clock() - begun > limit_s:
-                    break
-            return total, clock() - begun
-    finally:
-        os.close(descriptor)
+def _read_chunks(descriptor: int, limit_s: float, clock: Clock) -> tuple[int, float]:
+    with mmap.mmap(-1, CHUNK) as buffer:  # aligned to a page, as O_DIRECT wants it
+        total, begun = 0, clock()
+        while (got := os.readv(descriptor, [buffer])) > 0:
+            total += got
+            if clock() - begun > limit_s:
+                break
+        return total, clock() - begun
 
 
 def file_system(folder: Path) -> str:

@@ -15,6 +15,7 @@ from x1_pretrain.config import RunConfig
 from x1_pretrain.records.console import duration
 
 ENOUGH = 10  # samples for percentiles
+MANY_HOURS, MANY_DOLLARS = 1_000.0, 10_000.0  # from which they are rounded
 GRADIENT_BYTES = 4  # fp32
 
 
@@ -89,7 +90,7 @@ class Price:
 class Estimate:
     tokens_per_sec: tuple[float, float, float]  # median, lowest, highest
     hours: tuple[float, float, float]  # median, fewest, most
-    parts_s: Mapping[str, float]
+    parts_s: Mapping[str, float | None]  # None: not counted
     samples: int
     price: Price | None
 
@@ -118,30 +119,31 @@ class Estimate:
 def estimate(
     config: RunConfig,
     measured: Pace,
-    evaluation_s: float,
+    evaluation_s: float | None,
     checkpoint_s: float,
     price: Price | None,
 ) -> Estimate:
-    """`evaluation_s`, `checkpoint_s`: of one."""
+    """`evaluation_s`, `checkpoint_s`: of one. No `evaluation_s`: evaluations are not counted."""
     steps = config.training.total_steps
-    others = evaluations(config) * evaluation_s + checkpoints(config) * checkpoint_s
+    evaluating = None if evaluation_s is None else evaluations(config) * evaluation_s
+    others = (evaluating or 0.0) + checkpoints(config) * checkpoint_s
     hours = [
         (steps * seconds + others) / 3600 for seconds in (measured.step_s, measured.low_s, measured.high_s)
     ]
-    parts = {
+    parts: dict[str, float | None] = {
         "training": steps * measured.step_s,
-        "evaluation": evaluations(config) * evaluation_s,
+        "evaluation": evaluating,
         "checkpoints": checkpoints(config) * checkpoint_s,
     }
     rates = measured.tokens_per_sec(config.training.batch_tokens)
     return Estimate(rates, (hours[0], hours[1], hours[2]), parts, measured.samples, price)
 
 
-def sentences(found: Estimate, config: RunConfig, ranks: int, how: str) -> str:
-    """The last lines of the page."""
+def sentences(found: Estimate, config: RunConfig, ranks: int, how: str, gpu: bool = True) -> str:
+    """The last lines of the page. `gpu`: it was measured on one."""
     rate, low, high = found.tokens_per_sec
     total = config.training.total_steps * config.training.batch_tokens
-    parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in found.parts_s.items())
+    parts = ", ".join(_part(name, seconds) for name, seconds in found.parts_s.items())
     lines = [
         f"{config.name}: about {rate:,.0f} tokens/s [{low:,.0f}, {high:,.0f}] on {how}",
         f"  {total:,} tokens take {_span(found.hours, _hours)}: {parts}",
@@ -149,6 +151,11 @@ def sentences(found: Estimate, config: RunConfig, ranks: int, how: str) -> str:
     if found.usd and found.price:
         price = f"{found.price.usd_per_hr:,.2f} $/h ({found.price.source})"
         lines.append(f"  {_span(found.usd, dollars)} at {price}")
+        if not gpu:
+            lines.append(
+                "  The speed is this CPU's. If that price is of a machine with a GPU, these dollars are of "
+                "neither."
+            )
     else:
         lines.append("  dollars: no price is known; give --usd-per-hr")
     scaled = f" One rank of {ranks} was measured, alone." if ranks > 1 else ""
@@ -166,8 +173,24 @@ def _span(values: tuple[float, float, float], shown: Callable[[float], str]) -> 
 
 
 def _hours(hours: float) -> str:
+    if hours >= MANY_HOURS:  # no measurement of seconds is good to the minute there
+        return f"about {_rounded(hours):,.0f} h"
     return f"{hours:,.2f} h" if hours >= 1 / 60 else f"{hours * 3600:,.1f} s"
 
 
+def _rounded(value: float) -> float:
+    """To three digits."""
+    return float(f"{value:.3g}")
+
+
+def _part(name: str, seconds: float | None) -> str:
+    if seconds is None:
+        return f"{name}: not counted, the data did not open"
+    long = seconds >= 3600 * MANY_HOURS
+    return f"{name} {_hours(seconds / 3600) if long else duration(seconds)}"
+
+
 def dollars(usd: float) -> str:
+    if usd >= MANY_DOLLARS:
+        return f"${_rounded(usd):,.0f}"
     return f"${usd:,.2f}" if usd >= 0.01 else f"${usd:.2g}"

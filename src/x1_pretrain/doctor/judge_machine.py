@@ -15,7 +15,7 @@ from x1_pretrain.doctor.disk import Disk, is_network
 from x1_pretrain.doctor.findings import Finding, size
 from x1_pretrain.doctor.gpu import Card, Driver, at_power_cap, throttled
 from x1_pretrain.doctor.machine import Host
-from x1_pretrain.doctor.trial import Facts
+from x1_pretrain.doctor.trial import ENDED, Facts
 from x1_pretrain.model.gpus import Kind
 from x1_pretrain.numbers import human
 
@@ -215,6 +215,7 @@ def product(
     works: Facts,
     trouble: str | None = None,
     busy: Sequence[Card] = (),
+    gpu: bool = True,
 ) -> Finding:
     """Measured FLOP/s of a big square product against the data sheet's; on a CPU the number alone. `busy`:
     the cards under load, whose power cap may be why."""
@@ -222,6 +223,11 @@ def product(
         fix = "this torch has no kernels for this GPU, or the GPU is broken: another build (docs/machines.md)"
         return Finding("matmul", "broken", str(works.get("error")), fix)
     if not rates and trouble:
+        if works and not gpu and trouble.startswith(ENDED):
+            busy_cpu = "the CPU is busy, or slow: end what else runs here (`top`)"
+            return Finding("matmul", "slow", f"not measured: {trouble}", busy_cpu)
+        if works and not gpu:
+            return Finding("matmul", "broken", f"not measured: {trouble}", "another build of torch")
         fix = "a GPU that hangs: reboot, or take another machine" if works else "see the line of torch"
         return Finding("matmul", "broken" if works else "-", f"not measured: {trouble}", fix)
     if not rates:

@@ -22,6 +22,7 @@ from typing import IO, Any
 
 Facts = dict[str, Any]
 POLL_S = 0.05
+ENDED = "ended after"  # what is said of a child whose time was up
 DYING_S = 5.0  # a process inside a driver call may not even die at once
 
 
@@ -75,7 +76,7 @@ def _watch(child: subprocess.Popen[bytes], task: Mapping[str, Any], limit_s: flo
     deadline = time.monotonic() + limit_s
     while child.poll() is None:
         if time.monotonic() > deadline:
-            return f"ended after {limit_s:.0f} s without an answer"
+            return f"{ENDED} {limit_s:.0f} s without an answer"
         time.sleep(POLL_S)
     return None
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,15 +19,19 @@ from x1_pretrain.config import OptimizerConfig
 from x1_pretrain.money.account import account
 from x1_pretrain.money.clock import Clock, parse_stamp
 from x1_pretrain.money.ledger import NAME, LedgerError, read_rows
-from x1_pretrain.postmortem.steps_file import value
+from x1_pretrain.postmortem.steps_file import plausible, value
 from x1_pretrain.records.run_folder import Row, Run, is_number, series
 
 F64 = npt.NDArray[np.float64]
 
 LEAST_BEFORE, LEAST_AFTER = 16, 8  # steps; with fewer no trend is drawn
+BLIND = 0.1  # nats of error from which "nothing lasting" would say more than is known
+WELL_OUTSIDE = 2.0  # times the error: less may be the line's fault
 SETTLED = 32  # steps after the recovery from which the difference is more than a first impression
 CALM = 1.1  # Adam's second moment less than a tenth above its usual value counts as back
 MADE = ("go", "")  # verdicts after which the update was made
+
+Reading = Literal["may have", "above", "nothing", "blind"]
 
 # -----------------------------------------------------------------------------------------------------------
 # What it left in the loss
@@ -53,6 +58,16 @@ class Lasting:
     def clear(self) -> bool:
         """Outside what the scatter explains."""
         return abs(self.difference) > self.error
+
+    @property
+    def reading(self) -> Reading:
+        """What may be said of it. Never that the spike was the cause: a loss that flattens lies above a line
+        as well."""
+        if self.difference > WELL_OUTSIDE * self.error:
+            return "may have"
+        if self.error > BLIND:
+            return "blind"
+        return "above" if self.clear and self.difference > 0 else "nothing"
 
 
 def lasting(before: Sequence[Row], after: Sequence[Row]) -> Lasting | None:
@@ -92,7 +107,7 @@ def _extrapolated(x: F64, y: F64, x_after: F64) -> tuple[F64, float]:
 
 def _points(rows: Sequence[Row]) -> tuple[F64, F64, list[int]]:
     """ln step and loss, where it is finite."""
-    good = [row for row in rows if math.isfinite(value(row, "loss"))]
+    good = [row for row in rows if row["step"] > 0 and math.isfinite(value(row, "loss"))]
     steps = [row["step"] for row in good]
     return np.log(np.array(steps, float)), np.array([row["loss"] for row in good], float), steps
 
@@ -202,7 +217,7 @@ def _rank(name: str) -> tuple[int, str]:
 
 
 def _norm(name: str, rows: Sequence[Row], first: int, last: int) -> Norm | None:
-    points = list(zip(*series(rows, name), strict=True))
+    points = [(s, plausible(v)) for s, v in zip(*series(rows, name), strict=True)]
     before = [point for point in points if point[0] < first]
     during = [point for point in points if first <= point[0] <= last]
     after = [point for point in points if point[0] > last]

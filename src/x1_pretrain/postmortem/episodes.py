@@ -16,7 +16,7 @@ import numpy as np
 
 from x1_pretrain.errors import UserError
 from x1_pretrain.learning.stability import LOSS_FLOOR, NORMAL, stands_out
-from x1_pretrain.postmortem.steps_file import rows_between, value
+from x1_pretrain.postmortem.steps_file import plausible, rows_between, value
 from x1_pretrain.records.data_order import injected_stretches, order_of, recorded_injections
 from x1_pretrain.records.run_folder import Row, Run, is_number, moment, with_numbers
 
@@ -200,7 +200,8 @@ def deviation(rows: Iterable[Row]) -> float:
 
 
 def _known(told: Any, counted: float) -> float:
-    return float(told) if is_number(told) else counted
+    known = plausible(float(told)) if is_number(told) else math.nan
+    return counted if math.isnan(known) else known
 
 
 def level(values: Iterable[float]) -> tuple[float, float]:
@@ -231,7 +232,11 @@ def _seconds(rows: Sequence[Row], spike: Spike) -> float | None:
 
 
 def seconds_between(rows: Sequence[Row], first: int, last: int) -> float | None:
-    """What the steps first to last took, by the clock; a pause between two sessions is left out."""
+    """What the steps first to last took by themselves: an evaluation or a checkpoint that was due between
+    them is not theirs. Where a row does not say, by the clock; a pause between two sessions is left out."""
+    own = [value(row, "step_s") for row in rows if first <= row["step"] <= last]
+    if own and all(map(math.isfinite, own)):
+        return sum(own) or None
     total = 0.0
     for before, row in pairwise(rows):
         if first <= row["step"] <= last:

@@ -12,6 +12,7 @@ from x1_pretrain.errors import UserError
 from x1_pretrain.money.clock import Clock
 from x1_pretrain.postmortem.data import Seen, data_of, patterns
 from x1_pretrain.postmortem.effects import (
+    MADE,
     Clipping,
     Lasting,
     Memory,
@@ -52,6 +53,7 @@ class Findings:
     norms: list[Norm]
     price: Price | None
     clock: Clock
+    untouched: bool  # no batch of it reached the weights: every update was left out
     redone_s: float | None  # time of the steps that a rewind threw away
     evidence: Evidence
     verdict: Verdict
@@ -78,9 +80,11 @@ def gather(run: Run, spike: Spike, spikes: Sequence[Spike], metrics: Sequence[Ro
     seen, no_data = _data(run, spike, during)
     after_recovery = _after_recovery(run, spike, spikes, after)
     calm = [row for row in before if not row.get("spike")]
-    left = lasting(calm, after_recovery) if spike.recovered and not spike.rewound_utc else None
+    untouched = all_left_out(spike, seen, rows)
+    trend = spike.recovered and not spike.rewound_utc and not untouched
+    left = lasting(calm, after_recovery) if trend else None
     resumed = last_resume(run.events()[: spike.events_before], spike.onset)
-    evidence = _evidence(run, spike, spikes, during, metrics, seen, left, resumed)
+    evidence = _evidence(run, spike, spikes, during, metrics, seen, left, resumed, untouched)
     return Findings(
         run=run,
         spike=spike,
@@ -98,6 +102,7 @@ def gather(run: Run, spike: Spike, spikes: Sequence[Spike], metrics: Sequence[Ro
         norms=norms(metrics, rows, spike.onset, last) if spike.rewound_to is None else [],
         price=price(run, spike.time_utc, metrics, clock),
         clock=clock,
+        untouched=untouched,
         redone_s=_redone_s(rows, spike),
         evidence=evidence,
         verdict=judge(evidence, run.config),
@@ -129,6 +134,15 @@ def _after_recovery(run: Run, spike: Spike, spikes: Sequence[Spike], after: Sequ
     return [row for row in after if first <= row["step"] <= until]
 
 
+def all_left_out(spike: Spike, seen: Seen | None, rows: Sequence[Row]) -> bool:
+    """Whether no update was made of the steps that stood out and of those that were injected."""
+    flagged = spike.flagged or tuple(range(spike.onset, spike.last + 1))
+    steps = {*flagged, *(seen.injected if seen else ())}
+    steps |= {row["step"] for row in rows if row.get("injected") and row["step"] <= spike.last}
+    made = {row["step"]: row.get("verdict", "go") in MADE for row in rows}
+    return all(not made.get(step, True) for step in steps)
+
+
 def _redone_s(rows: Sequence[Row], spike: Spike) -> float | None:
     if spike.rewound_to is None or spike.end is None:
         return None
@@ -148,6 +162,7 @@ def _evidence(
     seen: Seen | None,
     left: Lasting | None,
     resumed: int | None,
+    untouched: bool,
 ) -> Evidence:
     logit_max, growth = _logits(metrics, spike.onset)
     return Evidence(
@@ -163,7 +178,8 @@ def _evidence(
         steps_since_resume=None if resumed is None else spike.onset - resumed,
         logit_max=logit_max,
         logit_growth=growth,
-        lasting=left.difference if left and left.settled and left.clear and left.difference > 0 else None,
+        lasting=left.difference if left and left.settled and left.reading == "may have" else None,
+        untouched=untouched,
         spikes=max(1, sum(not other.injected for other in spikes)),
     )
 

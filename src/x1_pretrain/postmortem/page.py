@@ -8,9 +8,11 @@ from collections.abc import Sequence
 
 from x1_pretrain.numbers import human
 from x1_pretrain.postmortem import page_data, page_verdict
+from x1_pretrain.postmortem.effects import MADE as UPDATED
 from x1_pretrain.postmortem.effects import Memory, Norm
 from x1_pretrain.postmortem.episodes import Spike, tokens_after
 from x1_pretrain.postmortem.findings import Findings, state_of
+from x1_pretrain.postmortem.steps_file import value
 from x1_pretrain.postmortem.words import (
     code,
     count,
@@ -19,6 +21,7 @@ from x1_pretrain.postmortem.words import (
     moment,
     nats,
     number,
+    percent,
     sentence,
     spans,
     spoken,
@@ -167,6 +170,9 @@ def _loss(spike: Spike) -> str:
 def _gradient(spike: Spike) -> str:
     if not math.isfinite(spike.peak_grad_norm):
         return f"The gradient norm, {number(spike.grad_norm_before)} before, was not finite."
+    if not math.isfinite(spike.grad_factor):
+        peak = f"at step {spike.peak_grad_norm_step:,} with {number(spike.peak_grad_norm)}"
+        return f"The gradient norm peaked {peak}."
     same = spike.peak_grad_norm_step == spike.peak_loss_step
     at = "at the same step" if same else f"at step {spike.peak_grad_norm_step:,}"
     usual = number(spike.grad_norm_before)
@@ -216,6 +222,8 @@ def price_of(found: Findings, first: int, last: int, seconds: float | None) -> s
 
 def aftermath(found: Findings) -> str:
     left = found.lasting
+    if found.untouched and found.spike.rewound_to is None:
+        return "Nothing can be left behind: every update of the steps that stood out was left out."
     if left is None:
         return ""
     told = (
@@ -229,8 +237,15 @@ def aftermath(found: Findings) -> str:
     elif left.difference < 0:
         told += f"{off} lies below the line (±{left.error:.3f}): nothing was lost."
     else:
-        told += f"{off} is more than scatter and bend of the steps before explain (±{left.error:.3f}): "
-        told += "the spike left this behind." if left.settled else "so far the spike has left this behind."
+        told += (
+            f"{off} is more than scatter and bend of the steps before explain (±{left.error:.3f}). A loss "
+        )
+        told += "that flattens lies above a straight line too"
+        told += (
+            "; this is well outside the error: the spike may have left something behind."
+            if (left.reading == "may have")
+            else "."
+        )
     if not left.settled and found.last_step < found.run.total_steps:
         told += " `x1 postmortem` run again later looks at more steps."
     return told
@@ -277,6 +292,8 @@ def clipped(found: Findings) -> str:
         f"{count(spike.skipped, 'update')} {'was' if spike.skipped == 1 else 'were'} left out altogether"
     )
     told = f" {sentence(skipped)}" if spike.skipped else ""
+    if cut is None and _none_made(found):
+        return f"No update was made in these steps, so there was nothing to clip.{told}"
     if cut is None:
         return told.strip()
     if not cut.cut:
@@ -284,8 +301,12 @@ def clipped(found: Findings) -> str:
     return (
         f"Clipping cut the gradient in {word(cut.cut)} of {count(cut.steps, 'step')}. Hardest at step "
         f"{cut.step:,}, where a norm of {number(cut.norm)} was cut to {number(cut.limit)}, to "
-        f"1/{cut.factor:.3g} of it.{told}"
+        f"{percent(1 / cut.factor)} of it.{told}"
     )
+
+
+def _none_made(found: Findings) -> bool:
+    return bool(found.during) and all(row.get("verdict", "go") not in UPDATED for row in found.during)
 
 
 def remembered(found: Findings) -> str:
@@ -296,7 +317,7 @@ def remembered(found: Findings) -> str:
     span = (
         f"Adam remembers squared gradients for about 1/(1 - {optimizer.beta2:g}) = {memory.steps:,.0f} steps"
     )
-    return f"{span}. {_inflated(found, memory)} {_moments(found.norms)}".strip()
+    return f"{span}. {_moments(found.norms) or _inflated(found, memory)}"
 
 
 def _inflated(found: Findings, memory: Memory) -> str:
@@ -311,14 +332,17 @@ def _inflated(found: Findings, memory: Memory) -> str:
 
 
 def _moments(norms: Sequence[Norm]) -> str:
-    """What the metrics say of the second moment, which no computation has to guess."""
+    """What the metrics say of the second moment: where they do, no computation has to guess."""
     found = next((norm for norm in norms if norm.name == "optimizer/v_norm"), None)
     then = (found.during or found.after) if found else None
     if found is None or then is None:
         return ""
+    grown = then[1] / found.before[1] if found.before[1] > 0 else math.nan
+    ratio = f", {grown:.3g} times as much" if math.isfinite(grown) else ""
     return (
-        f"Measured over all weights, its norm was {number(found.before[1])} at step {found.before[0]:,} and "
-        f"{number(then[1])} at step {then[0]:,}."
+        f"Measured over all weights, the norm of that memory (its second moment) was "
+        f"{number(found.before[1])} at step {found.before[0]:,} and {number(then[1])} at step "
+        f"{then[0]:,}{ratio}."
     )
 
 
@@ -331,7 +355,7 @@ def closing(found: Findings) -> str:
     missing = ["the loss of single documents"]
     if not found.every_step:
         missing.append(f"the steps between the rows (one every {found.run.config.log.every:,})")
-    if found.clipping is None:
+    if found.clipping is None and not any(math.isfinite(value(row, "clip")) for row in found.during):
         missing.append("what the gradients were clipped to")
     have = {norm.name for norm in found.norms}
     if not found.spike.rewound_utc:

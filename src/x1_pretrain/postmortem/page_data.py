@@ -35,11 +35,12 @@ def injected(seen: Seen) -> list[str]:
     tokens = len(seen.injected) * seen.step_tokens
     blocks = sum(map(len, seen.replaced.values()))
     many = len(seen.injected) > 1
+    unread = "that the order had there is" if blocks == 1 else "that the order had there are"
     told = (
         f"The {'batches' if many else 'batch'} of {'steps' if many else 'step'} {spans(seen.injected)} "
         f"{'were' if many else 'was'} injected: sequences of the corpus's rarest tokens, no source document "
         f"among them. Their {human(tokens)} tokens are not counted as trained. The {count(blocks, 'block')} "
-        "that the order had there were left out for good: the run never reads them, not later either"
+        f"{unread} not read in this epoch"
     )
     parts = [sentence(told)]
     if seen.injected_excerpt:

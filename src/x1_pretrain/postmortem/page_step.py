@@ -102,10 +102,18 @@ def stood_out(quiet: Quiet) -> bool:
     return not finite or stands_out(quiet.loss_z, quiet.norm_z, quiet.run.config.stability.alarm)
 
 
+def injected(quiet: Quiet) -> bool:
+    """Whether its batch was put there on purpose: by its own row, or by the order of the data."""
+    own = any(row.get("injected") for row in quiet.rows if row["step"] == quiet.step)
+    return own or (quiet.seen is not None and quiet.step in quiet.seen.injected)
+
+
 def page(quiet: Quiet, picture: str, csv: str) -> str:
     """The whole page."""
     run, step = quiet.run, quiet.step
     verdict = "it stood out" if stood_out(quiet) else "nothing stood out here"
+    if injected(quiet):
+        verdict = f"an injected batch, which {'stood out' if stood_out(quiet) else 'did not stand out'}"
     parts = [
         f"# Step {step:,} of {run.name}: {verdict}",
         comparison(quiet),

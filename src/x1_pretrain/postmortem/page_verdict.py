@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from x1_pretrain.postmortem.steps_file import value
 from x1_pretrain.postmortem.verdict import GREW, Evidence
 from x1_pretrain.postmortem.words import code, count, joined, sentence, spans, times
 
 if TYPE_CHECKING:
+    from x1_pretrain.postmortem.effects import Lasting
     from x1_pretrain.postmortem.findings import Findings
 
 
@@ -56,7 +58,9 @@ def _growth(evidence: Evidence) -> str:
 
 def _batches(found: Findings) -> str:
     steps = found.seen.injected if found.seen else []
-    return f"the batches of steps {spans(steps)}" if steps else "some of its batches"
+    if not steps:
+        return "some of its batches"
+    return f"the batch of step {steps[0]:,}" if len(steps) == 1 else f"the batches of steps {spans(steps)}"
 
 
 def _arithmetic(precision: str) -> str:
@@ -76,20 +80,62 @@ def ending(found: Findings) -> str:
     spike, left = found.spike, found.lasting
     if spike.rewound_to is not None:
         return (
-            f"The run went back to step {spike.rewound_to:,} and jumped over the batches it had read since."
+            f"The run went back to step {spike.rewound_to:,} and jumped over the batches it had read since: "
+            "nothing can be left behind."
         )
     if spike.recovered is None:
         return "It had not recovered at the last row." if spike.end is None else "The loss did not come back."
     told = f"The run was back after {count(spike.recovery_steps or 0, 'step')}"
+    if found.untouched:
+        return f"{told}; every update of it was left out, so nothing can be left behind."
     if left is None or not left.settled:
         return f"{told}; too few steps have followed to say what it left behind."
-    if left.clear and left.difference > 0:
-        return f"{told}, but {left.difference:.3f} nats above where the trend led."
-    return f"{told}, and nothing lasting is to be seen."
+    return f"{told}{lasted(left)}"
+
+
+def lasted(left: Lasting) -> str:
+    """The rest of the sentence: no more than the error allows, and no cause."""
+    match left.reading:
+        case "may have":
+            return (
+                f", and the loss then lay {left.difference:.3f} nats above a straight line through the steps "
+                f"before. A loss that flattens does so too, but this is well outside the error of "
+                f"±{left.error:.3f}: it may have left something behind."
+            )
+        case "above":
+            return (
+                f", and the loss then lay {left.difference:.3f} nats above a straight line through the steps "
+                f"before (±{left.error:.3f}); a loss that flattens does so too."
+            )
+        case "blind":
+            return f"; whether it left anything, an effect below {left.error:.2f} nats could not be seen."
+        case "nothing":
+            return f", and nothing lasting is to be seen (to within {left.error:.3f} nats)."
 
 
 def advice(found: Findings) -> str:
     if not found.verdict.advice:
-        policy = found.run.config.stability.policy
-        return f"Nothing needs to change: with stability.policy {code(policy)} the run took it."
+        return f"Nothing needs to change: {credit(found)}."
     return "\n".join(f"- {code(one.field)}: {one.text}." for one in found.verdict.advice)
+
+
+def credit(found: Findings) -> str:
+    """What took it; a policy only where the rows show that it did something."""
+    config = found.run.config
+    policy = f"stability.policy {code(config.stability.policy)}"
+    if found.spike.rewound_to is not None:
+        return f"{policy} undid it"
+    if found.untouched:
+        return f"{policy} left every update of it out"
+    tighter = any(
+        value(row, "clip") < (1 - 1e-6) * config.optimizer.clip
+        and value(row, "grad_norm") > value(row, "clip")
+        for row in found.during
+    )
+    if tighter or found.spike.skipped:
+        return f"with {policy} the run took it"
+    if found.clipping and found.clipping.cut:
+        return (
+            f"the run took it with optimizer.clip {config.optimizer.clip:g} alone; {policy} changed nothing"
+        )
+    return "the run took it by itself"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from x1_pretrain.errors import UserError
+from x1_pretrain.records.plots import LARGEST
 from x1_pretrain.records.run_folder import Row, Run, is_number, is_train, parse_row, read_jsonl, with_numbers
 
 NAME, SUPERSEDED = "steps.jsonl", "steps.superseded.jsonl"
@@ -52,7 +53,12 @@ def last_row(run: Run) -> Row | None:
 
 def value(row: Row, name: str) -> float:
     """A number of a row; NaN where there is none."""
-    return float(row[name]) if is_number(row.get(name)) else math.nan
+    return plausible(float(row[name])) if is_number(row.get(name)) else math.nan
+
+
+def plausible(number: float) -> float:
+    """Beyond LARGEST no number can be reckoned with, or drawn: it is none, as after an overflow."""
+    return number if abs(number) <= LARGEST or math.isinf(number) else math.nan
 
 
 def is_step(row: Row) -> bool:

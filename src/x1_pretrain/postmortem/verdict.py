@@ -36,7 +36,8 @@ class Evidence:
     logit_max: float | None = None  # before the onset
     logit_growth: float | None = None
     cut_factor: float | None = None  # of the hardest clip
-    lasting: float | None = None  # nats, where clear of the scatter
+    lasting: float | None = None  # nats, where well clear of the error: it may have left something
+    untouched: bool = False  # every update of it was left out
     spikes: int = 1  # in the whole run, without those made on purpose
 
 
@@ -123,7 +124,8 @@ def _for_cause(cause: Cause, found: Evidence, config: RunConfig) -> list[Advice]
 
 
 def _injected(found: Evidence, config: RunConfig) -> list[Advice]:
-    if found.state == "recovered" and found.lasting is None:
+    harmless = found.state == "recovered" and found.lasting is None
+    if harmless or found.untouched or found.state == "rewound":
         return []
     lr = config.optimizer.lr
     return [
@@ -131,7 +133,7 @@ def _injected(found: Evidence, config: RunConfig) -> list[Advice]:
             "optimizer.clip",
             f"it is {config.optimizer.clip:g}; a lower one lets less of such a batch through",
         ),
-        Advice("optimizer.lr", f"it is {lr:g}; a run that five odd batches throw off is near its limit"),
+        Advice("optimizer.lr", f"it is {lr:g}; a run that a few odd batches throw off may be near its limit"),
     ]
 
 
@@ -202,7 +204,7 @@ def _steps(found: Evidence, config: RunConfig) -> list[Advice]:
     optimizer, advice = config.optimizer, []
     if found.spikes > 1 or found.lasting or found.state != "recovered":
         undone = "a spike that had to be undone"
-        one = undone if found.state == "rewound" else "a spike that left something behind"
+        one = undone if found.state == "rewound" else "a spike that may have left something behind"
         times = f"{found.spikes} spikes" if found.spikes > 1 else one
         advice.append(
             Advice("optimizer.lr", f"it is {optimizer.lr:g}; after {times}, try {optimizer.lr / 1.5:.2g}")

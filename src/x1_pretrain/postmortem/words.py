@@ -21,7 +21,9 @@ def count(number: int, what: str, plural: str | None = None) -> str:
 
 
 def spoken(seconds: float) -> str:
-    """42 seconds, 8.6 minutes, 2.1 hours."""
+    """30 ms, 42 seconds, 8.6 minutes, 2.1 hours."""
+    if seconds < 1:
+        return f"{1000 * seconds:.0f} ms" if seconds >= 1e-3 else "less than 1 ms"
     for size, name in ((3600, "hours"), (60, "minutes")):
         if seconds >= 1.5 * size:
             return f"{seconds / size:.1f} {name}"
@@ -39,6 +41,11 @@ def number(value: float) -> str:
 
 def nats(value: float) -> str:
     return f"{value:.3f}" if math.isfinite(value) else "no finite number"
+
+
+def percent(share: float) -> str:
+    """51 %, 0.22 %; no line is broken before the sign."""
+    return f"{100 * share:.0f}\u00a0%" if share >= 0.01 else f"{100 * share:.2g}\u00a0%"
 
 
 def times(factor: float) -> str:

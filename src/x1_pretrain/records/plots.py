@@ -6,6 +6,7 @@ vertical lines. matplotlib is imported when a picture is drawn.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib.stride_tricks import sliding_window_view
 
-from x1_pretrain.records.run_folder import Row, is_train, last_step, series, validation_losses
+from x1_pretrain.records import run_folder
+from x1_pretrain.records.run_folder import Row, is_number, is_train, last_step, validation_losses
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 F64 = npt.NDArray[np.float64]
 
 DPI = 150
+LARGEST = 1e30  # a number beyond it overflows on the way to a pixel, and means nothing: drawn as not finite
 LONG_RUN_ROWS = 200  # from here on a curve is drawn smoothed over its raw self, and the loss gets a close-up
 RAW, INK = "0.75", "#1b1b1b"
 # Dark enough on white, apart in grey by style and marker.
@@ -112,7 +115,7 @@ def throughput(history: History, file: Path) -> None:
     unit, unit_name = (
         (1000.0, "thousand tokens/s") if _peak_rate(history.rows) >= 10_000 else (1.0, "tokens/s")
     )
-    rows = [row for row in history.rows if is_train(row) and "tokens_per_sec" in row and "elapsed_s" in row]
+    rows = [row for row in history.rows if is_train(row) and _sound(row, "tokens_per_sec", "elapsed_s")]
     clock, clock_name = _clock(rows)
     rates = np.array([row["tokens_per_sec"] for row in rows], dtype=float) / unit
     _curve(ax, [row["elapsed_s"] / clock for row in rows], rates, "tokens/s", "{:,.4g}")
@@ -133,6 +136,16 @@ def throughput(history: History, file: Path) -> None:
 
 # -----------------------------------------------------------------------------------------------------------
 # Curves
+
+
+def series(rows: Iterable[Row], name: str) -> tuple[list[int], list[float]]:
+    """As the run folder's, but for damaged numbers: what can't be drawn is NaN."""
+    steps, values = run_folder.series(rows, name)
+    return steps, [value if abs(value) <= LARGEST else math.nan for value in values]
+
+
+def _sound(row: Row, *names: str) -> bool:
+    return all(is_number(row.get(name)) and abs(row[name]) <= LARGEST for name in names)
 
 
 def smooth(values: F64, window: int) -> F64:
@@ -291,11 +304,11 @@ def _elapsed_at(rows: Sequence[Row], step: int) -> float:
 
 
 def _peak_rate(rows: Sequence[Row]) -> float:
-    return max(series(rows, "tokens_per_sec")[1], default=0.0)
+    return max((rate for rate in series(rows, "tokens_per_sec")[1] if np.isfinite(rate)), default=0.0)
 
 
 def _median_label(rows: Sequence[Row], rates: F64, unit_name: str) -> str:
-    mfu = series(rows, "mfu")[1]
+    mfu = [share for share in series(rows, "mfu")[1] if np.isfinite(share)]
     share = f", MFU {np.median(mfu):.1%}" if mfu else ""
     return f"median: {np.median(rates):,.4g} {unit_name}{share}"
 
