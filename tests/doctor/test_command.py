@@ -93,14 +93,20 @@ def test_sigterm_ends_the_children_and_leaves_no_file(tmp_path: Path, later_s: f
 
 def test_a_child_that_nobody_has_in_hand_yet_is_ended_and_those_of_others_are_not() -> None:
     sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
-    other = subprocess.Popen(sleep)
-    try:
-        with pytest.raises(SystemExit) as ended, command.ended_in_order():
-            mine = subprocess.Popen(sleep, start_new_session=True)
+    started: list[subprocess.Popen[bytes]] = []
+
+    def terminated_beside() -> None:
+        with command.ended_in_order():
+            started.append(subprocess.Popen(sleep, start_new_session=True))
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(5)
+
+    other = subprocess.Popen(sleep)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            terminated_beside()
         assert ended.value.code == 143
-        assert not psutil.pid_exists(mine.pid) or mine.poll() is not None
+        assert not psutil.pid_exists(started[0].pid) or started[0].poll() is not None
         assert other.poll() is None
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     finally:

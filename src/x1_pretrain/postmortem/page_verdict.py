@@ -108,7 +108,10 @@ def lasted(left: Lasting) -> str:
                 f"before (±{left.error:.3f}); a loss that flattens does so too."
             )
         case "blind":
-            return f"; whether it left anything, an effect below {left.error:.2f} nats could not be seen."
+            return (
+                f". Whether it left anything behind is not known: an effect below {left.error:.2f} nats "
+                "could not be seen."
+            )
         case "nothing":
             return f", and nothing lasting is to be seen (to within {left.error:.3f} nats)."
 
