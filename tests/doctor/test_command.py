@@ -102,13 +102,14 @@ def test_a_child_that_nobody_has_in_hand_yet_is_ended_and_those_of_others_are_no
             time.sleep(5)
 
     other = subprocess.Popen(sleep)
+    before = signal.getsignal(signal.SIGTERM)
     try:
         with pytest.raises(SystemExit) as ended:
             terminated_beside()
         assert ended.value.code == 143
         assert not psutil.pid_exists(started[0].pid) or started[0].poll() is not None
         assert other.poll() is None
-        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        assert signal.getsignal(signal.SIGTERM) == before
     finally:
         other.kill()
         other.wait()

@@ -341,7 +341,7 @@ def test_a_hang_that_holds_pythons_lock_is_killed_with_its_stack(after_s: str, t
     (file,) = tmp_path.glob("hang-rank0-*.txt")
     text = file.read_text()
     assert "stuck_here" in text
-    assert f"phase {'start at step 0' if after_s == '0' else 'data at step 9'}" in text
+    assert f"phase {'update at step 8' if after_s == '0' else 'data at step 9'}" in text
     assert "torch" in text
     assert "x1: hang" in err
     assert str(file) in err
