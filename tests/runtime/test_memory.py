@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import random
 import subprocess
 import sys
@@ -33,7 +34,8 @@ CPU = torch.device("cpu")
 def test_on_a_cpu_memory_is_what_the_system_says_of_this_process() -> None:
     before = memory.reading(CPU)["memory/rss_gib"]
     assert before == pytest.approx(psutil.Process().memory_info().rss / 2**30, abs=0.05)
-    block = np.ones(2**27, dtype=np.uint8)  # 128 MiB, touched
+    block = np.frombuffer(mmap.mmap(-1, 2**27), dtype=np.uint8)  # new pages, not ones freed by a test before
+    block[:] = 1
     assert memory.reading(CPU)["memory/rss_gib"] - before == pytest.approx(len(block) / 2**30, abs=0.02)
 
 

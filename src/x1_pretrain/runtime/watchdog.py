@@ -248,7 +248,8 @@ class Watchdog:
         if self._rank == 0:
             return
         first = next(iter(self._peers.items()), None)
-        deadline = time.monotonic() + self._limits.step_s + self._limits.save_s
+        here_s = self._limits.step_s if first else 0.0  # on another host nothing tells that it is gone
+        deadline = time.monotonic() + here_s + self._limits.save_s
         while time.monotonic() < deadline and (first is None or is_alive(*first)):
             time.sleep(0.05)
 
