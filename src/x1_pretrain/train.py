@@ -150,7 +150,7 @@ def train_step(run: Run, batch: Batch[Tensor]) -> Update | None:
     lr = learning_rate(run.step, run.config.optimizer, run.total_steps)
     if judged.verdict == "go":
         telemetry.look_at_gradients(run)
-        optimizers.clip_(weights, judged.clip, norm)
+        optimizers.clip_(weights, judged.clip, norm.fill_(grad_norm))  # the same number on all ranks
         optimizers.set_learning_rate(run.optimizer, lr)
         run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
