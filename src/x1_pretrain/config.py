@@ -152,6 +152,8 @@ class CheckpointConfig(Section):
     every: Count = 1800
     keep_last: Annotated[int, Field(ge=2)] = 2  # two: a new one is trusted only after it verified
     keep_every: Count | None = None  # keep every checkpoint whose step is a multiple of this
+    keep_best: Steps = 0  # keep so many of those with the lowest validation loss
+    keep_local: Count | None = None  # of what is kept, so many here, once the mirror has them; none: all
     at: list[Count] = []  # also save at these steps, and keep those for good
 
 
@@ -251,6 +253,23 @@ class WatchdogConfig(Section):
     )
 
 
+class MirrorConfig(Section):
+    """Copies of the run off its machine. `mirror: s3://bucket/runs` in a config is short for its `uri`."""
+
+    uri: str | None = None  # a folder of runs: s3://, gs://, az://, hf:// or a path; none: no mirror
+    endpoint: str | None = None  # of a store that speaks S3: R2, B2, MinIO
+    every_s: Positive = 15.0  # between two looks at what is new
+    data: bool = False  # the corpora too
+    max_mb_per_s: Positive | None = None  # of what is sent
+    stale_s: Annotated[float, Field(ge=3, allow_inf_nan=False)] = (
+        90.0  # a silent writer is gone after so long
+    )
+    grace_s: Positive = 40.0  # after SIGTERM, for what is not mirrored yet
+    without_lease: bool = False  # also in a store that can't keep two writers apart
+    storage_usd_per_gib_month: NonNegative | None = None  # none: the list price of the store
+    egress_usd_per_gib: NonNegative | None = None  # none: the list price
+
+
 class VerifyConfig(Section):
     """What `x1 verify` holds the finished run against."""
 
@@ -281,7 +300,15 @@ class RunConfig(Section):
     stability: StabilityConfig = StabilityConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
+    mirror: MirrorConfig = MirrorConfig()
     verify: VerifyConfig = VerifyConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_mirror(cls, tree: Any) -> Any:
+        if isinstance(tree, dict) and isinstance(tree.get("mirror"), str):
+            return {**tree, "mirror": {"uri": tree["mirror"]}}
+        return tree
 
     @model_validator(mode="after")
     def _steps_fit(self) -> Self:
@@ -358,6 +385,7 @@ HARMLESS = (
     "stability.inject_spike_at_step",  # only ahead of where the run is: see session.injections
     "telemetry.",
     "watchdog.",
+    "mirror.",
     "verify.",
 )
 

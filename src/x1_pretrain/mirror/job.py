@@ -1,0 +1,76 @@
+"""What a trainer and its mirror, a process of its own, say to each other: one JSON object a line.
+
+The trainer writes `Job` and then orders into the mirror's standard input; the mirror writes what happens to
+its standard output. When the input ends without an order to drain, the trainer is gone.
+
+    orders      {"do": "publish"}                          from here on the folder is the run's
+                {"do": "drain", "within_s": 40.0, "why": "finished"}
+    happenings  {"is": "opened", ...Opened}                first, or:
+                {"is": "refused", "message": "...", "exit_code": 78}
+                {"is": "progress", "text": "..."}          one line that replaces the one before
+                {"is": "event", "name": "mirror", "message": "...", "fields": {...}}
+                {"is": "status", ...Status}                at every look, at least every few seconds
+                {"is": "lost", "message": "..."}           another writer has the run
+                {"is": "drained", "left": ["checkpoint of step 1800", ...]}    last
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run and its mirror."""
+
+    name: str  # of the run in the mirror
+    folder: str  # the run folder
+    checkpoints: str  # the checkpoint folder
+    uri: str
+    endpoint: str | None = None
+    every_s: float = 15.0
+    data: bool = False
+    max_mb_per_s: float | None = None
+    stale_s: float = 90.0
+    without_lease: bool = False
+    keep_last: int = 2
+    keep_every: int | None = None
+    keep_best: int = 0
+    keep_at: list[int] = field(default_factory=list)
+    must_exist: bool = False  # --resume-from: a mirror without the run is refused
+    fresh: bool = False  # --fresh: a mirror with the run is refused
+    run_id: str | None = None  # of the run folder, if it has one
+    step_fields: dict[str, Any] = field(default_factory=dict)  # of the config, before the corpora are open
+    corpora: dict[str, str] = field(default_factory=dict)  # name -> folder
+    total_steps: int = 0
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What the mirror found, and what it put into the run folder."""
+
+    label: str  # s3://bucket/runs/x1-50m
+    epoch: int
+    found: bool  # the run was there
+    run_id: str = ""
+    notes: list[str] = field(
+        default_factory=list
+    )  # lines for the screen and events: skipped, taken over, ...
+    restored_step: int | None = None  # a checkpoint was fetched
+    restored_bytes: int = 0
+    restored_s: float = 0.0
+    moved_from: str | None = None  # the writer before, on another machine
+    down_s: float | None = None  # since its last beat, by the store's clock
+    last_step: int | None = None  # that it published a row of
+
+
+@dataclass(frozen=True)
+class Status:
+    """How far behind the mirror is."""
+
+    lag_s: float = 0.0  # age of the oldest thing that is not mirrored yet
+    lag_bytes: int = 0
+    mirrored: list[int] = field(default_factory=list)  # steps of the checkpoints it has
+    trouble: str = ""  # why nothing can be sent now
+    sent_bytes: int = 0  # of this session
