@@ -130,6 +130,7 @@ WRITERS = {  # the functions that make the rows of metrics.jsonl
     "learning/noise.py": {"row"},
     "money/trainer_guard.py": {"row"},
     "runtime/run.py": {"row"},
+    "runtime/mirror.py": {"row"},
 }
 
 

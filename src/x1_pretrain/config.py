@@ -324,6 +324,8 @@ class RunConfig(Section):
             )
         self._decay_fits()
         self._injection_fits()
+        if self.mirror.uri and self.name in ("data", "trash"):
+            raise ValueError(f"name {self.name}: a mirror has a folder of that name; give the run another")
         if late := [step for step in self.checkpoint.at if step > self.training.total_steps]:
             raise ValueError(
                 f"checkpoint.at {late[0]} is after the end, training.total_steps {self.training.total_steps}"
@@ -527,6 +529,8 @@ def load_config(file: Path, overrides: Mapping[str, Any] | None = None) -> RunCo
         raise UserError(
             f"{file}: expected sections (name, model, training, ...), found {type(tree).__name__}"
         )
+    if isinstance(tree.get("mirror"), str):  # the short form
+        tree["mirror"] = {"uri": tree["mirror"]}
     for path, value in (overrides or {}).items():
         _put(tree, path, value)
     return parse_config(tree, str(file))

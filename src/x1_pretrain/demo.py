@@ -1,5 +1,6 @@
 """The whole way in minutes, with nothing to download: text, tokens, a plan, a run that is interrupted and
-resumed, its evaluation, a rented machine under a ceiling, a scaling law that predicts a run, its artifacts.
+resumed, its evaluation, a rented machine under a ceiling, a machine that dies with its disk, a scaling law
+that predicts a run, its artifacts.
 
 The text is this machine's own Python installation: the standard library's source (domain `code`), its
 docstrings and help topics (domain `prose`).
@@ -33,6 +34,7 @@ from x1_pretrain.command import single
 from x1_pretrain.config import RunConfig, parse_config
 from x1_pretrain.demo_budget import rented_run
 from x1_pretrain.demo_law import law
+from x1_pretrain.demo_mirror import moved_run
 from x1_pretrain.errors import INTERRUPTED, UserError
 from x1_pretrain.records.console import compact, duration
 from x1_pretrain.records.metrics import read_rows
@@ -113,8 +115,8 @@ def _write_row(file: Any, text: str) -> int:
 
 
 def config_tree(total_steps: int) -> dict[str, Any]:
-    """The demo's run: a small decoder on a small batch, evaluated at every tenth."""
-    tenth = max(1, total_steps // 10)
+    """The demo's run: a small decoder on a small batch, evaluated ten times, but no two in five steps."""
+    tenth = max(5, total_steps // 10)
     return {
         "name": "x1-demo",
         "seed": 42,
@@ -171,7 +173,7 @@ def plan(minutes: float) -> RunConfig:
     from x1_pretrain.model.flops import flops_per_token, parameter_counts
 
     draft = parse_config(config_tree(100), "demo")
-    each_s, precision = seconds_per_step(draft)
+    each_s, precision = seconds_per_step(draft, min(8.0, 20 * minutes))
     steps = int(minutes * 60 / (each_s * 1.15))  # the optimizer and the evaluations take their part
     steps = max(20, steps // 10 * 10)
     config = parse_config(config_tree(steps), "demo")
@@ -336,10 +338,13 @@ def main(
     say("\n[bold]5. Under a ceiling[/bold]: a rented machine, its hour in a minute, and a price that jumps")
     rented_run(output / "rented", corpus, seconds_per_step)
 
-    say("\n[bold]6. A law[/bold]: three sizes on a budget; a run of twice the FLOPs, predicted first")
+    say("\n[bold]6. A lost machine[/bold]: a run is killed with its disk, and goes on from its mirror")
+    moved_run(output / "moved", corpus, seconds_per_step, minutes / MINUTES)
+
+    say("\n[bold]7. A law[/bold]: three sizes on a budget; a run of twice the FLOPs, predicted first")
     law(output / "law", text, x1, minutes / MINUTES)
 
-    say("\n[bold]7. Artifacts[/bold]: what to show others, and a reviewer's checks")
+    say("\n[bold]8. Artifacts[/bold]: what to show others, and a reviewer's checks")
     _must(x1("report", run), "report")
     _must(x1("export", run, "--output", artifacts), "export")
     _must(x1("verify", run, "--export", artifacts), "verify")

@@ -28,16 +28,19 @@ from x1_pretrain.evals.perplexity import evaluate
 from x1_pretrain.learning import optimizers, stability, vitals
 from x1_pretrain.learning.diagnosis import diagnose
 from x1_pretrain.learning.schedule import learning_rate
+from x1_pretrain.mirror.address import parse as parse_address
+from x1_pretrain.mirror.address import run_address
 from x1_pretrain.model.flops import mfu
 from x1_pretrain.model.loss import IGNORED, chunk_terms, chunk_tokens, summed_loss
 from x1_pretrain.money.rehearsal import rehearse
 from x1_pretrain.records import console
 from x1_pretrain.records.metrics import utc_now
-from x1_pretrain.runtime import assemble, checkpoint_files, fit, health, memory, spikes, telemetry
+from x1_pretrain.runtime import assemble, checkpoint_files, fit, health, memory, mirroring, spikes, telemetry
+from x1_pretrain.runtime.introduction import write_again
 from x1_pretrain.runtime.run import Run, Update
 from x1_pretrain.runtime.saving import save
 from x1_pretrain.runtime.signals import Signals
-from x1_pretrain.runtime.start import get_ready, started, write_again
+from x1_pretrain.runtime.start import get_ready, started
 
 # ------------------------------------------------------------------------------------------------------------
 # The loop
@@ -65,6 +68,7 @@ def train_loop(run: Run) -> int:
             return leave(run)
         run.enter("other")
         tell_budget(run)
+        mirroring.tell(run)
         done = run.step == run.total_steps
         if due(run, run.config.evaluation.every, run.evaluated_step) and not evaluate_and_sample(run):
             continue  # interrupted: the next turn leaves
@@ -265,6 +269,8 @@ def log(run: Run, batch: Batch[Tensor], update: Update) -> None:
         row |= run.guard.row(run.own_tokens)
     if run.health:
         row |= run.health.host.row()
+    if run.mirror:
+        row |= run.mirror.row()
     row |= run.clock.row()
     if run.records:
         run.records.metrics.append(row)
@@ -367,6 +373,9 @@ def leave(run: Run) -> int:
         good = f"step {run.saved_step}" if run.saved_step >= 0 else "none"
         run.event("over_budget", f"stopped at once by {why}; the last checkpoint is {good}", exit_code=code)
         return code
+    if code == errors.REFUSED:  # another writer has the run: what would be saved here is not the run's
+        run.event("lease_lost", f"stopped: {why}", exit_code=code)
+        return code
     safe = run.saved_step == run.step or save(run)
     code = run.world.from_first(run.signals.exit_code)  # a harder stop may have come while it saved
     at = f"at step {run.step}" if safe else f"from step {max(run.saved_step, 0)}, later steps are lost"
@@ -397,6 +406,7 @@ def finish(run: Run, code: int) -> int:
         for line in run.sink.news():
             run.event("mlflow", line)
     lost = run.records.sync() if run.records else 0
+    mirroring.end(run, code)
     run.world.close()
     if lost:
         raise UnwrittenError(
@@ -418,6 +428,24 @@ def overrides_from(assignments: list[str], flags: dict[str, Any]) -> dict[str, A
     """Flags by config path; `--set` wins over a flag."""
     given = {path: value for path, value in flags.items() if value is not None}
     return given | dict(cfg.parse_assignment(text) for text in assignments)
+
+
+def resumed_from(text: str, config: cfg.RunConfig) -> cfg.RunConfig:
+    """The config with the mirror that --resume-from names."""
+    place, name = run_address(text)
+    given = config.mirror.uri
+    if name != config.name:
+        raise errors.UserError(
+            f"--resume-from {text}: the run there is {name}, this config's name is {config.name}; "
+            f"add --set name={name}"
+        )
+    if given is not None and parse_address(given) != place:
+        raise errors.UserError(
+            f"--resume-from {text}: the mirror is {given}; a run goes on in one mirror. To move it to "
+            f"another: x1 pull {text}, then x1 train --mirror {given}"
+        )
+    settings = config.mirror.model_copy(update={"uri": str(place)})
+    return config.model_copy(update={"mirror": settings})
 
 
 Flag = typer.Option
@@ -464,6 +492,14 @@ def main(
         int | None,
         Flag(help="a rehearsal: the five batches after this step become rare tokens [stability...]"),
     ] = None,
+    mirror: Annotated[
+        str | None,
+        Flag(help="copies of the run go there: s3://BUCKET/RUNS, gs://, az://, hf://, a folder [mirror.uri]"),
+    ] = None,
+    mirror_data: Annotated[bool, Flag("--mirror-data", help="the corpora too [mirror.data]")] = False,
+    resume_from: Annotated[
+        str | None, Flag(help="go on with a mirrored run, s3://BUCKET/RUNS/NAME, and mirror it there")
+    ] = None,
     deterministic: Annotated[bool, Flag(help="bitwise repeatable steps (slower on a GPU)")] = False,
     device: Annotated[str, Flag(help="cpu, cuda or auto")] = "auto",
     set_: Annotated[
@@ -486,8 +522,12 @@ def main(
         "budget.curr_cost_uri": budget_curr_cost_uri,
         "stability.inject_spike_at_step": inject_spike_at_step,
         "training.deterministic": deterministic or None,
+        "mirror.uri": mirror,
+        "mirror.data": mirror_data or None,
     }
     loaded = cfg.load_config(config, overrides_from(set_, flags))
+    if resume_from:
+        loaded = resumed_from(resume_from, loaded)
     if data_dir and loaded.data.corpora:
         raise errors.UserError(
             f"--data-dir {data_dir}: the config names several corpora (data.corpora: "
@@ -500,7 +540,15 @@ def main(
         print(f"from {beside(config)}: {' '.join(f'{key}={value}' for key, value in picked.items())}")
     with (
         Signals() as signals,
-        started(loaded, signals, not resume_from_latest, device, raise_ceiling_to, branch_from) as run,
+        started(
+            loaded,
+            signals,
+            not resume_from_latest,
+            device,
+            raise_ceiling_to,
+            branch_from,
+            must_be_mirrored=resume_from is not None,
+        ) as run,
     ):
         return train(run) if run else errors.FINISHED  # none: it was finished before
 

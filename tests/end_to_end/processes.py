@@ -92,7 +92,7 @@ TIMES = (
     "data/wait_share",
     "memory/rss_gib",
 )
-TIMED = ("time/", "gpu/", "host/", "disk/")
+TIMED = ("time/", "gpu/", "host/", "disk/", "mirror/")
 
 
 def curve(run: Path) -> list[dict[str, Any]]:

@@ -43,7 +43,8 @@ class Rehearsal:
 
     def start(self, *more: str, ceiling: str = "5", linger: str = "2m") -> subprocess.Popen[str]:
         """`x1 launch`, which stays as guard."""
-        words = ["launch", "--config", str(self.config), "--provider", "fake", "--budget-cap-usd", ceiling]
+        words = ["launch", "--config", str(self.config), "--budget-cap-usd", ceiling]
+        words += [] if "--provider" in more else ["--provider", "fake"]
         words += ["--tokens-per-sec", "3000", "--data-dir", str(self.corpus), "--yes"]
         words += ["--every-s", str(POLL_S), "--linger", linger, *more]
         return self._x1(words)
@@ -76,8 +77,8 @@ class Rehearsal:
     # --- what came of it --------------------------------------------------------------------------------
 
     def machine_log(self) -> str:
-        logs = sorted((self.folder / "machines").glob("*/log"))
-        return "\n".join(log.read_text()[-3000:] for log in logs)
+        logs = [*(self.folder / "machines").glob("*/log"), *(self.folder / "machines").glob("*.log")]
+        return "\n".join(log.read_text()[-3000:] for log in sorted(logs))
 
     def alive(self) -> int:
         self.fake.world.advance()

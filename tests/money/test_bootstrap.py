@@ -457,6 +457,15 @@ def test_data_that_can_not_be_had(ready: Host, changes: dict[str, Any], said: st
     assert not (ready.root / "made").exists()
 
 
+def test_a_corpus_that_is_in_the_mirror_is_left_to_the_trainer(ready: Host) -> None:
+    """On any machine but the first one nothing is made anew, and no room for it is asked for."""
+    job = ready.job(data_from_mirror=True, data_disk_gib=10**7)
+    result = ready.start(job, "step", "data")
+    assert result.returncode == 0, result.stderr
+    assert "the trainer fetches it" in result.stdout
+    assert not (ready.root / "made").exists()
+
+
 def test_after_five_failures_it_is_not_tried_again(ready: Host) -> None:
     (ready.workspace / "START_FAILED").write_text("x\n" * 5)
     result = ready.start(ready.job())
@@ -707,7 +716,9 @@ def test_a_mode_that_there_is_not_is_refused_at_once(host: Host) -> None:
 
 
 def test_supervisor_and_trainer_know_every_flag_they_are_given() -> None:
-    words = Host(Path("/x")).job().supervise_command()
+    told = ("--ended", "x1-tiny-0=2026-05-23T15:42:01Z=3.12", "--spent-before-usd", "3.12")
+    more = ("--mirror", "s3://bucket/runs", "--mirror-data")
+    words = Host(Path("/x")).job(supervise_flags=told, train_flags=more).supervise_command()
     cut = words.index("--")
     for app, given in ((supervise.app, [*words[2:cut], "--instance-id"]), (train.app, words[cut + 1 :])):
         known = {option for parameter in get_command(app).params for option in parameter.opts}

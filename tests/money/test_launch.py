@@ -22,6 +22,7 @@ from tests.money.fakes import Rental, Turns, renting, waiting
 from x1_pretrain.command import run as run_app
 from x1_pretrain.errors import FAULT, FINISHED, REFUSED, USAGE, UserError
 from x1_pretrain.money import latch, launch, machine_jobs, pricing, reconcile
+from x1_pretrain.money import renting as renting_module
 from x1_pretrain.money.account import account
 from x1_pretrain.money.clock import Clock
 from x1_pretrain.money.ledger import Ledger
@@ -378,7 +379,7 @@ def test_ctrl_c_while_it_boots_ends_it(rental: Rental, monkeypatch: pytest.Monke
     def interrupt(*_: object) -> bool:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(launch, "wait_active", interrupt)
+    monkeypatch.setattr(renting_module, "wait_active", interrupt)
     assert command(rental) == FAULT
     assert not rental.fake.world.alive()
 

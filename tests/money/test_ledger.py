@@ -68,7 +68,7 @@ def test_rows_come_back_as_written(ledger: Ledger) -> None:
     first = ledger.append("intent", "1x A100 80GB", usd_per_hr=Decimal("1.190"), tags=("a", Decimal("0.10")))
     second = ledger.append("launched", machine_id="i-1", nested={"usd": Decimal("1E+3")}, none=None)
     assert ledger.rows() == [first, second] == [json.loads(x) for x in ledger.file.read_text().splitlines()]
-    assert list(first) == ["seq", "time_utc", "event", "usd_per_hr", "tags", "message"]
+    assert list(first) == ["seq", "time_utc", "event", "usd_per_hr", "tags", "schema_version", "message"]
     assert (first["seq"], second["seq"]) == (1, 2)
     assert (first["usd_per_hr"], first["tags"], second["nested"]) == ("1.190", ["a", "0.10"], {"usd": "1000"})
     assert "message" not in second

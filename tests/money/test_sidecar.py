@@ -516,3 +516,16 @@ def test_a_raised_ceiling_is_the_sidecars_too(rental: Rental) -> None:
     one = sidecar(rental, rental.launch())
     rental.ledger.append("raised", ceiling_usd=Decimal(77), before_usd=Decimal(5))
     assert one.poll().ceiling_usd == 77
+
+
+def test_what_the_store_costs_is_counted_beside_the_machine(rental: Rental) -> None:
+    """The trainer's rows of the mirror's store; a dead machine's end, as its launcher told it."""
+    machine = rental.launch()
+    one = sidecar(rental, machine)
+    before = one.poll().spent_usd
+    rental.ledger.append("storage", session="e0001-1a2b3c4d", storage_usd=Decimal("0.50"))
+    assert near(one.poll().spent_usd, before + Decimal("0.50"))
+    rental.ledger.append("storage", session="e0001-1a2b3c4d", storage_usd=Decimal("0.75"))
+    rental.ledger.append("storage", session="e0002-5e6f7a8b", storage_usd=Decimal("0.25"))
+    assert near(one.poll().spent_usd, before + Decimal("1.00"))
+    assert near(sidecar(rental, machine).poll().spent_usd, before + Decimal("1.00"))  # nor a restart

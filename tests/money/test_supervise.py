@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -15,9 +16,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from x1_pretrain.config import parse_config
+from x1_pretrain.errors import UserError
+from x1_pretrain.mirror.head import Head, Object, Writer, encode
 from x1_pretrain.money import latch, supervise
 from x1_pretrain.money.clock import Clock
-from x1_pretrain.money.ledger import Ledger
+from x1_pretrain.money.ledger import Ledger, read_rows
 from x1_pretrain.money.supervise import Supervisor, trainer_option, trainer_options, without_option
 
 # writes its file once, then waits; a second argument is how long it lives
@@ -303,6 +307,81 @@ def test_options_that_may_be_repeated() -> None:
     words = ["--set", "a=1", "--x", "--set=b=2", "--set", "c=3"]
     assert trainer_options(words, "--set") == ["a=1", "b=2", "c=3"]
     assert trainer_options(["--x"], "--set") == []
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A run that comes from elsewhere
+
+CONFIG = {
+    "name": "tiny",
+    "model": {
+        "layers": 1,
+        "d_model": 8,
+        "heads": 1,
+        "kv_heads": 1,
+        "d_ff": 8,
+        "context": 8,
+        "vocab_size": 300,
+    },
+    "training": {"total_steps": 4, "batch_tokens": 8},
+    "optimizer": {"warmup_steps": 0},
+}
+EARLIER = (
+    b'{"seq": 1, "time_utc": "2026-05-23T11:00:00Z", "event": "adopted", "tag": "x1-a", "provider": "local", '
+    b'"usd_per_hr": "1.00", "since_utc": "2026-05-23T11:00:00Z"}\n'
+    b'{"seq": 2, "time_utc": "2026-05-23T12:00:00Z", "event": "poll", "tag": "x1-a", "machine_usd": "1.00", '
+    b'"usd_per_hr": "1.00", "spent_usd": "1.00"}\n'
+)
+
+
+def mirrored(folder: Path, ledger: bytes = EARLIER) -> str:
+    """A mirror in a folder, in which the run has a ledger."""
+    piece = Object("e0001-1a2b3c4d/records/ledger.jsonl/0", len(ledger), hashlib.sha256(ledger).hexdigest())
+    file = folder / "tiny" / piece.path
+    file.parent.mkdir(parents=True)
+    file.write_bytes(ledger)
+    writer = Writer(1, "1a2b3c4d", "f", "gpu-1", 7, "2026-05-23T11:00:00Z")
+    (folder / "tiny" / "head.json").write_bytes(
+        encode(Head("tiny", writer, records={"ledger.jsonl": [piece]}))
+    )
+    return str(folder)
+
+
+def brought(run: Path, *flags: str, **mirror: object) -> list[dict[str, object]]:
+    supervise.bring_ledger(parse_config({**CONFIG, "mirror": mirror}, "a test"), flags, run)
+    return read_rows(run / "ledger.jsonl")
+
+
+@pytest.mark.parametrize("how", ["config", "--mirror", "--resume-from"])
+def test_the_ledger_comes_along(how: str, tmp_path: Path) -> None:
+    uri = mirrored(tmp_path / "mirror")
+    flags = {"config": [], "--mirror": ["--mirror", uri], "--resume-from": [f"--resume-from={uri}/tiny"]}[how]
+    rows = brought(tmp_path / "run", *flags, **({"uri": uri} if how == "config" else {}))
+    assert [row["event"] for row in rows] == ["adopted", "poll"]
+    assert brought(tmp_path / "run", *flags, **({"uri": uri} if how == "config" else {})) == rows
+
+
+def test_without_a_mirror_or_a_run_in_it_there_is_none(tmp_path: Path) -> None:
+    assert brought(tmp_path / "run") == []
+    assert brought(tmp_path / "run", uri=str(tmp_path / "empty")) == []
+
+
+def test_nothing_starts_where_the_ledger_can_not_be_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """But a machine that has one goes on: it is the newer one."""
+    monkeypatch.setattr(supervise, "LEDGER_PATIENCE_S", 0.1)
+    uri = mirrored(tmp_path / "mirror")
+    piece = next((tmp_path / "mirror").rglob("ledger.jsonl")) / "0"
+    piece.write_bytes(piece.read_bytes()[:50])
+    with pytest.raises(UserError) as raised:
+        brought(tmp_path / "run", uri=uri)
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "run" / "ledger.jsonl").exists()
+    (tmp_path / "run").mkdir(exist_ok=True)
+    (tmp_path / "run" / "ledger.jsonl").write_bytes(EARLIER[: EARLIER.index(b"\n") + 1])
+    assert len(brought(tmp_path / "run", uri=uri)) == 1
+    assert "going on with the ledger that is here" in capfd.readouterr().err
 
 
 def test_a_request_before_the_first_reading_is_an_interruption(

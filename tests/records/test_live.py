@@ -25,6 +25,7 @@ from tests.records import builder
 
 from x1_pretrain import cli
 from x1_pretrain.command import run as run_app
+from x1_pretrain.mirror.state import MirrorState, write_state
 from x1_pretrain.records import following, live
 from x1_pretrain.records.following import CURVE_POINTS, Curve, Seen, open_followed
 from x1_pretrain.records.frame import clean, event_line, frame, sparkline, status_line
@@ -209,6 +210,95 @@ def test_a_run_that_only_begins_has_no_manifest_yet(folder: Path) -> None:
 
 # -----------------------------------------------------------------------------------------------------------
 # What it shows
+
+
+def mirror(folder: Path, silent_s: float = 0.0, **changes: Any) -> None:
+    """The last word of a mirror's process, `silent_s` before NOW."""
+    told = {"uri": "s3://b/runs", "label": "s3://b/runs/tiny", "name": "tiny", "folder": "ab12", "epoch": 3}
+    write_state(folder, MirrorState(**(told | {"mirrored": [0, 20]} | changes)))
+    tree = json.loads((folder / "mirror.json").read_text())
+    at = datetime.fromtimestamp(NOW - silent_s, UTC).isoformat().replace("+00:00", "Z")
+    (folder / "mirror.json").write_text(json.dumps(tree | {"updated_utc": at}))
+
+
+def mirror_lines(folder: Path) -> str:
+    lines = text_of(looked(folder), 120).splitlines()
+    first = next(n for n, line in enumerate(lines) if line.startswith("mirror "))
+    return "\n".join(lines[first : first + 3])
+
+
+def test_how_far_its_mirror_is(folder: Path, trainer: subprocess.Popen[bytes]) -> None:
+    assert "mirror" not in text_of(looked(folder))
+    mirror(folder)
+    shown = mirror_lines(folder)
+    assert "all of it  checkpoint of step 20  s3://b/runs/tiny  epoch 3" in shown
+    mirror(folder, lag_s=72.0, lag_bytes=3 << 20, trouble="s3://b: 503 SlowDown\x1b[2J")
+    shown = mirror_lines(folder)
+    assert "behind by 1m12s, 3.00 MiB" in shown
+    assert "s3://b: 503 SlowDown" in shown
+    assert "\x1b" not in shown
+    seen = looked(folder)
+    assert "mirror: behind by 1m12s" in status_line(seen, seen.state(NOW), NOW)
+    mirror(folder, mirrored=[], state="lost", why="host b has it")
+    assert "no checkpoint yet" in mirror_lines(folder)
+    assert "lost: host b has it" in mirror_lines(folder)
+
+
+def test_a_mirror_that_says_nothing_is_behind(folder: Path, trainer: subprocess.Popen[bytes]) -> None:
+    mirror(folder, silent_s=59.0)
+    assert "all of it" in mirror_lines(folder)
+    mirror(folder, silent_s=300.0)
+    assert "no word for 5m00s" in mirror_lines(folder)
+    mirror(folder, silent_s=300.0, lag_s=10.0, lag_bytes=1 << 20)
+    assert "behind by 5m10s, 1.00 MiB" in mirror_lines(folder)
+    trainer.kill()
+    trainer.wait()
+    mirror(folder, silent_s=300.0)
+    assert "all of it" in mirror_lines(folder)  # it ended: its last word holds
+
+
+def test_a_mirror_file_that_tells_nothing_is_no_mirror(folder: Path) -> None:
+    for text in ("", "{", "[]", '{"kind": "mirror-state", "schema_version": 1}'):
+        (folder / "mirror.json").write_text(text)
+        assert looked(folder).mirror is None
+    (folder / "mirror.json").write_text('{"kind": "mirror-state", "schema_version": 99}')
+    seen = Seen(open_run(folder))
+    seen.look(NOW)
+    assert "schema version 99" in seen.trouble  # said on the screen, and it goes on
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"lag_s": "12"},
+        {"lag_s": None},
+        {"lag_bytes": [1]},
+        {"lag_bytes": float("nan")},
+        {"mirrored": "20"},
+        {"mirrored": [20, "42"]},
+        {"mirrored": None},
+        {"trouble": 7},
+        {"updated_utc": None},
+        {"state": {}},
+    ],
+)
+def test_an_odd_word_of_a_mirror_is_said_and_shown_to_nobody(folder: Path, odd: dict[str, Any]) -> None:
+    mirror(folder)
+    tree = json.loads((folder / "mirror.json").read_text())
+    (folder / "mirror.json").write_text(json.dumps(tree | odd))
+    seen = Seen(open_run(folder))
+    seen.look(NOW)
+    assert "mirror.json: holds values that no mirror wrote" in seen.trouble
+    assert "holds values that no mirror wrote" in text_of(seen)
+    status_line(seen, seen.state(NOW), NOW)
+
+
+@pytest.mark.parametrize("at", ["", "yesterday", "9999-12-31T23:59:59Z", "0001-01-01T00:00:00"])
+def test_an_odd_time_of_a_mirror_is_no_crash(folder: Path, trainer: subprocess.Popen[bytes], at: str) -> None:
+    mirror(folder)
+    tree = json.loads((folder / "mirror.json").read_text())
+    (folder / "mirror.json").write_text(json.dumps(tree | {"updated_utc": at}))
+    assert "mirror  " in mirror_lines(folder)
 
 
 @pytest.mark.parametrize("width", [20, 60, 80, 120, 200, 400])

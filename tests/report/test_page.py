@@ -15,6 +15,7 @@ import pytest
 from tests.report import builder
 from tests.report.reading import Reading
 from x1_pretrain.errors import UserError
+from x1_pretrain.mirror.state import MirrorState, write_state
 from x1_pretrain.records.run_folder import open_run
 from x1_pretrain.report import learning, material, words
 from x1_pretrain.report.command import page_of
@@ -561,3 +562,55 @@ def test_a_long_run_makes_a_small_page_quickly(tmp_path: Path) -> None:
     assert time.process_time() - begun < 5.0
     assert len(text.encode()) < 2_000_000
     shutil.rmtree(folder)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The mirror
+
+
+def test_the_mirror_is_on_the_page_where_there_is_one(run: Path) -> None:
+    assert "not mirrored" not in made(run)
+    told = {"uri": "s3://b/runs", "label": "s3://b/runs/x1-small", "name": "x1-small", "folder": "ab12"}
+    write_state(run, MirrorState(**told, epoch=3, mirrored=[0, 400]))  # type: ignore[arg-type]
+    page = made(run)
+    assert "s3://b/runs/x1-small" in page
+    assert "epoch 3, writing" in page
+    assert "checkpoint of step 400" in page
+    assert "How far behind the mirror was" not in page  # no row says it
+    rows = builder.read(run / "metrics.jsonl")
+    lag = [row | {"mirror/lag_s": 7.0 + n, "mirror/lag_bytes": 1000.0 * n} for n, row in enumerate(rows)]
+    builder.write(run / "metrics.jsonl", lag)
+    trouble = {"lag_bytes": 12_345, "lag_s": 600.0, "trouble": "<b>403</b> https://me:secret@host/ said no"}
+    write_state(run, MirrorState(**told, state="lost", why="host b", **trouble))  # type: ignore[arg-type]
+    page = made(run)
+    Reading(page)
+    for said in (
+        "12,345 bytes",
+        "epoch 0, lost: host b",
+        "no checkpoint yet",
+        "&lt;b&gt;403",
+        "m-mirror-lag-s",
+    ):
+        assert said in page, said
+    assert "secret" not in page
+
+
+def test_a_mirror_file_of_a_later_version_is_a_problem_on_record(run: Path) -> None:
+    (run / "mirror.json").write_text('{"schema_version": 99, "kind": "mirror-state"}')
+    assert any("schema version 99" in problem for problem in gather(open_run(run), NOW).problems)
+
+
+def test_a_mirrors_everyday_events_are_not_listed(run: Path) -> None:
+    place = {"time_utc": "2026-11-20T10:00:00.000Z", "event": "mirror", "step": 9, "session": 1}
+    told = [
+        place | {"message": "mirrored in s3://b/runs/x1-small (epoch 4)", "epoch": 4},
+        place | {"message": "it can not be reached", "alert": True},
+        place | {"message": "it is mirrored again", "over": True},
+        place | {"message": "skipped the mirrored checkpoint of step 8"},
+        place | {"message": "all of it is mirrored", "left": []},
+        place | {"message": "one checkpoint is not", "left": ["checkpoint of step 9"]},
+    ]
+    builder.write(run / "events.jsonl", [*builder.read(run / "events.jsonl"), *told])
+    page = made(run)
+    shown = [one["message"] in page for one in told]
+    assert shown == [False, True, True, True, False, True]

@@ -13,6 +13,7 @@ import pytest
 from tests.records import builder
 
 from x1_pretrain.command import run as run_app
+from x1_pretrain.mirror.state import MirrorState, write_state
 from x1_pretrain.money.clock import Clock
 from x1_pretrain.money.ledger import Ledger
 from x1_pretrain.records.data_order import order_of
@@ -27,7 +28,7 @@ BLOCKS = "blocks read in order"
 CHECKPOINTS, WEIGHTS, CEILING = "checkpoints verify", "final weights sound", "below the ceiling"
 EXPORT = "export equals the final checkpoint"
 EVERY, RELOAD, GONE = "every step on record", "final weights reload byte for byte", "machine confirmed gone"
-POSTMORTEM = "post-mortem written"
+POSTMORTEM, MIRROR = "post-mortem written", "nothing left to mirror"
 
 
 def results(folder: Path, export: Path | None = None) -> dict[str, tuple[str, str]]:
@@ -60,7 +61,7 @@ def test_a_sound_finished_run_passes_all(folder: Path) -> None:
     found = results(folder)
     assert {name for name, (result, _) in found.items() if result != "passed"} == {
         *(EXPORT, BLOCKS, CEILING),
-        *(EVERY, POSTMORTEM, GONE),
+        *(EVERY, POSTMORTEM, GONE, MIRROR),
     }
     assert "val/loss 2.1214 at step 42" in found[LOSS][1]
     assert "resumed from step 20" in found[SESSIONS][1]
@@ -102,6 +103,51 @@ def test_a_launch_that_made_no_machine_left_none(folder: Path) -> None:
     ledger.append("intent", tag="x1-a", provider="runpod", usd_per_hr="1.19")
     ledger.append("launch_failed", tag="x1-a")
     assert results(folder)[GONE][0] == "not applicable"
+
+
+def mirror(folder: Path, **changes: Any) -> None:
+    """What the mirror's process wrote last: by default that it has all."""
+    told = {"uri": "/disk/runs", "label": "/disk/runs/tiny", "name": "tiny", "folder": "ab12", "epoch": 2}
+    told |= {"state": "released", "why": "finished", "mirrored": [20, 42]}
+    write_state(folder, MirrorState(**(told | changes)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, None),
+        ({"state": "writing"}, None),  # its machine died after all was sent
+        ({"lag_bytes": 700, "lag_s": 9.0}, "700 bytes are not mirrored: `x1 push"),
+        ({"mirrored": [0, 20]}, "step-000000042 is not mirrored: `x1 push"),
+        ({"mirrored": [], "trouble": "403"}, "step-000000042 is not mirrored (403): `x1 push"),
+        ({"state": "lost", "why": "host b has it"}, "another writer has the run: host b has it"),
+    ],
+)
+def test_a_run_with_a_mirror_has_nothing_left_to_send(
+    folder: Path, changes: dict[str, Any], said: str | None
+) -> None:
+    mirror(folder, **changes)
+    result, evidence = results(folder)[MIRROR]
+    assert result == ("passed" if said is None else "failed")
+    assert (said or "/disk/runs/tiny has all of it, as epoch 2") in evidence
+    assert set(failed(folder)) == ({MIRROR} if said else set())
+
+
+def test_a_run_that_goes_on_may_be_behind(tmp_path: Path) -> None:
+    folder = builder.build_run(tmp_path / "tiny", steps=30)
+    mirror(folder, state="writing", mirrored=[20], lag_s=12.0, lag_bytes=700)
+    assert results(folder)[MIRROR][0] == "not applicable"
+    assert "behind by 12 s, 700 bytes" in results(folder)[MIRROR][1]
+    mirror(folder, state="released", mirrored=[20, 30], lag_bytes=700)  # nobody sends it by itself
+    assert set(failed(folder)) == {MIRROR}
+
+
+def test_a_mirrors_word_that_cant_be_read_is_no_proof(folder: Path) -> None:
+    (folder / "mirror.json").write_text('{"schema_version": 1}')
+    assert failed(folder) == {MIRROR: f"{folder / 'mirror.json'} can't be read"}
+    mirror(folder)
+    edit_json(folder / "mirror.json", lambda m: m.update(schema_version=99))
+    assert "schema version 99" in failed(folder)[MIRROR]
 
 
 def test_an_unfinished_run_is_not_a_failed_one(tmp_path: Path) -> None:
@@ -328,7 +374,7 @@ def test_a_missing_exported_file_and_a_folder_that_is_no_export_are_said(
 
 def test_the_command_exits_0_or_1_and_prints_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_app(app, [str(folder)]) == 0
-    assert "9 passed, 0 failed, 6 not applicable" in capsys.readouterr().out
+    assert "9 passed, 0 failed, 7 not applicable" in capsys.readouterr().out
     change_rows(folder, lambda rows: rows.pop(1))
     assert run_app(app, [str(folder), "--json"]) == 1
     told = json.loads(capsys.readouterr().out)

@@ -3,10 +3,11 @@
 The trainer writes `Job` and then orders into the mirror's standard input; the mirror writes what happens to
 its standard output. When the input ends without an order to drain, the trainer is gone.
 
-    orders      {"do": "publish"}                          from here on the folder is the run's
+    orders      {"do": "publish", "run_id": "...", "from_step": 1800, "fingerprints": [], "step_fields": {}}
+                                                           from here on the folder is the run's
                 {"do": "drain", "within_s": 40.0, "why": "finished"}
     happenings  {"is": "opened", ...Opened}                first, or:
-                {"is": "refused", "message": "...", "exit_code": 78}
+                {"is": "refused", "message": "...", "exit_code": 78, "held": false}   held: by another writer
                 {"is": "progress", "text": "..."}          one line that replaces the one before
                 {"is": "event", "name": "mirror", "message": "...", "fields": {...}}
                 {"is": "status", ...Status}                at every look, at least every few seconds
@@ -62,7 +63,8 @@ class Opened:
     restored_s: float = 0.0
     moved_from: str | None = None  # the writer before, on another machine
     down_s: float | None = None  # since its last beat, by the store's clock
-    last_step: int | None = None  # that it published a row of
+    last_step: int | None = None  # that the writer before published a row of (head.status) ...
+    last_spent_usd: float | None = None  # ... and what the run had cost by then
 
 
 @dataclass(frozen=True)

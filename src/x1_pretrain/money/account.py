@@ -47,6 +47,7 @@ class Account:
     machines: list[Rented] = field(default_factory=list)
     known_usd: Decimal = ZERO  # the most that any row says was spent, since the last correction
     adjusted_usd: Decimal = ZERO  # what a person's correction adds to the machines' sum
+    stored: dict[str, Decimal] = field(default_factory=dict)  # for the mirror, by session: its last word
     ceiling_usd: Decimal | None = None
     raised: bool = False  # by a person, above what the command says ...
     before_usd: Decimal = ZERO  # ... which was this
@@ -61,13 +62,18 @@ class Account:
     def settled_usd(self) -> Decimal:
         """Of machines that are gone all, of others up to their last poll; never less than any row says."""
         sums = (m.spent_by(m.ended) if m.ended else m.spent_usd for m in self.machines)
-        return max(self.known_usd, sum(sums, self.adjusted_usd))
+        return max(self.known_usd, sum(sums, self.beside_usd))
+
+    @property
+    def beside_usd(self) -> Decimal:
+        """What is spent on no machine: the store that keeps the mirror, a person's correction."""
+        return sum(self.stored.values(), self.adjusted_usd)
 
     def open_machines(self) -> list[Rented]:
         return [m for m in self.machines if m.open]
 
     def spent_by(self, now: datetime) -> Decimal:
-        return sum((m.spent_by(now) for m in self.machines), self.adjusted_usd)
+        return sum((m.spent_by(now) for m in self.machines), self.beside_usd)
 
 
 def account(rows: Iterable[Row]) -> Account:
@@ -96,6 +102,9 @@ def _take(found: Account, row: Row) -> None:
     elif event == "correction":
         found.known_usd, found.adjusted_usd = usd(row, "spent_usd"), usd(row, "adjusted_usd")
         found.corrected = True
+    elif event == "storage":
+        session, said = str(row["session"]), usd(row, "storage_usd")
+        found.stored[session] = max(found.stored.get(session, ZERO), said)
     elif event == "ceiling":
         found.ceiling_usd, found.raised = usd(row, "ceiling_usd"), False
     elif event == "gate" and row.get("verdict") == "passed":
@@ -120,12 +129,12 @@ def _rented(row: Row) -> Rented:
 
 
 def _machine(found: Account, row: Row) -> Rented | None:
-    """The machine a row speaks of, by its id or by the tag it was launched under."""
-    for machine in reversed(found.machines):
-        same_id = machine.machine_id is not None and machine.machine_id == row.get("machine_id")
-        if same_id or machine.tag == row.get("tag"):
-            return machine
-    return None
+    """The machine a row speaks of, by the tag it was launched under, else by its id: machines that count at a
+    stated rate all go by the same one."""
+    newest, machine_id = found.machines[::-1], row.get("machine_id")
+    if tagged := next((m for m in newest if m.tag == row.get("tag")), None):
+        return tagged
+    return next((m for m in newest if machine_id is not None and m.machine_id == machine_id), None)
 
 
 def _update(machine: Rented, row: Row) -> None:

@@ -68,6 +68,7 @@ def _job_section(job: Job) -> str:
         "GPUS": job.gpus,
         "DATA_DISK_GIB": job.data_disk_gib,
         "DATA_TIMEOUT_S": job.data_timeout_s,
+        "DATA_FROM_MIRROR": int(job.data_from_mirror),
         "TORCH_AT_LEAST": TORCH_AT_LEAST,
         "UV_VERSION": UV_VERSION,
         "TORCH_CPU": TORCH_CPU,
@@ -146,7 +147,7 @@ RestartPreventExitStatus=75 76 77 78
 RestartSec=10
 KillSignal=SIGTERM
 KillMode=mixed
-TimeoutStopSec=60
+TimeoutStopSec={job.stop_s}
 OOMPolicy=continue
 StandardOutput=append:{job.workspace}/logs/supervise.log
 StandardError=inherit

@@ -37,6 +37,7 @@ SHOWN = (
     "launched",
     "active",
     "lost",
+    "moved",
     "stop",
     "raised",
     "answer",
@@ -124,7 +125,7 @@ def _delivery(due: Row, rows: list[Row]) -> str:
 def summary(run: Path, rows: list[Row], known: Account, clock: Clock) -> list[str]:
     """Dollars, dollars per billion tokens, dollars per hundredth of a nat."""
     now = clock.now()
-    spent = max(known.known_usd, sum((cost(m, now) for m in known.machines), known.adjusted_usd))
+    spent = max(known.known_usd, sum((cost(m, now) for m in known.machines), known.beside_usd))
     of = f" of {dollars(known.ceiling_usd)}" if known.ceiling_usd is not None else ""
     live = known.open_machines() or all(m.provider == "local" for m in known.machines)
     projected = next((r["projected_usd"] for r in reversed(rows) if r.get("projected_usd")), None)
@@ -144,6 +145,13 @@ def summary(run: Path, rows: list[Row], known: Account, clock: Clock) -> list[st
     if down:
         times = "1 relaunch" if len(down) == 1 else f"{len(down)} relaunches"
         lines.append(f"{times}, {sum(down) / 60:.1f} min not training ({max(down):.0f} s at most)")
+    moves = [r for r in rows if r["event"] == "moved" and r.get("from")]
+    if moves:
+        lost_usd = sum((Decimal(str(r["downtime_usd"])) for r in moves if r.get("downtime_usd")), Decimal(0))
+        times = "1 move" if len(moves) == 1 else f"{len(moves)} moves"
+        lines.append(f"{times} to another machine, {dollars(lost_usd)} paid while nothing was learned")
+    if known.stored:
+        lines.append(f"{sum(known.stored.values(), Decimal(0)):.4f} dollars of it for the mirror's store")
     if stop := latch.read(run):
         lines.append(f"{latch.NAME}: {stop.reason}")
     return lines

@@ -61,6 +61,7 @@ class Quote:
     ceiling_usd: Decimal
     reserve_h: Decimal  # paid but not training: setting up, one poll unseen, ending the machine
     spent_usd: Decimal = ZERO
+    mirror_usd: Decimal = ZERO  # for the store that keeps a copy, in whole cents
 
     @property
     def hours(self) -> Decimal:
@@ -87,7 +88,7 @@ class Quote:
 
     @property
     def total_usd(self) -> Decimal:
-        return self.before_usd + self.compute_usd + self.disk_usd + self.reserve_usd
+        return self.before_usd + self.compute_usd + self.disk_usd + self.mirror_usd + self.reserve_usd
 
     @property
     def buffer_usd(self) -> Decimal:
@@ -102,6 +103,7 @@ class Quote:
             "basis": self.work.basis,
             "compute_usd": self.compute_usd,
             "disk_usd": self.disk_usd,
+            "mirror_usd": self.mirror_usd,
             "reserve_usd": self.reserve_usd,
             "before_usd": self.before_usd,
             "total_usd": self.total_usd,
@@ -129,11 +131,12 @@ def sentence(quote: Quote, verb: str = "start") -> str:
             f"{exact(quote.before_usd)} of your {ceiling} ceiling spent before."
         )
     before = f" + {exact(quote.before_usd)} spent before" if quote.before_usd else ""
+    mirror = f" + mirror {exact(quote.mirror_usd)}" if quote.mirror_usd else ""
     buffer = quote.buffer_usd
     room = f"{exact(buffer)} buffer" if buffer >= 0 else f"{exact(-buffer)} too much"
     return (
         f"{begin}, run about {_long(work.hours)} for {billions(work.tokens)} tokens ({work.basis}) = "
-        f"{exact(quote.compute_usd)}, + disk {exact(quote.disk_usd)} + tax/reserve "
+        f"{exact(quote.compute_usd)}, + disk {exact(quote.disk_usd)}{mirror} + tax/reserve "
         f"{exact(quote.reserve_usd)}{before} = {exact(quote.total_usd)} of your {ceiling} ceiling; {room}."
     )
 
@@ -163,7 +166,8 @@ def _what_fits(quote: Quote) -> str:
     if not quote.work.hours or quote.buffer_usd >= 0:
         return ""
     hourly = quote.price.all_in_usd_per_hr
-    room_usd = quote.ceiling_usd - quote.before_usd - 3 * CENT  # the three other amounts are rounded up
+    room_usd = quote.ceiling_usd - quote.before_usd - quote.mirror_usd
+    room_usd -= 3 * CENT  # the three other amounts are rounded up
     hours = room_usd / hourly - quote.reserve_h if hourly else ZERO
     if hours <= 0:
         return "; not even the reserve fits"

@@ -31,10 +31,13 @@ from x1_pretrain.money.ledger import NAME, Ledger, LedgerError, Row, find_ledger
 from x1_pretrain.money.notify import Notifier
 from x1_pretrain.money.providers.opened import open_provider
 from x1_pretrain.money.sidecar import Sidecar
+from x1_pretrain.money.standing import Mirror, Standing, verdict
 from x1_pretrain.money.teardown import Ending, end_loudly
 
 DRIFT = Decimal("1.2")  # dearer than this times the agreed price is a person's question
 LATE = 1.25  # so much longer than planned, and somebody should look
+SILENT_S = 1800.0  # without a word of the mirror, and somebody should look
+LOST_FOR_S = 30.0  # a lost machine whose run can go on elsewhere: seen so at two looks
 
 
 @dataclass
@@ -47,6 +50,8 @@ class OuterGuard:
     linger_s: float
     agreed_usd_per_hr: Decimal = ZERO  # at the launch
     lost_since_s: float | None = None
+    mirror: Mirror | None = None  # of the run: what is on the machine is there too
+    lost: bool = False  # it was ended because it works no more
 
     def run(self, stop: threading.Event) -> int:
         while not stop.is_set():
@@ -54,9 +59,11 @@ class OuterGuard:
             self.sidecar.read_ledger()
             if self.sidecar.machine.ended and not self._others():
                 return FINISHED
-            if self.sidecar.machine.ended or self._over():
+            if self.sidecar.machine.ended is None:
+                self.lost = self._over()
+            if self.sidecar.machine.ended or self.lost:
                 return end_loudly(self.folder, self.clock)
-            stop.wait(self.clock.real_s(self.sidecar.next_poll_s()))
+            stop.wait(self.clock.real_s(self._next_look_s()))
         print(
             f"the guard ends; the machine goes on and is billed: `x1 guard {self.folder}` takes it up again, "
             f"`x1 teardown {self.folder}` ends it",
@@ -107,32 +114,78 @@ class OuterGuard:
         it."""
         if self.sidecar.absent >= 2:
             return True
-        if not self.sidecar.lost:
+        told = self.mirror.look() if self.mirror else None
+        if not (self.sidecar.lost or self._idles(told)):
             self.lost_since_s = None
+            self._ask_about_silence(told)
             return False
+        linger_s = self._linger_s(told)
         if self.lost_since_s is None:
             self.lost_since_s = self.clock.steady_s()
-            print(self._why(), flush=True)
-        return self.clock.steady_s() - self.lost_since_s >= self.linger_s
+            print(self._why(told, linger_s), flush=True)
+        return self.clock.steady_s() - self.lost_since_s >= linger_s
 
-    def _why(self) -> str:
+    def _idles(self, told: Standing | None) -> bool:
+        """By the mirror: a machine whose trainer has left may look as well as ever to its provider."""
+        if self.mirror is None or told is None or told.writing:
+            return False
+        before = self.mirror.before
+        return before is None or told.epoch > before.epoch
+
+    def _linger_s(self, told: Standing | None) -> float:
+        """Nothing need be fetched from a lost machine whose run goes on from its mirror."""
+        if self.mirror is None or self.mirror.trouble or not self.sidecar.lost:
+            return self.linger_s
+        if verdict(told, self.mirror.before)[0] == "over":
+            return self.linger_s
+        return min(LOST_FOR_S, self.linger_s)
+
+    def _ask_about_silence(self, told: Standing | None) -> None:
+        """It may train on, and can't reach its mirror; what it does is then lost with its machine."""
+        if told is None or not told.writing or told.silent_s is None or told.silent_s < SILENT_S:
+            return
+        body = (
+            f"Its provider says that the machine works; its mirror was last written "
+            f"{minutes(told.silent_s)} ago, at step {told.step:,}. `x1 teardown {self.folder}` ends it."
+        )
+        self._tell("guard-silent", f"X1 {self.folder.name}: nothing is mirrored", body)
+
+    def _next_look_s(self) -> float:
+        usual_s = self.sidecar.next_poll_s()
+        return usual_s if self.lost_since_s is None or self.mirror is None else min(usual_s, LOST_FOR_S)
+
+    def _why(self, told: Standing | None, linger_s: float) -> str:
         """What it stopped for, where that is known here, and what comes next."""
         stop = latch.read(self.folder)
         why = f"the run was stopped: {stop.reason}" if stop else "it works no more"
+        if self.mirror is not None and not self.mirror.trouble:
+            why = f"the machine works no more: {verdict(told, self.mirror.before)[1]}"
         then = f"`x1 teardown {self.folder}` ends it now"
-        if stop:
+        if stop or (told is not None and told.state == "stopped"):
             then += "; to go on later: x1 launch with --raise-ceiling-to USD"
-        return f"{why}; the machine will be ended in {minutes(self.linger_s)}. {then}"
+        return f"{why}; the machine will be ended in {minutes(linger_s)}. {then}"
 
 
 def guard_machine(folder: Path, clock: Clock, ceiling_usd: Decimal, poll_s: float, linger_s: float) -> int:
     """Until the run's machine is gone."""
+    return watched(folder, clock, ceiling_usd, poll_s, linger_s)[0]
+
+
+def watched(
+    folder: Path,
+    clock: Clock,
+    ceiling_usd: Decimal,
+    poll_s: float,
+    linger_s: float,
+    mirror: Mirror | None = None,
+) -> tuple[int, bool]:
+    """The exit code, and whether the machine was ended as lost: not by the ceiling, not by a person."""
     ledger = Ledger(folder / NAME, clock)
     rows = ledger.rows()
     machines = account(rows).open_machines()
     if not machines:
         print(f"{folder}: no machine is open in its ledger")
-        return FINISHED
+        return FINISHED, False
     machine = machines[-1]
     notifier = Notifier(addresses(os.environ), ledger, clock, run=folder.name)
     sidecar = Sidecar(
@@ -157,11 +210,12 @@ def guard_machine(folder: Path, clock: Clock, ceiling_usd: Decimal, poll_s: floa
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     agreed = launched_with(rows, machine.tag, "usd_per_hr")
-    code = OuterGuard(folder, sidecar, clock, linger_s, agreed).run(stop)
+    guard = OuterGuard(folder, sidecar, clock, linger_s, agreed, mirror=mirror)
+    code = guard.run(stop)
     proof = f"; proof in {folder / PROOF}" if code == FINISHED else ""
     print(f"{dollars(sidecar.spent_usd)} in all{proof}", flush=True)
     notifier.close(20.0)
-    return code
+    return code, guard.lost and not stop.is_set()
 
 
 def _end(sidecar: Sidecar) -> None:

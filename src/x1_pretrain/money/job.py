@@ -41,6 +41,8 @@ class Job:
     gpus: int = 1  # fewer found: the start fails. 0: runs on the CPU, on purpose
     data_disk_gib: int = 60  # free before data_commands: sample/10BT takes 29 GB raw and 20 GB as tokens
     data_timeout_s: int = 6 * 3600
+    data_from_mirror: bool = False  # the trainer fetches the corpus: data_commands are not run
+    stop_s: int = 60  # from SIGTERM to SIGKILL under systemd: saving, and what the mirror still lacks
 
     def __post_init__(self) -> None:
         for check in (self._check_names, self._check_places, self._check_numbers, self._check_text):
@@ -89,8 +91,8 @@ class Job:
             raise UserError(f"cap_usd {self.cap_usd}: expected more than 0")
         if not (self.rate_usd_per_hr.is_finite() and self.rate_usd_per_hr >= 0):
             raise UserError(f"rate_usd_per_hr {self.rate_usd_per_hr}: expected 0 or more")
-        if self.gpus < 0 or self.data_disk_gib < 0 or self.data_timeout_s <= 0:
-            raise UserError("gpus and data_disk_gib are 0 or more, data_timeout_s more than 0")
+        if self.gpus < 0 or self.data_disk_gib < 0 or min(self.data_timeout_s, self.stop_s) <= 0:
+            raise UserError("gpus and data_disk_gib are 0 or more, data_timeout_s and stop_s more than 0")
 
     def _check_text(self) -> None:
         if CONFIG_END in self.config_text.splitlines():

@@ -18,6 +18,7 @@ from x1_pretrain.errors import RefusedError
 from x1_pretrain.money.account import account
 from x1_pretrain.money.guard import dollars
 from x1_pretrain.money.ledger import Ledger, Row
+from x1_pretrain.records.formats import VERSIONS
 from x1_pretrain.records.run_folder import read_json
 
 NAME = "STOP.json"
@@ -60,7 +61,7 @@ def write(folder: Path, stop: Stop) -> None:
     new = file.with_name(f".{NAME}.{os.getpid()}-{threading.get_ident()}.new")
     try:
         with new.open("w", encoding="utf-8") as out:
-            out.write(json.dumps(asdict(stop), indent=1) + "\n")
+            out.write(json.dumps({"schema_version": VERSIONS[NAME], **asdict(stop)}, indent=1) + "\n")
             out.flush()
             os.fsync(out.fileno())
         _name(new, file)

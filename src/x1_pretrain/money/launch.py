@@ -1,22 +1,17 @@
 """`x1 launch`: price a run in one sentence, refuse it or rent its machine, and guard it from here.
 
 x1 launch --config configs/x1-50m-a100.yaml --provider runpod --gpu a100-80gb --budget-cap-usd 35
+x1 launch ... --provider runpod,lambda --mirror s3://bucket/runs   # a lost machine's run goes on at the next
 x1 launch ... --write DIR        # only the files: SkyPilot task, start-up script, systemd unit
 
-Nothing is billed before the sentence is printed, kept in the ledger and agreed to. The launch request is sent
-once: its intent is in the ledger first, and when no clear answer comes the machine is looked for by its tag.
+Nothing is billed before the sentence is printed, kept in the ledger and agreed to.
 """
 
 from __future__ import annotations
 
-import fcntl
 import math
 import os
-import re
-import secrets
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
@@ -28,31 +23,26 @@ from x1_pretrain import config as cfg
 from x1_pretrain.command import run as run_app
 from x1_pretrain.command import single
 from x1_pretrain.config import RunConfig
-from x1_pretrain.errors import FAULT, FINISHED, REFUSED, RefusedError, UserError
+from x1_pretrain.errors import FINISHED, REFUSED, RefusedError, UserError
 from x1_pretrain.model import gpus
-from x1_pretrain.money import gate, latch
+from x1_pretrain.money import credentials, ended, gate, latch
 from x1_pretrain.money.account import Rented, account
 from x1_pretrain.money.channels import VARIABLE, addresses
 from x1_pretrain.money.clock import Clock, duration_s
 from x1_pretrain.money.guard import TEARDOWN_S, dollars
 from x1_pretrain.money.guard_command import guard_machine
 from x1_pretrain.money.ledger import NAME, Ledger, read_rows
-from x1_pretrain.money.machine_jobs import JobOptions, request_for, write_files
+from x1_pretrain.money.machine_jobs import JobOptions, write_files
+from x1_pretrain.money.moving import MOST_MOVES, Mover
 from x1_pretrain.money.notify import Notifier
 from x1_pretrain.money.pricing import Wanted, agree_on_price, look, refusals, refused, work
-from x1_pretrain.money.providers.base import (
-    Offer,
-    Provider,
-    ProviderError,
-    Status,
-    UnknownOutcomeError,
-)
+from x1_pretrain.money.providers.base import Provider
 from x1_pretrain.money.providers.opened import open_provider
-from x1_pretrain.money.teardown import Ending, end_loudly, said_yes
+from x1_pretrain.money.renting import bring_up, one_launch, rent
+from x1_pretrain.money.standing import Mirror, opened, whole
+from x1_pretrain.money.teardown import said_yes
 
 SALES_TAX = Decimal("0.10")  # where a provider adds it and the user names none
-WAIT_ACTIVE_S = 1800.0
-LOOK_EVERY_S = 15.0
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -77,20 +67,6 @@ def refuse_unsafe(
         except UserError:
             priced = None  # what is to be said is the refusal
         raise refused(str(error), priced, ledger) from None
-
-
-@contextmanager
-def one_launch(runs: Path) -> Iterator[None]:
-    """From the first check to the row that says what was launched: a second launch would see neither."""
-    runs.mkdir(parents=True, exist_ok=True)
-    with (runs / ".launch.lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RefusedError(
-                f"{runs}: another x1 launch is going on here; wait for it, or end it"
-            ) from None
-        yield
 
 
 def refuse_left_over(runs: Path) -> None:
@@ -152,78 +128,14 @@ def confirmed(yes: bool) -> bool:
     return said_yes("Start it? [y/N] ")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Launching
-
-
-def new_tag(name: str) -> str:
-    """Names one attempt: at the provider, in the ledger and in every log."""
-    short = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40]
-    return f"x1-{short}-{secrets.token_hex(4)}"
-
-
-def rent(
-    wanted: Wanted, provider: Provider, offer: Offer, priced: gate.Quote, ledger: Ledger, clock: Clock,
-    options: JobOptions,
-) -> Rented:  # fmt: skip
-    """Intent, one request, and whatever became of it."""
-    tag = new_tag(wanted.config.name)
-    all_in = priced.price.all_in_usd_per_hr
-    request = request_for(
-        wanted.config, offer, tag, all_in, wanted.ceiling_usd, wanted.disk_gib, options, priced.price.tax
-    )
-    row = {"tag": tag, "provider": provider.name, "usd_per_hr": round(all_in, 6), "sku": offer.sku}
-    parts = {"storage_usd_per_hr": round(priced.price.storage_usd_per_hr, 6), "tax": priced.price.tax}
-    ledger.append("intent", f"launch {priced.price.what} on {priced.price.where}", **row, **parts)
-    machine = account(ledger.rows()).machines[-1]
-    try:
-        machine.machine_id = provider.launch(request)
-    except UnknownOutcomeError as error:
-        print(f"{error}\nlooking for it by its tag {tag} ...", flush=True)
-        ending = Ending(provider, machine, ledger, clock, print)
-        if not ending.resolve():
-            raise RefusedError(f"{provider.label} made no machine; nothing is billed. Run it again") from None
-        if machine.machine_id is None:
-            raise UnknownOutcomeError(
-                f"{provider.label} does not say whether {tag} was launched. It stays open in {ledger.file} "
-                f"and may bill: look at the provider's own page, then run `x1 teardown {ledger.file.parent}`"
-            ) from None
-        return machine
-    except UserError as error:
-        ledger.append("launch_failed", str(error), tag=tag)
-        raise
-    ledger.append("launched", tag=tag, machine_id=machine.machine_id)
-    return machine
-
-
-def wait_active(provider: Provider, machine: Rented, ledger: Ledger, clock: Clock) -> bool:
-    """Until it runs; False when it won't, or was not seen to in half an hour."""
-    assert machine.machine_id is not None
-    begun, said = clock.steady_s(), ""
-    while clock.steady_s() - begun < WAIT_ACTIVE_S:
-        try:
-            found = provider.machine(machine.machine_id)
-            word = found.said if found else "not listed yet"
-        except ProviderError as error:
-            found, word = None, str(error)
-        if word != said:
-            print(f"{machine.machine_id}: {word}", flush=True)
-            said = word
-        if found and found.status is Status.RUNNING:
-            ledger.append("active", tag=machine.tag, machine_id=machine.machine_id)
-            return True
-        if found and found.status in (Status.LOST, Status.TERMINATING, Status.GONE):
-            return False
-        clock.sleep(LOOK_EVERY_S)
-    return False
-
-
 Flag = typer.Option
 
 
 def main(
     config: Annotated[Path, Flag(help="the run's YAML file", show_default=False)],
-    provider: Annotated[str, Flag(help="lambda, runpod, local or fake")],
+    provider: Annotated[
+        str, Flag(help="lambda, runpod, local or fake; several of them, as runpod,lambda, with a mirror")
+    ],
     gpu: Annotated[str, Flag(help="a100-80gb, h100, rtx4090, ...")] = "a100-80gb",
     gpu_count: Annotated[int, Flag("--gpus", min=1, help="GPUs of one machine")] = 1,
     tier: Annotated[str, Flag(help="RunPod: secure, community or any")] = "secure",
@@ -253,6 +165,14 @@ def main(
     linger: Annotated[
         str, Flag(help="end a machine that stopped working after so long; it is in the price")
     ] = "15m",
+    mirror: Annotated[
+        str | None,
+        Flag(help="copies of the run: s3://bucket/runs, ... [mirror.uri]", show_default=False),
+    ] = None,
+    mirror_data: Annotated[bool, Flag("--mirror-data", help="the corpora too [mirror.data]")] = False,
+    moves: Annotated[
+        int, Flag(min=0, help="to another machine when one is lost, at most; needs a mirror")
+    ] = MOST_MOVES,
     raise_ceiling_to: Annotated[
         float | None, Flag(help="a new ceiling for a run that a limit stopped; clears its STOP.json")
     ] = None,
@@ -268,7 +188,8 @@ def main(
 ) -> int:
     """Price a run, rent its machine, and guard it until it is gone."""
     overrides = dict(cfg.parse_assignment(text) for text in set_)
-    loaded = cfg.load_config(config, overrides)
+    loaded = with_mirror(cfg.load_config(config, overrides), mirror, mirror_data)
+    names = provider_names(provider, loaded)
     clock = Clock.from_environment()
     raised = positive("--raise-ceiling-to", raise_ceiling_to)
     cap = raised or positive("--budget-cap-usd", budget_cap_usd) or positive("cap_usd", loaded.budget.cap_usd)
@@ -304,7 +225,8 @@ def main(
     if write is not None:
         print(gate.sentence(priced_at_most(wanted)))
         return write_files(write, loaded, gpu, gpu_count, cap, wanted.max_usd_per_hr, options)
-    if provider == "local" and rate_usd_per_hr is None:
+    at_home = names == ["local"]
+    if at_home and rate_usd_per_hr is None:
         raise UserError("--rate-usd-per-hr: is needed with --provider local; for example 0.08, or 0")
     if like is not None and not (like / "metrics.jsonl").exists():
         raise UserError(f"--like {like}: no metrics.jsonl in it; name the folder of a run that has trained")
@@ -312,13 +234,16 @@ def main(
     ledger = Ledger(loaded.folder / NAME, clock)
     if raised is None and ledger.file.exists():
         wanted = replace(wanted, ceiling_usd=account(ledger.rows()).in_force(cap))
-    rented_from = open_provider(provider, clock, rate_usd_per_hr=rate)
+    providers = [open_provider(name, clock, rate_usd_per_hr=rate) for name in names]
+    kept = None if at_home or price_only else mirror_for(loaded, names)
+    if kept is not None:
+        wanted, options = as_it_stands(wanted, options, kept, ledger)
     if price_only:
-        print(gate.sentence(agree_on_price(wanted, rented_from, ledger, clock)[1]))
+        print(gate.sentence(agree_on_price(wanted, providers, ledger, clock)[2]))
         return FINISHED
     with one_launch(loaded.folder.parent):
-        refuse_unsafe(wanted, rented_from, ledger, clock, raised)
-        offer, priced = agree_on_price(wanted, rented_from, ledger, clock)
+        refuse_unsafe(wanted, providers[0], ledger, clock, raised)
+        rented_from, offer, priced = agree_on_price(wanted, providers, ledger, clock)
         sentence = gate.sentence(priced)
         print(sentence, flush=True)
         if not confirmed(yes):
@@ -327,32 +252,71 @@ def main(
         if raised is not None:
             latch.raise_ceiling(loaded.folder, raised, loaded.budget.cap_usd, ledger)
         ledger.append("gate", sentence, verdict="passed", **priced.fields())
-        if provider != "local":
+        if not at_home:
             options = replace(options, before_usd=round(priced.spent_usd, 4))
             machine = rent(wanted, rented_from, offer, priced, ledger, clock, options)
-    if provider == "local":
+    if at_home:
         return start_here(loaded, config, wanted, rate, options)
     if (code := bring_up(loaded.folder, rented_from, machine, ledger, clock)) != FINISHED:
         return code
     if detach:
         print(f"running. Nobody ends it at the ceiling until you start: x1 guard {loaded.folder}")
         return FINISHED
-    return guard_machine(loaded.folder, clock, wanted.ceiling_usd, wanted.poll_s, wanted.linger_s)
+    if kept is None:
+        return guard_machine(loaded.folder, clock, wanted.ceiling_usd, wanted.poll_s, wanted.linger_s)
+    place = next(k for k, one in enumerate(providers) if one is rented_from)
+    return Mover(wanted, providers, options, ledger, clock, kept, place, moves).run()
 
 
-def bring_up(folder: Path, provider: Provider, machine: Rented, ledger: Ledger, clock: Clock) -> int:
-    """Until it works; a machine that does not, or that nobody waits for, is ended here."""
-    try:
-        if wait_active(provider, machine, ledger, clock):
-            return FINISHED
-        said = "it does not run: ending it"
-    except KeyboardInterrupt:
-        said = "interrupted before it ran: ending it"
-    except UserError as error:
-        said = f"{error}; ending it"
-    print(said, flush=True)
-    end_loudly(folder, clock)
-    return FAULT
+# ------------------------------------------------------------------------------------------------------------
+# With a mirror
+
+
+def with_mirror(config: RunConfig, uri: str | None, data: bool) -> RunConfig:
+    """The config as the machine gets it: an address that is good in any folder."""
+    uri = uri or config.mirror.uri
+    if uri is None:
+        return config
+    changes = {"uri": whole(uri), "data": data or config.mirror.data}
+    return config.model_copy(update={"mirror": config.mirror.model_copy(update=changes)})
+
+
+def provider_names(text: str, config: RunConfig) -> list[str]:
+    """`runpod,lambda`: in the order in which they are tried."""
+    names = [name.strip() for name in text.split(",")]
+    if len(names) > 1 and "local" in names:
+        raise UserError(f"--provider {text}: a run on this machine is not moved; leave `local` out")
+    if len(names) > 1 and config.mirror.uri is None:
+        raise UserError(
+            f"--provider {text}: a lost machine's run can go on at another provider only with a mirror; add "
+            "--mirror s3://BUCKET/FOLDER, or name one provider"
+        )
+    return names
+
+
+def mirror_for(config: RunConfig, names: list[str]) -> Mirror | None:
+    """The run's mirror, and what a machine needs in order to reach it: tried before anything is priced."""
+    credentials.values(config.mirror.uri, os.environ, config.mirror.endpoint)
+    return opened(config, names)
+
+
+def as_it_stands(
+    wanted: Wanted, options: JobOptions, mirror: Mirror, ledger: Ledger
+) -> tuple[Wanted, JobOptions]:
+    """A run that is in its mirror goes on from there; one that somebody trains is left alone."""
+    now = mirror.before = mirror.look()
+    if mirror.trouble:
+        raise RefusedError(f"{mirror.trouble}; a machine that can't reach its mirror is not paid for")
+    told = tuple(map(str, ended.of(account(ledger.rows()))))
+    if now is None:
+        return wanted, replace(options, ended=told)
+    if now.writing and now.silent_s is not None and now.silent_s <= now.stale_s:
+        raise RefusedError(
+            f"{mirror.store.label}/{mirror.name}: is being trained on {now.host} (last sign of life "
+            f"{now.silent_s:.0f} s ago by the store's clock); a second machine would be refused there: end "
+            f"that one, or wait {now.stale_s:.0f} s after it died"
+        )
+    return replace(wanted, standing=now), replace(options, ended=told, data_from_mirror=now.has_data)
 
 
 def start_here(

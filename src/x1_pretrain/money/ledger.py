@@ -20,6 +20,7 @@ from typing import Any
 
 from x1_pretrain.errors import FAULT, UserError
 from x1_pretrain.money.clock import Clock, stamp
+from x1_pretrain.records.formats import FORMATS
 
 Row = dict[str, Any]
 NAME = "ledger.jsonl"
@@ -46,6 +47,7 @@ class Ledger:
             assert self._held is not None
             end, number = self._cut_torn_end(self._held)
             row = {"seq": number + 1, "time_utc": stamp(self.clock.now()), "event": event, **fields}
+            row |= {} if end else {"schema_version": FORMATS[NAME]}  # the first of a file says its version
             row = plain(row | {"message": message} if message else row)
             self._write(self._held, row, end)
         return row
@@ -126,8 +128,18 @@ def read_rows(file: Path) -> list[Row]:
                 f"{file}, line {number}: not a ledger row, and sums without it would be wrong. Put it "
                 "right from a copy, or remove it, and run `x1 reconcile`"
             )
+        _refuse_newer(row, file, number)
         rows.append(row)
     return rows
+
+
+def _refuse_newer(row: Row, file: Path, number: int) -> None:
+    """Sums without what such a row means would be wrong."""
+    version = row.get("schema_version", 1)
+    if isinstance(version, int) and version > FORMATS[NAME]:
+        raise LedgerError(
+            f"{file}, line {number}: schema version {version}, this x1 reads up to {FORMATS[NAME]}; update x1"
+        )
 
 
 def _tail(descriptor: int, size: int) -> bytes:

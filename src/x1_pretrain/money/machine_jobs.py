@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shlex
@@ -15,16 +16,17 @@ from pathlib import Path
 from x1_pretrain import config as cfg
 from x1_pretrain.config import RunConfig
 from x1_pretrain.errors import FINISHED, UserError
-from x1_pretrain.money import bootstrap
+from x1_pretrain.money import bootstrap, credentials
 from x1_pretrain.money.channels import VARIABLE as ALERTS_VARIABLE
 from x1_pretrain.money.clock import VARIABLE as CLOCK_VARIABLE
 from x1_pretrain.money.guard import ZERO
-from x1_pretrain.money.job import Job, fineweb_edu_commands
+from x1_pretrain.money.job import CONFIG_END, Job, fineweb_edu_commands
 from x1_pretrain.money.providers.base import LaunchRequest, Offer
 from x1_pretrain.money.providers.opened import FAKE_VARIABLE
 from x1_pretrain.money.skypilot import skypilot_task
 from x1_pretrain.records.run_manifest import source_state, without_passwords
 
+STOP_S = 60
 ALWAYS_PASSED = (ALERTS_VARIABLE, "HF_TOKEN")
 
 
@@ -41,6 +43,8 @@ class JobOptions:
     assignments: tuple[str, ...]
     before_usd: Decimal = ZERO  # spent by earlier machines: the new one's ledger may not know
     raised_usd: Decimal | None = None  # a person's new ceiling: the machine's disk may hold the latch too
+    ended: tuple[str, ...] = ()  # machines of the run that are gone: `money.ended` writes and reads them
+    data_from_mirror: bool = False
 
 
 def job_for(
@@ -67,11 +71,26 @@ def job_for(
         data_commands=options.data_commands or default_data(options),
         workspace=options.workspace,
         corpus=options.data_dir or "",
-        passed_variables=(*ALWAYS_PASSED, *options.passed),
+        passed_variables=passed(config, options),
         supervise_flags=supervise_flags,
-        train_flags=("--raise-ceiling-to", str(options.raised_usd)) if options.raised_usd else (),
+        train_flags=train_flags(config, options),
         gpus=gpus,
+        data_from_mirror=options.data_from_mirror,
+        stop_s=STOP_S + (math.ceil(config.mirror.grace_s) if config.mirror.uri else 0),
     )
+
+
+def passed(config: RunConfig, options: JobOptions) -> tuple[str, ...]:
+    """The names of the variables that a machine is handed, each once."""
+    wanted = (*ALWAYS_PASSED, *options.passed, *credentials.names(config.mirror.uri))
+    return tuple(dict.fromkeys(wanted))
+
+
+def train_flags(config: RunConfig, options: JobOptions) -> tuple[str, ...]:
+    """With the mirror, a start on an empty machine goes on where the run was."""
+    raised = ("--raise-ceiling-to", str(options.raised_usd)) if options.raised_usd else ()
+    mirror = ("--mirror", config.mirror.uri) if config.mirror.uri else ()
+    return (*mirror, *(("--mirror-data",) if mirror and config.mirror.data else ()), *raised)
 
 
 def refuse_secrets(config: RunConfig) -> None:
@@ -126,7 +145,8 @@ def request_for(
     tax: Decimal = ZERO,
 ) -> LaunchRequest:
     """What the provider is asked for. Values of passed variables are in it: it is sent, never kept."""
-    environment = {name: os.environ[name] for name in (*ALWAYS_PASSED, *options.passed) if name in os.environ}
+    environment = {name: os.environ[name] for name in passed(config, options) if name in os.environ}
+    environment |= credentials.values(config.mirror.uri, os.environ, config.mirror.endpoint)
     if offer.provider == "fake":
         script, image = on_this_computer(config, tag, usd_per_hr, cap_usd, disk_gib, options), "none:1"
         environment |= {k: os.environ[k] for k in (FAKE_VARIABLE, CLOCK_VARIABLE) if k in os.environ}
@@ -136,8 +156,7 @@ def request_for(
         str(disk_gib),
         "--tax",
         str(tax),
-        "--spent-before-usd",
-        str(options.before_usd),
+        *told(options),
     )  # where the machine has the provider's key
     job = job_for(config, offer.provider, tag, usd_per_hr, cap_usd, offer.gpu_count, options, flags)
     if offer.provider == "lambda":
@@ -147,20 +166,35 @@ def request_for(
     return LaunchRequest(offer, tag, bootstrap.start_script(job), job.image, disk_gib, environment)
 
 
+def told(options: JobOptions) -> list[str]:
+    """What only the launcher knows of the run's earlier machines."""
+    words = ["--spent-before-usd", str(options.before_usd)]
+    for one in options.ended:
+        words += ["--ended", one]
+    return words
+
+
 def on_this_computer(
     config: RunConfig, tag: str, usd_per_hr: Decimal, cap_usd: Decimal, disk_gib: int, options: JobOptions
 ) -> str:
-    """The fake provider's machines are processes here: the supervisor starts in this very installation."""
+    """The fake provider's machines are processes here: the supervisor starts in this very installation. With
+    a mirror each of them has a run folder of its own, as a real one has."""
     refuse_secrets(config)
-    folder = config.folder.absolute()
+    mirrored = config.mirror.uri is not None
+    folder = Path("runs", config.name) if mirrored else config.folder.absolute()
     words = [sys.executable, "-m", "x1_pretrain.money.supervise", "--provider", "fake", "--tag", tag]
-    words += ["--rate-usd-per-hr", str(usd_per_hr), "--disk-gib", str(disk_gib), "--every-s", "60", "--"]
+    words += ["--rate-usd-per-hr", str(usd_per_hr), "--disk-gib", str(disk_gib), "--every-s", "60"]
+    words += [*(told(options) if mirrored else []), "--"]
     words += ["--config", str(folder / "launch.yaml"), "--run-dir", str(folder)]
-    words += ["--budget-cap-usd", str(cap_usd)]
+    words += ["--budget-cap-usd", str(cap_usd), *(train_flags(config, options) if mirrored else [])]
     words += ["--data-dir", str(Path(options.data_dir).absolute())] if options.data_dir else []
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "launch.yaml").write_text(cfg.to_yaml(config), encoding="utf-8")
-    return f"#!/bin/bash\nexec {shlex.join(words)}\n"
+    if not mirrored:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "launch.yaml").write_text(cfg.to_yaml(config), encoding="utf-8")
+        return f"#!/bin/bash\nexec {shlex.join(words)}\n"
+    text = cfg.to_yaml(config.model_copy(update={"run_dir": None}))
+    write = f"mkdir -p {folder}\ncat >{folder}/launch.yaml <<'{CONFIG_END}'\n{text}{CONFIG_END}\n"
+    return f"#!/bin/bash\n{write}exec {shlex.join(words)}\n"
 
 
 def write_files(

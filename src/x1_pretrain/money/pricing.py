@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
 
 from x1_pretrain.config import RunConfig
-from x1_pretrain.errors import RefusedError
+from x1_pretrain.errors import RefusedError, UserError
 from x1_pretrain.model import gpus
-from x1_pretrain.model.flops import GPT2_VOCABULARY, flops_per_token
+from x1_pretrain.model.flops import GPT2_VOCABULARY, flops_per_token, parameter_counts
 from x1_pretrain.model.gpus import peak_bf16_flops_per_sec
-from x1_pretrain.money import gate, pace
+from x1_pretrain.money import gate, pace, storage
 from x1_pretrain.money.account import account
 from x1_pretrain.money.clock import Clock
 from x1_pretrain.money.guard import TEARDOWN_S, ZERO, dollars, minutes
 from x1_pretrain.money.ledger import Ledger
 from x1_pretrain.money.meter import hourly_storage_usd
 from x1_pretrain.money.providers.base import Offer, Provider, ProviderError, UnreachableError
+from x1_pretrain.money.standing import Standing, endpoint_of
 from x1_pretrain.records.run_folder import read_jsonl
 
 ASK_PRICE_EVERY_S = 300.0
@@ -40,6 +42,7 @@ class Wanted:
     poll_s: float
     linger_s: float
     tier: str
+    standing: Standing | None = None  # of a run that trains elsewhere, by its mirror
 
 
 def quote(wanted: Wanted, provider: Provider, offer: Offer, ledger: Ledger, clock: Clock) -> gate.Quote:
@@ -54,18 +57,42 @@ def quote(wanted: Wanted, provider: Provider, offer: Offer, ledger: Ledger, cloc
         storage_usd_per_hr=hourly_storage_usd(provider.storage_usd_per_gib_month, wanted.disk_gib),
         tax=wanted.tax if provider.taxed else ZERO,
     )
-    done = pace.tokens_done(read_jsonl(config.folder / "metrics.jsonl").rows)
-    tokens = max(0, config.training.total_steps * config.training.batch_tokens - done)
+    tokens = max(0, config.training.total_steps * config.training.batch_tokens - tokens_done(wanted))
     setup = ZERO if provider.name in ("local", "fake") else gate.SETUP_H
-    return gate.Quote(
+    spent = [known.known_usd, known.spent_by(clock.now())]
+    if wanted.standing is not None and wanted.standing.spent_usd is not None:
+        spent.append(wanted.standing.spent_usd)
+    made = gate.Quote(
         price,
         work(wanted, tokens, clock.speed),
         wanted.ceiling_usd,
         gate.reserve_h(
             wanted.poll_s, TEARDOWN_S + (wanted.linger_s if provider.name != "local" else 0), setup
         ),
-        spent_usd=max(known.known_usd, known.spent_by(clock.now())),
+        spent_usd=max(spent),
     )
+    planned = mirror_planned(config)
+    return replace(made, mirror_usd=gate.cents(planned.usd(float(made.hours)))) if planned else made
+
+
+def tokens_done(wanted: Wanted) -> int:
+    """What a new machine need not do: up to the newest checkpoint in the mirror, else as the folder says."""
+    if wanted.standing is not None:
+        return wanted.standing.good_step * wanted.config.training.batch_tokens
+    return pace.tokens_done(read_jsonl(wanted.config.folder / "metrics.jsonl").rows)
+
+
+def mirror_planned(config: RunConfig) -> storage.Planned | None:
+    """What the run's mirror is counted at; None for a run without one."""
+    mirror, model = config.mirror, config.model
+    if mirror.uri is None:
+        return None
+    counts = parameter_counts(model.model_copy(update={"vocab_size": model.vocab_size or GPT2_VOCABULARY}))
+    rates = storage.rates(
+        mirror.uri, endpoint_of(mirror), mirror.storage_usd_per_gib_month, mirror.egress_usd_per_gib
+    )
+    kept = storage.most_kept(config.checkpoint, config.training.total_steps)
+    return storage.Planned(rates, mirror.uri, kept, storage.CHECKPOINT_BYTES * counts.total / storage.GIB)
 
 
 def work(wanted: Wanted, tokens: int, speed: float) -> gate.Work:
@@ -80,6 +107,9 @@ def work(wanted: Wanted, tokens: int, speed: float) -> gate.Work:
         if rate := pace.tokens_per_sec(read_jsonl(folder / "metrics.jsonl").rows):
             rate /= speed
             return gate.Work(tokens, rate, f"{rate:,.0f} tokens/s, measured in {folder}")
+    if wanted.standing is not None and (rate := wanted.standing.tokens_per_sec):
+        rate /= speed
+        return gate.Work(tokens, rate, f"{rate:,.0f} tokens/s, measured where it was")
     model = wanted.config.model
     guessed = model.vocab_size is None
     model = model.model_copy(update={"vocab_size": model.vocab_size or GPT2_VOCABULARY})
@@ -119,19 +149,35 @@ def refusals(wanted: Wanted, priced: gate.Quote) -> list[str]:
 
 
 def agree_on_price(
-    wanted: Wanted, provider: Provider, ledger: Ledger, clock: Clock
-) -> tuple[Offer, gate.Quote]:
-    """An offer that breaks no term; with --wait, the first one within that time."""
+    wanted: Wanted, providers: Sequence[Provider], ledger: Ledger, clock: Clock
+) -> tuple[Provider, Offer, gate.Quote]:
+    """The first of the providers with an offer that breaks no term; with --wait, within that time."""
     begun = clock.steady_s()
     while True:
-        offer, priced, terms = look(wanted, provider, ledger, clock)
-        if offer is not None and priced is not None and not terms:
-            return offer, priced
+        broken, priced = list[str](), None
+        for provider in providers:
+            offer, found, terms = _looked(wanted, provider, ledger, clock, alone=len(providers) == 1)
+            priced = found or priced
+            if offer is not None and found is not None and not terms:
+                return provider, offer, found
+            broken += [f"{provider.label}: {term}" if len(providers) > 1 else term for term in terms]
         left_s = wanted.wait_s - (clock.steady_s() - begun)
         if left_s <= 0:
-            raise refused("; ".join(terms), priced, ledger)
-        print(f"waiting (up to {minutes(left_s)} more): {terms[0]}", flush=True)
+            raise refused("; ".join(dict.fromkeys(broken)), priced, ledger)
+        print(f"waiting (up to {minutes(left_s)} more): {broken[0]}", flush=True)
         clock.sleep(min(ASK_PRICE_EVERY_S, left_s))
+
+
+def _looked(
+    wanted: Wanted, provider: Provider, ledger: Ledger, clock: Clock, *, alone: bool
+) -> tuple[Offer | None, gate.Quote | None, list[str]]:
+    """One of several that can't answer is passed over."""
+    try:
+        return look(wanted, provider, ledger, clock)
+    except UserError as error:
+        if alone:
+            raise
+        return None, None, [str(error)]
 
 
 def look(
@@ -156,7 +202,7 @@ def poor(provider: Provider, priced: gate.Quote) -> list[str]:
         balance = provider.balance_usd()
     except ProviderError:
         return []  # not told: the ceiling holds without it
-    needed = priced.total_usd - priced.spent_usd
+    needed = priced.total_usd - priced.spent_usd - priced.mirror_usd  # that is paid elsewhere
     if balance is None or balance >= needed:
         return []
     holds, needs = dollars(balance), dollars(needed)

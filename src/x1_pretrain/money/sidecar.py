@@ -133,7 +133,7 @@ class Sidecar:
     def _before(self) -> Decimal:
         """Earlier machines of the run cost what they cost, and on, until they are seen to be gone. Those that
         are open are counted by the steady clock, as this one is."""
-        now_s, sum_usd = self.clock.steady_s(), self.known.adjusted_usd
+        now_s, sum_usd = self.clock.steady_s(), self.known.beside_usd
         for machine in self.known.machines:
             meter = self.others.get(machine.tag)
             if machine.tag == self.machine.tag:

@@ -27,8 +27,8 @@ _CAN_NOT = """\
 #   - cap the total. max_hourly_cost filters its own price list, which may be older than the provider's price;
 #     nothing counts dollars over the run. X1 does, on the machine, at max_hourly_cost for every hour.
 #   - keep what is on the disk when a machine is lost: Lambda and RunPod disks go with it, and SkyPilot
-#     mounts no buckets on RunPod. Without a copy elsewhere a recovered job begins at step 0, and so does what
-#     it counts as spent: then the cap holds for each machine, not for the run. Watch `sky jobs queue`.
+#     mounts no buckets on RunPod. Without a mirror (mirror.uri) a recovered job begins at step 0, and so does
+#     what it counts as spent: then the cap holds for each machine, not for the run. Watch `sky jobs queue`.
 #   - give up: it looks for a free machine for as long as you let it.
 #   - cost nothing itself: its controller is a machine of its own, about $0.25/h, and not on Lambda.
 #   - confirm that a machine is gone, or find it after autostop failed (autostop runs on that machine).

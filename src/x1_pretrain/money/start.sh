@@ -22,6 +22,7 @@ CONFIG=''
 GPUS=0
 DATA_DISK_GIB=0
 DATA_TIMEOUT_S=0
+DATA_FROM_MIRROR=0
 TORCH_AT_LEAST=''
 UV_VERSION=''
 TORCH_BUILDS=()     # "driver's CUDA, torch, build", newest first
@@ -277,6 +278,10 @@ PYTHON
 step_data() {
     if [[ -f $CORPUS/manifest.json ]]; then
         say "the corpus is there: $CORPUS"
+        return
+    fi
+    if ((DATA_FROM_MIRROR)); then
+        say "the corpus is in the mirror: the trainer fetches it"
         return
     fi
     ((${#DATA_COMMANDS[@]})) || die "no corpus at $CORPUS (no manifest.json), and no command that makes one"

@@ -6,6 +6,9 @@ x1 supervise --provider local --rate-usd-per-hr 0.10 -- --config c.yaml --data-d
 What follows `--` are the trainer's own options. Exit code 75 and a killed trainer are relaunched; 0, 1, 2,
 76, 77 and 78 end it. SIGTERM goes on to the trainer, which saves. When the supervisor is killed its children
 get SIGTERM from the kernel, so that nothing trains unwatched.
+
+A run with a mirror that comes to an empty machine brings its ledger along: it is fetched before anything
+counts, and what the launcher knows of earlier machines (`--ended`) goes into it.
 """
 
 from __future__ import annotations
@@ -25,9 +28,10 @@ from typing import IO, Annotated, Any
 import typer
 
 from x1_pretrain.command import run as run_app
-from x1_pretrain.config import load_config, parse_assignment
+from x1_pretrain.config import RunConfig, load_config, parse_assignment
 from x1_pretrain.errors import FAULT, FINISHED, INTERRUPTED, REFUSED, UserError
-from x1_pretrain.money import latch
+from x1_pretrain.mirror.address import parse, run_address
+from x1_pretrain.money import ended, latch
 from x1_pretrain.money.budget_file import Address
 from x1_pretrain.money.channels import addresses
 from x1_pretrain.money.clock import Clock, stamp
@@ -40,6 +44,7 @@ FIRST_READING_S = 180.0  # real seconds until the sidecar must have written its 
 SIDECAR_PAUSE_S = 2.0
 RAISE = "--raise-ceiling-to"
 NO_PROGRESS = 3  # relaunches in a row that got no further
+LEDGER_PATIENCE_S = 300.0  # with a store that does not answer, before anything starts
 
 
 @dataclass
@@ -54,6 +59,7 @@ class Supervisor:
     clock: Clock
     max_relaunches: int = 20
     pause_s: float = 5.0
+    grace_s: float = GRACE_S
     relaunches: int = 0
     stuck: int = 0
     asked: str | None = None
@@ -200,7 +206,7 @@ class Supervisor:
             return
         process.send_signal(signal.SIGTERM)
         try:
-            process.wait(GRACE_S)
+            process.wait(self.grace_s)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -288,6 +294,10 @@ def main(
     spent_before_usd: Annotated[
         float, typer.Option(min=0, help="what the run had cost before, where its ledger is elsewhere")
     ] = 0.0,
+    ended_: Annotated[
+        list[str],
+        typer.Option("--ended", metavar="TAG=TIME=USD", help="a machine of the run that is gone; repeatable"),
+    ] = [],  # noqa: B006
     max_relaunches: Annotated[int, typer.Option(min=0, help="after exit code 75 or a kill")] = 20,
     pause_s: Annotated[float, typer.Option(min=0, help="seconds before a relaunch")] = 5.0,
 ) -> int:
@@ -316,6 +326,9 @@ def main(
         arguments += ["--budget-curr-cost-uri", str(budget)]
     clock = Clock.from_environment()
     ledger = Ledger(folder / NAME, clock)
+    gone = [ended.read(text) for text in ended_]
+    bring_ledger(loaded, arguments, folder)
+    ended.write((one for one in gone if one.tag != tag), ledger)
     if tag is not None and any(
         r["event"] == "adopted" and r.get("tag") == tag for r in read_rows(ledger.file)
     ):
@@ -339,6 +352,7 @@ def main(
         clock=clock,
         max_relaunches=max_relaunches,
         pause_s=pause_s,
+        grace_s=GRACE_S + (loaded.mirror.grace_s if mirror_of(loaded, arguments) else 0),
     )
     code = supervisor.run()
     if code == FINISHED:
@@ -346,6 +360,38 @@ def main(
     if not supervisor.asked:
         tell_end(folder, ledger, clock, code)
     return code
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The ledger of a run that comes from elsewhere
+
+
+def mirror_of(config: RunConfig, arguments: Sequence[str]) -> tuple[str, str] | None:
+    """The mirror's address and the run's name in it, as the trainer takes them."""
+    if run := trainer_option(arguments, "--resume-from"):
+        address, name = run_address(run)
+        return str(address), name
+    uri = trainer_option(arguments, "--mirror") or config.mirror.uri
+    return (str(parse(uri)), config.name) if uri else None
+
+
+def bring_ledger(config: RunConfig, arguments: Sequence[str], folder: Path) -> None:
+    """What the run has cost elsewhere, before anybody counts here; together with what this folder knows."""
+    mirrored = mirror_of(config, arguments)
+    if mirrored is None:
+        return
+    from x1_pretrain.mirror.restore import ledger_from
+
+    uri, name = mirrored
+    try:
+        rows = ledger_from(uri, config.mirror.endpoint, name, folder, LEDGER_PATIENCE_S)
+    except UserError as error:
+        if not (folder / NAME).exists():
+            raise
+        say(f"{error}; going on with the ledger that is here")
+        return
+    if rows:
+        say(f"{rows} rows of the ledger are from {uri}/{name}")
 
 
 ENDS = {0: "finished", 76: "stopped by the budget", 77: "stopped at once by the budget"}

@@ -30,6 +30,7 @@ from x1_pretrain.money.notify import Notifier
 from x1_pretrain.money.providers.base import Machine, Provider, ProviderError, Status
 from x1_pretrain.money.providers.opened import open_provider
 from x1_pretrain.money.sidecar import last_seq
+from x1_pretrain.records.formats import VERSIONS
 
 READ_EVERY_S = 10.0
 APART_S = 10.0  # between the two reads that count
@@ -226,7 +227,8 @@ def write_proof(folder: Path, ledger: Ledger, say: Callable[[str], None] = print
     if not rows:
         return
     try:
-        (folder / PROOF).write_text(json.dumps({"confirmed": rows}, indent=1) + "\n", encoding="utf-8")
+        tree = {"schema_version": VERSIONS[PROOF], "confirmed": rows}
+        (folder / PROOF).write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         say(f"{folder / PROOF}: can't be written ({error.strerror}); the ledger has the same rows")
 

@@ -33,6 +33,7 @@ from x1_pretrain.planning.flags import (
     corpora,
     judged_speed,
     machine_for,
+    mirror_for,
     read_data,
     refuse_contradictions,
 )
@@ -75,6 +76,10 @@ def main(
     buffer: Annotated[float, Flag(min=0, max=0.9, help="share of the dollars that is kept back")] = BUFFER,
     disk_gib: Annotated[int, Flag(min=10, help="disk of the machine")] = DISK_GIB,
     tax: Annotated[float | None, Flag(min=0, max=1, help="sales tax [0.10 at Lambda]")] = None,
+    mirror: Annotated[
+        str | None, Flag(help="copies of the run go there, which costs: s3://bucket/runs [mirror.uri]")
+    ] = None,
+    mirror_data: Annotated[bool, Flag("--mirror-data", help="the corpora too [mirror.data]")] = False,
     output: Annotated[
         Path | None, Flag(help="the config for x1 train [plan.yaml; none with --json]", show_default=False)
     ] = None,
@@ -107,6 +112,8 @@ def main(
         buffer=buffer,
         disk_gib=disk_gib,
         tax=None if tax is None else Decimal(str(tax)),
+        mirror=mirror,
+        mirror_data=mirror_data,
     )
     refuse_contradictions(wanted, config)
     if config is not None:
@@ -165,6 +172,7 @@ def _judge(config: RunConfig, wanted: Wanted, explain: bool, as_json: bool) -> N
         data=data,
         buffer=wanted.buffer,
         every=(config.checkpoint.every, config.evaluation.every),
+        mirror=mirror_for(wanted, config),
     )
     judged = critique.judge(config, ask, claim)
     notes = remarks.notes_on_judged(judged.priced)

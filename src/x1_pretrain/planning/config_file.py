@@ -152,6 +152,9 @@ def _rest(made: Plan) -> list[str]:
     ]
     if made.ask.speed.measured:
         rows += [f"  tokens_per_sec: {made.tokens_per_sec:.1f} # {made.ask.speed.said}"]
+    if made.ask.mirror is not None:
+        rows += ["", "mirror:", f"  uri: {_quoted(made.ask.mirror.uri)}"]
+        rows += ["  data: true"] if made.ask.mirror.data else []
     loss = made.expected
     if made.ask.belief.own and loss.has_interval:
         rows += ["", "verify:", f"  loss_band: [{loss.low:.3f}, {loss.high:.3f}] # {made.ask.belief.name}"]

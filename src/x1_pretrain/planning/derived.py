@@ -9,10 +9,10 @@ from x1_pretrain.learning.recipe import Derived
 from x1_pretrain.model import shapes
 from x1_pretrain.model.memory import GPU_MEMORY_SHARE
 from x1_pretrain.money import gate
+from x1_pretrain.money.storage import CHECKPOINT_BYTES
 from x1_pretrain.numbers import flop, human
 from x1_pretrain.planning.critique import disk_line
 from x1_pretrain.planning.planner import (
-    CHECKPOINT_BYTES,
     CHECKPOINT_H,
     EVALUATION_SHARE,
     EVALUATION_TOKENS,
@@ -67,15 +67,36 @@ def _money(made: Plan) -> Iterator[Derived]:
         f"{human(made.tokens, 4)} / {made.tokens_per_sec:,.0f} / 3600",
         f"what decided: {made.binding}",
     )
+    yield from _mirror(made)
     total = gate.exact(quote.total_usd)
+    mirror = [quote.mirror_usd] if made.mirror else []
+    parts = [quote.compute_usd, quote.disk_usd, *mirror, quote.reserve_usd]
     kept = f"; {ask.buffer:.0%} kept as a buffer" if made.binding == "--dollars" else ""
     yield Derived(
         "dollars",
         float(quote.total_usd),
         total,
-        "training + disk + tax and reserve",
-        f"{gate.exact(quote.compute_usd)} + {gate.exact(quote.disk_usd)} + {gate.exact(quote.reserve_usd)}",
+        f"training + disk{' + mirror' if made.mirror else ''} + tax and reserve",
+        " + ".join(gate.exact(part) for part in parts),
         f"the gate of x1 launch: {machine.reserve_h:.2f} h paid and not trained{kept}",
+    )
+
+
+def _mirror(made: Plan) -> Iterator[Derived]:
+    planned = made.mirror
+    if planned is None:
+        return
+    rates, hours = planned.rates, float(made.quote.hours)
+    data = f" + {planned.corpus_gib:,.1f} GiB of data" if planned.corpus_gib else ""
+    yield Derived(
+        "mirror",
+        float(made.quote.mirror_usd),
+        f"{gate.exact(made.quote.mirror_usd)}",
+        "what is kept x hours x price + one fetch",
+        f"({planned.checkpoints} x {planned.checkpoint_gib:,.2f} GiB{data}) x {hours:,.1f} h x "
+        f"${float(rates.usd_per_gib_month):.4g} a month + {planned.fetched_gib:,.2f} GiB x "
+        f"${float(rates.egress_usd_per_gib):.4g}",
+        rates.said,
     )
 
 

@@ -7,23 +7,25 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
 
-from x1_pretrain.config import ModelConfig, RunConfig
+from x1_pretrain.config import MirrorConfig, ModelConfig, RunConfig
 from x1_pretrain.errors import UserError
 from x1_pretrain.laws.fitted import read_fit
+from x1_pretrain.mirror.address import parse
 from x1_pretrain.model import gpus, shapes
 from x1_pretrain.model.flops import GPT2_VOCABULARY, flops_per_token, mfu
-from x1_pretrain.money import gate, pace
+from x1_pretrain.money import gate, pace, storage
 from x1_pretrain.money.guard import TEARDOWN_S, ZERO
 from x1_pretrain.money.launch import SALES_TAX
 from x1_pretrain.money.meter import hourly_storage_usd
 from x1_pretrain.money.prices import list_price
 from x1_pretrain.money.providers.lambda_cloud import Lambda
 from x1_pretrain.money.providers.runpod import RunPod
+from x1_pretrain.money.standing import endpoint_of
 from x1_pretrain.planning import critique, data_check
 from x1_pretrain.planning.belief import REFIT, Belief
 from x1_pretrain.planning.critique import Claim
 from x1_pretrain.planning.data_check import Data
-from x1_pretrain.planning.planner import Ask, Machine, Plan, Speed
+from x1_pretrain.planning.planner import KEPT, Ask, Machine, Mirror, Plan, Speed
 from x1_pretrain.records.run_folder import find_run, open_run
 
 POLL_S, LINGER_S, DISK_GIB = 300.0, 900.0, 200  # x1 launch's defaults: the plan and the gate agree
@@ -58,6 +60,8 @@ class Wanted:
     buffer: float
     disk_gib: int
     tax: Decimal | None
+    mirror: str | None = None
+    mirror_data: bool = False
 
 
 def refuse_contradictions(wanted: Wanted, config: Path | None) -> None:
@@ -127,6 +131,7 @@ def ask_for(wanted: Wanted) -> Ask:
         batch_tokens=batch,
         buffer=wanted.buffer,
         asked_n=wanted.n,
+        mirror=mirror_for(wanted, None),
     )
     if not any((wanted.dollars, wanted.hours, wanted.tokens, wanted.n, wanted.steps, wanted.flops)):
         raise UserError("--dollars: is needed, or --hours, --tokens or --n; for example --dollars 35")
@@ -144,6 +149,23 @@ def refuse_odd_batch(batch: int, models: tuple[ModelConfig, ...], wanted: Wanted
             f"{wanted.gpus:,} GPUs; the nearest is {nearest:,}"
         )
     return fitting
+
+
+def mirror_for(wanted: Wanted, config: RunConfig | None) -> Mirror | None:
+    """Where copies go, by the flag or by the config, and what the store bills."""
+    section = config.mirror if config else MirrorConfig()
+    uri = wanted.mirror or section.uri
+    if uri is None:
+        return None
+    at = str(parse(uri))  # a typo is refused here
+    bills = storage.rates(
+        at,
+        endpoint_of(section.model_copy(update={"uri": at})),
+        section.storage_usd_per_gib_month,
+        section.egress_usd_per_gib,
+    )
+    kept = storage.most_kept(config.checkpoint, config.training.total_steps) if config else KEPT
+    return Mirror(at, bills, kept, wanted.mirror_data or section.data)
 
 
 def belief_for(wanted: Wanted) -> Belief:

@@ -22,6 +22,7 @@ from x1_pretrain.model.flops import FlopsPerToken, ParameterCounts, flops_per_to
 from x1_pretrain.model.memory import Memory, largest_micro_batch, training_memory
 from x1_pretrain.money import gate
 from x1_pretrain.money.guard import ZERO
+from x1_pretrain.money.storage import CHECKPOINT_BYTES, GIB, Planned, Rates
 from x1_pretrain.numbers import human
 from x1_pretrain.planning.belief import Belief
 from x1_pretrain.planning.choice import (
@@ -44,7 +45,6 @@ FEWEST_CHECKPOINTS = 20
 EVALUATION_SHARE = 0.01  # of the arithmetic, at most
 EVALUATION_TOKENS = EvaluationConfig().tokens
 KEPT = 3  # the last two and the one that is being written
-CHECKPOINT_BYTES = 12  # a parameter: fp32 weight and two moments; the export holds the same once more
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,16 @@ class Speed:
 
 
 @dataclass(frozen=True)
+class Mirror:
+    """Where copies of the run go."""
+
+    uri: str
+    rates: Rates
+    kept: int = KEPT  # checkpoints at once, at most
+    data: bool = False
+
+
+@dataclass(frozen=True)
 class Ask:
     """What was asked for. `models`: one that is wanted, or a ladder to choose from."""
 
@@ -93,6 +103,8 @@ class Ask:
     buffer: float = BUFFER
     asked_n: float | None = None  # in matrices, before the nearest architecture was taken
     every: tuple[int, int] | None = None  # steps between checkpoints and evaluations, of a plan that exists
+    mirror: Mirror | None = None
+    mirror_usd: Decimal = ZERO  # of the dollars, for it
 
     @property
     def tokens_wanted(self) -> float | None:
@@ -178,6 +190,8 @@ class Plan:
         work = gate.Work(tokens, self.tokens_per_sec, basis)
         machine = self.ask.machine
         quote = gate.Quote(machine.price, work, self.ask.dollars or ZERO, machine.reserve_h)
+        if self.mirror is not None:
+            quote = replace(quote, mirror_usd=gate.cents(self.mirror.usd(float(quote.hours))))
         if self.ask.dollars is None:
             return replace(quote, ceiling_usd=Decimal(math.ceil(quote.total_usd)))
         return quote
@@ -253,6 +267,15 @@ class Plan:
         corpus = data.disk_bytes if data else float(self.tokens * bytes_per_token(self.model.vocab))
         return Disk(corpus, kept, kept)
 
+    @property
+    def mirror(self) -> Planned | None:
+        """What is kept in the store, all the time, and one fetch."""
+        asked, disk = self.ask.mirror, self.disk
+        if asked is None:
+            return None
+        corpus_gib = disk.corpus_bytes / GIB if asked.data else 0.0
+        return Planned(asked.rates, asked.uri, asked.kept, disk.checkpoint_bytes / GIB, corpus_gib)
+
     @cached_property
     def shared(self) -> Shared:
         machine = self.ask.machine
@@ -274,6 +297,13 @@ def _many(count: int, what: str) -> str:
 
 def plan(ask: Ask) -> Plan:
     """The run that makes the most of what was asked for; `UserError` for what can't be had."""
+    if ask.mirror is None or ask.dollars is None:
+        return _plan(ask)
+    alone = _plan(replace(ask, mirror=None))  # its store's bill comes out of the dollars too
+    return _plan(replace(ask, mirror_usd=replace(alone, ask=ask).quote.mirror_usd + gate.CENT))
+
+
+def _plan(ask: Ask) -> Plan:
     seconds, binding = allowed_seconds(ask)
     models, left_out = trainable(ask)
     found = Candidates.of(models, ask.belief)
@@ -302,13 +332,15 @@ def bought_seconds(ask: Ask, dollars: Decimal) -> float:
     hourly = machine.price.all_in_usd_per_hr
     if hourly <= 0:
         raise UserError("--usd-per-hr 0: then dollars decide nothing; give --hours or --tokens instead")
-    hours = (dollars - 3 * gate.CENT) / hourly - machine.reserve_h  # three amounts are rounded up
+    left = dollars - ask.mirror_usd - 3 * gate.CENT  # three amounts are rounded up
+    hours = left / hourly - machine.reserve_h
     if hours <= 0:
         needed = gate.cents(machine.reserve_h * hourly)
+        mirror = f", its mirror about {gate.exact(ask.mirror_usd)}" if ask.mirror_usd else ""
         raise UserError(
             f"--dollars {amount(ask.dollars or ZERO)}: setting up and ending {machine.price.what} takes "
-            f"{machine.reserve_h:.2f} h = {gate.exact(needed)}, and {ask.buffer:.0%} is kept as a buffer; "
-            "nothing is left to train with"
+            f"{machine.reserve_h:.2f} h = {gate.exact(needed)}{mirror}, and {ask.buffer:.0%} is kept as a "
+            "buffer; nothing is left to train with"
         )
     return float(hours * 3600)
 

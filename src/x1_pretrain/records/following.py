@@ -15,10 +15,12 @@ from typing import Any, Literal
 
 from x1_pretrain.config import parse_config, parse_yaml
 from x1_pretrain.errors import UserError
+from x1_pretrain.mirror.state import MirrorState
 from x1_pretrain.money import latch
 from x1_pretrain.money.account import Rented, account
 from x1_pretrain.money.ledger import NAME as LEDGER
 from x1_pretrain.money.ledger import read_rows
+from x1_pretrain.records.behind import last_word
 from x1_pretrain.records.goodput import Goodput, goodput
 from x1_pretrain.records.run_folder import (
     ENDINGS,
@@ -182,6 +184,7 @@ class Seen:
     machines: list[Rented] = field(default_factory=list)  # rented, and not seen to end
     spent_usd: Decimal | None = None
     ceiling_usd: Decimal | None = None
+    mirror: MirrorState | None = None  # none: it has none
     _tails: dict[str, Tail] = field(default_factory=dict)
     _goodput_due_s: float = 0.0
 
@@ -197,6 +200,7 @@ class Seen:
         try:
             self._follow()
             self._money()
+            self.mirror = last_word(self.run.folder)
             if whole:
                 self._count(now_s)
         except (OSError, UserError) as error:  # a file in the middle of being replaced: said, and read again

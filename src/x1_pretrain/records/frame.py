@@ -10,6 +10,7 @@ from rich.text import Text
 
 from x1_pretrain.money.guard import dollars
 from x1_pretrain.numbers import compact, human
+from x1_pretrain.records.behind import behind, newest
 from x1_pretrain.records.console import duration
 from x1_pretrain.records.following import Curve, Seen, State
 from x1_pretrain.records.goodput import PARTS, Goodput
@@ -27,7 +28,7 @@ PART_COLORS = ("green", "cyan", "yellow", "blue", "magenta", "bright_blue", "whi
 PART_MARKS = "#wsevco2-<>"
 EVENTS = 5
 LOUD = {"spike", "not_finite", "skip", "rewind", "fault", "hang", "leak", "slow", "host", "signal",
-        "over_budget", "checkpoint_failed", "suspended"}  # fmt: skip
+        "over_budget", "checkpoint_failed", "suspended", "lease_lost", "moved"}  # fmt: skip
 
 
 def frame(
@@ -46,6 +47,7 @@ def frame(
         *_goodput(seen.goodput, width, plain),
         *_pairs("spikes", _spikes(seen), width),
         *_pairs("checkpoint", _checkpoint(seen), width),
+        *_mirror(seen, state.kind == "running", now_s, width),
     ]
     below = [*_sample(seen, width), *_foot(seen, width)]
     free = EVENTS if height is None else max(EVENTS, height - len(above) - len(below) - 1)
@@ -62,6 +64,8 @@ def status_line(seen: Seen, state: State, now_s: float) -> str:
         parts.append(f"goodput {seen.goodput.share:.0%}")
     if state.kind == "running" and (left := seen.eta_s(now_s)) is not None:
         parts.append(f"ETA {duration(left)}")
+    if seen.mirror is not None:
+        parts.append(f"mirror: {behind(seen.mirror, state.kind == 'running', now_s)}")
     return clean("  ".join([*parts, *_spent(seen)]))
 
 
@@ -303,6 +307,20 @@ def _checkpoint(seen: Seen) -> list[str]:
     took = f" ({seconds:.1f} s)" if (seconds := _number(event, "seconds")) is not None else ""
     clock = str(event.get("time_utc", ""))[11:19]
     return [f"last at {event['step']:,}{took}", *([f"{clock} UTC"] if clock else [])]
+
+
+def _mirror(seen: Seen, running: bool, now_s: float, width: int) -> list[Text]:
+    """How far the copies off this machine have come, and why they come no further."""
+    found = seen.mirror
+    if found is None:
+        return []
+    facts = [behind(found, running, now_s), newest(found), found.label, f"epoch {found.epoch}"]
+    said = _pairs("mirror", facts, width)
+    if found.trouble:
+        said.append(_labelled("", "").append(clean(found.trouble), "yellow"))
+    if found.state == "lost":
+        said.append(_labelled("", "").append(f"lost: {clean(found.why)}", "bold red"))
+    return said
 
 
 def _events(seen: Seen, width: int, most: int) -> list[Text]:

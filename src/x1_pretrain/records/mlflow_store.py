@@ -21,6 +21,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 
 from x1_pretrain.config import flatten
 from x1_pretrain.errors import UserError
+from x1_pretrain.records.formats import VERSIONS
 from x1_pretrain.records.run_folder import Row, Run, is_number
 from x1_pretrain.records.run_manifest import without_passwords
 
@@ -128,9 +129,10 @@ class StoredRun:
     def finish(self, status: str) -> None:
         self.client.set_terminated(self.run_id, status=status)
 
-    def pointer(self) -> dict[str, str]:
+    def pointer(self) -> dict[str, str | int]:
         """What `mlflow.json` of the run folder says."""
         return {
+            "schema_version": VERSIONS["mlflow.json"],
             "uri": self.store,
             "experiment": self.experiment,
             "experiment_id": self.experiment_id,

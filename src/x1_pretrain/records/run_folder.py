@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from x1_pretrain.config import RunConfig, parse_config, parse_yaml
 from x1_pretrain.errors import UserError
 from x1_pretrain.money.clock import parse_stamp
+from x1_pretrain.records.formats import check_manifest, refuse_newer
 
 Row = dict[str, Any]  # one JSON object of metrics.jsonl or events.jsonl
 
@@ -121,7 +122,7 @@ def with_numbers(row: Row) -> Row:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in `file`."""
+    """The JSON object in `file`; RefusedError if a later x1 wrote it."""
     try:
         tree = json.loads(file.read_bytes())
     except OSError as error:
@@ -132,6 +133,7 @@ def read_json(file: Path) -> dict[str, Any]:
         ) from None
     if not isinstance(tree, dict):
         raise UserError(f"{file}: expected a JSON object, found {type(tree).__name__}")
+    refuse_newer(tree, file)
     return tree
 
 
@@ -188,6 +190,7 @@ def open_run(folder: Path) -> Run:
     manifest = read_json(folder / "manifest.json")
     if manifest.get("kind") != "run":
         raise UserError(f"{folder}/manifest.json: expected kind 'run', found {manifest.get('kind')!r}")
+    check_manifest(manifest, folder / "manifest.json")
     tree = parse_yaml(_config_text(folder / "config.yaml"), str(folder / "config.yaml"))
     if not isinstance(tree, dict):
         raise UserError(f"{folder}/config.yaml: expected sections, found {type(tree).__name__}")

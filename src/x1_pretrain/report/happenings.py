@@ -61,7 +61,7 @@ def _spike(number: int, spike: Spike) -> list[str]:
 def events(m: Material) -> Section:
     if not m.events:
         return Section("events", "What happened", [Line("No events on record.", "note")])
-    kept = [event for event in m.events if event.get("event") not in EVERYDAY]
+    kept = [event for event in m.events if worth_telling(event)]
     rows = [_event(event) for event in kept]
     saved, last = m.told("checkpoint"), max(len(rows) - SHOWN // 2, SHOWN // 2)
     blocks: list[Block] = []
@@ -74,6 +74,13 @@ def events(m: Material) -> Section:
     shown = rows if len(rows) <= SHOWN else [*rows[: SHOWN // 2], *rows[last:]]
     middle = rows[SHOWN // 2 : last] if len(rows) > SHOWN else []
     return Section("events", "What happened", [*blocks, Happened(shown, middle)])
+
+
+def worth_telling(event: dict[str, object]) -> bool:
+    """That a mirror is there, and that it had all at the end, is told by every session."""
+    if event.get("event") == "mirror":
+        return "epoch" not in event and event.get("left") != []
+    return event.get("event") not in EVERYDAY
 
 
 def _event(event: dict[str, object]) -> tuple[str, str, str, str]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from x1_pretrain.records.behind import newest
 from x1_pretrain.report import curves, state, words
 from x1_pretrain.report.blocks import (
     F64,
@@ -20,7 +21,7 @@ from x1_pretrain.report.blocks import (
     Section,
     Strip,
 )
-from x1_pretrain.report.material import Material
+from x1_pretrain.report.material import Material, clean
 
 COLUMNS = 72  # of a strip
 WIDE = 20.0  # a curve whose peak is so many times its middle is drawn on a logarithmic axis
@@ -43,6 +44,10 @@ HOST = (
     ("host/cpu_share", "CPU busy", "share"),
     ("disk/free_gib", "Disk free", "GiB"),
     ("disk/write_mib_per_sec", "Checkpoint write speed", "MiB/s"),
+)
+LAG = (
+    ("mirror/lag_s", "Age of the oldest thing not mirrored", "seconds"),
+    ("mirror/lag_bytes", "Not mirrored", "bytes"),
 )
 
 
@@ -200,7 +205,28 @@ def machine(m: Material) -> Section:
     blocks += (
         [Folded("Health of the machine", host)] if host else [Line("Machine health: not measured.", "note")]
     )
-    return Section("machine", "Machine", blocks)
+    return Section("machine", "Machine", [*blocks, *_mirror(m)])
+
+
+def _mirror(m: Material) -> list[Block]:
+    """The copies off this machine: what they lacked at the last word, and over the run."""
+    found = m.mirror
+    if found is None:
+        return []
+    state = f"epoch {found.epoch}, {found.state}" + (f": {clean(found.why)}" if found.why else "")
+    left = f"{found.lag_bytes:,} bytes" if found.lag_bytes else "nothing"
+    facts = [
+        ("mirror", clean(found.label), state),
+        ("mirrored", newest(found), "the newest it has"),
+        (
+            "not mirrored",
+            left,
+            f"for {words.duration(found.lag_s)}" if found.lag_bytes else "at its last word",
+        ),
+    ]
+    trouble = [Line(f"It can't send: {clean(found.trouble)}", "bad")] if found.trouble else []
+    charts = [chart for name, title, unit in LAG for chart in _simple(m, name, title, unit)]
+    return [Facts(facts), *trouble, *([Folded("How far behind the mirror was", charts)] if charts else [])]
 
 
 def _hardware(hardware: dict[str, object]) -> list[tuple[str, str, str]]:

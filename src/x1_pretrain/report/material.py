@@ -21,11 +21,13 @@ from pydantic import ValidationError
 
 from x1_pretrain.corpus.shards import Manifest as CorpusManifest
 from x1_pretrain.errors import UserError
+from x1_pretrain.mirror.state import MirrorState
 from x1_pretrain.money import latch
 from x1_pretrain.money.account import Account, account
 from x1_pretrain.money.ledger import NAME as LEDGER
 from x1_pretrain.money.ledger import read_rows
 from x1_pretrain.postmortem.episodes import Spike, episodes, tokens_after
+from x1_pretrain.records.behind import last_word
 from x1_pretrain.records.data_order import injected_stretches
 from x1_pretrain.records.goodput import Goodput, goodput
 from x1_pretrain.records.run_folder import (
@@ -82,6 +84,7 @@ class Material:
     ledger: list[Row] = field(default_factory=list)
     money: Account | None = None
     stop: latch.Stop | None = None
+    mirror: MirrorState | None = None
     paid_time: Goodput | None = None
     spikes: list[Spike] = field(default_factory=list)
     corpora: list[Corpus] = field(default_factory=list)
@@ -255,6 +258,7 @@ def gather(run: Run, now: datetime, with_checks: bool = False, page_folder: Path
         ledger=[public(row) for row in ledger],
         money=money,
         stop=latch.read(run.folder),
+        mirror=_attempt(problems, lambda: last_word(run.folder), None),
         paid_time=_attempt(problems, lambda: goodput(run), None),
         spikes=_attempt(problems, lambda: episodes(run), []),
         corpora=_corpora(run),

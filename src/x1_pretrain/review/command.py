@@ -45,6 +45,7 @@ def verify(run: Run, export: Path | None = None) -> list[Check]:
         "post-mortem written": lambda: result.postmortem_written(run),
         "below the ceiling": lambda: result.below_the_ceiling(run),
         "machine confirmed gone": lambda: result.machine_gone(run),
+        "nothing left to mirror": lambda: result.mirrored(run, rows),
         "export equals the final checkpoint": lambda: result.export_equal(run, export),
     }
     return [attempted(name, check) for name, check in checks.items()]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from x1_pretrain.mirror.state import NAME as MIRROR
 from x1_pretrain.money.audit import audit, gone
 from x1_pretrain.postmortem.episodes import episodes
 from x1_pretrain.postmortem.page import KINDS, STILL_UP
+from x1_pretrain.records.behind import last_word
 from x1_pretrain.records.export_folder import WEIGHTS
 from x1_pretrain.records.run_folder import POSTMORTEM, Row, Run, last_step, read_json, series
 from x1_pretrain.review import weights
@@ -126,6 +128,29 @@ def machine_gone(run: Run) -> Check:
     if found is None:
         return Check(name, NOT_APPLICABLE, "no machine was rented for it, as far as is known here")
     return judged(name, *found)
+
+
+def mirrored(run: Run, rows: Callable[[], Sequence[Row]]) -> Check:
+    """What the run's mirror said last: it has everything, the newest good checkpoint included."""
+    name, file = "nothing left to mirror", run.folder / MIRROR
+    if not file.exists():
+        return Check(name, NOT_APPLICABLE, f"no {MIRROR}: no mirror, or this folder is a copy of the run")
+    state = last_word(run.folder)
+    if state is None:
+        return Check(name, FAILED, f"{file} can't be read")
+    if state.state == "lost":
+        return Check(name, FAILED, f"another writer has the run: {state.why}")
+    newest = next(iter(list_checkpoints(run.checkpoints)), None)
+    behind = f"{state.lag_s:.0f} s, {state.lag_bytes:,} bytes"
+    if state.state == "writing" and last_step(rows()) < run.total_steps:
+        return Check(name, NOT_APPLICABLE, f"still being mirrored to {state.label}, behind by {behind}")
+    problems = [f"{state.lag_bytes:,} bytes are not mirrored"] if state.lag_bytes else []
+    if newest is not None and step_of(newest) not in state.mirrored:
+        problems.append(f"{newest.name} is not mirrored")
+    if problems:
+        why = f" ({state.trouble})" if state.trouble else ""
+        problems[-1] += f"{why}: `x1 push {run.folder} {state.uri}` sends what is left"
+    return judged(name, problems, f"{state.label} has all of it, as epoch {state.epoch}")
 
 
 def export_equal(run: Run, export: Path | None) -> Check:

@@ -91,7 +91,9 @@ def read_state(checkpoint: Path) -> RunState:
     content = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
     version = content.pop("schema_version", None)
     if version != 1:
-        raise RefusedError(f"{checkpoint}: state.json has schema version {version}, this version reads 1")
+        raise RefusedError(
+            f"{checkpoint}: state.json has schema version {version}, this x1 reads 1; update x1"
+        )
     if streak := content.pop("bad_streak", None):  # before there was a detector
         content["stability"] = {"streak": streak}
     try:

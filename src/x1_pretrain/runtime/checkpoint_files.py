@@ -13,13 +13,17 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
+
+from x1_pretrain.runtime import retention
 
 SCHEMA_VERSION = 1
 TEMPORARY = ".writing-"
+FETCHING = ".fetching-"  # from a mirror; gone on with by the next session
 NEEDED = ("model.safetensors", "state.json")  # without these nothing can be resumed
 SAFETY_BYTES = 1 << 20  # left free beside a checkpoint, for logs and directory entries
 
@@ -162,8 +166,8 @@ def _cleaned_up(temporary: Path) -> Iterator[None]:
 
 
 def _require_space(folder: Path, needed_bytes: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed_bytes + SAFETY_BYTES:
+    free, needed_bytes = shutil.disk_usage(folder).free, needed_bytes + SAFETY_BYTES
+    if free < needed_bytes:
         raise DiskFullError(
             f"the disk of {folder} has {free / 2**20:,.1f} MiB free, a checkpoint needs "
             f"{needed_bytes / 2**20:,.1f} MiB"
@@ -223,20 +227,91 @@ def remove_temporaries(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def remove_fetching(folder: Path, good: Path) -> list[Path]:
+    """What is left of fetching a checkpoint that is here by now, or is older than `good`, which verifies: it
+    will not be gone on with. Only the one writer of a run calls this, when nothing is being fetched."""
+    done = []
+    for path in folder.glob(f"{FETCHING}step-*"):
+        whole = folder / path.name.removeprefix(FETCHING)
+        if re.fullmatch(r"step-\d{9,}", whole.name) and (whole.exists() or step_of(whole) <= step_of(good)):
+            shutil.rmtree(path, ignore_errors=True)
+            done.append(path)
+    return done
+
+
 def prune(
-    folder: Path, newest: Path, keep_last: int, keep_every: int | None, keep_at: Collection[int] = ()
+    folder: Path,
+    newest: Path,
+    keep_last: int,
+    keep_every: int | None,
+    keep_at: Collection[int] = (),
+    *,
+    keep_best: int = 0,
+    losses: Mapping[int, float] = MappingProxyType({}),
+    needed: Collection[int] = (),
+    mirrored: Collection[int] = (),
+    keep_local: int | None = None,
 ) -> list[Path]:
-    """Remove checkpoints older than `newest`, which was just verified, beyond `keep_last` in all; steps that
-    are multiples of `keep_every` or in `keep_at` stay, and so does whatever is newer. Returns what was
+    """Remove checkpoints older than `newest`, which was just verified, that the policy (retention.kept) does
+    not keep. Of those it keeps, `keep_local` stay here (none: all), the newest ones; the others go once they
+    are `mirrored`. Whatever is `needed` here stays, and so does what is newer than `newest`. Returns what was
     removed."""
-    removed = []
+    remove_fetching(folder, newest)
     older = [path for path in list_checkpoints(folder) if step_of(path) < step_of(newest)]
-    for path in older[max(0, keep_last - 1) :]:
-        if (keep_every and step_of(path) % keep_every == 0) or step_of(path) in keep_at:
-            continue
-        doomed = folder / f"{TEMPORARY}removing-{path.name}"
-        path.rename(doomed)  # first out of sight: a kill in between leaves no half folder under a good name
-        shutil.rmtree(doomed, ignore_errors=True)
+    here = {step_of(newest), *map(step_of, older)}
+    known = here | {step for step in mirrored if step < step_of(newest)}
+    stay = retention.kept(known, keep_last, keep_every, keep_at, losses, keep_best)
+    if keep_local is not None:
+        beyond = sorted(stay & here, reverse=True)[max(1, keep_local) :]
+        stay -= set(beyond).intersection(mirrored)
+    return _remove([path for path in older if step_of(path) not in stay.union(needed)])
+
+
+def free(
+    folder: Path,
+    good: Path,
+    keep_at: Collection[int] = (),
+    *,
+    needed: Collection[int] = (),
+    mirrored: Collection[int] = (),
+) -> list[Path]:
+    """One step of making room on a full disk: all that is `mirrored` and older than `good`, whatever the
+    policy keeps; if there is none, all that is older but for `keep_at`. Returns what was removed: nothing
+    when there is nothing left to remove."""
+    spare = _spare(folder, good, keep_at, needed, mirrored)
+    return _remove([path for path in spare if step_of(path) in mirrored] or spare)
+
+
+def room_for(
+    folder: Path,
+    needed_bytes: int,
+    kept: Path | None,
+    keep_at: Collection[int] = (),
+    *,
+    needed: Collection[int] = (),
+    mirrored: Collection[int] = (),
+) -> bool:
+    """Whether a checkpoint would fit, counting all that `free` could remove beside `kept`."""
+    spare = _spare(folder, kept, keep_at, needed, mirrored) if kept else []
+    removable = sum(map(size_of, spare))
+    return shutil.disk_usage(folder).free + removable >= needed_bytes + SAFETY_BYTES
+
+
+def _spare(
+    folder: Path, good: Path, keep_at: Collection[int], needed: Collection[int], mirrored: Collection[int]
+) -> list[Path]:
+    """Checkpoints older than `good` that may go when there is no room."""
+    fixed = set(keep_at).difference(mirrored).union(needed)
+    older = [path for path in list_checkpoints(folder) if step_of(path) < step_of(good)]
+    return [path for path in older if step_of(path) not in fixed]
+
+
+def _remove(doomed: Iterable[Path]) -> list[Path]:
+    """First out of sight: a kill in between leaves no half folder under a good name."""
+    removed = []
+    for path in doomed:
+        hidden = path.rename(path.with_name(f"{TEMPORARY}removing-{path.name}"))
+        shutil.rmtree(hidden, ignore_errors=True)
         removed.append(path)
     return removed
 
@@ -252,9 +327,27 @@ def remove_newer(folder: Path, good: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def room_for(folder: Path, needed_bytes: int, kept: Path | None, keep_at: Collection[int] = ()) -> bool:
-    """Whether a checkpoint would fit, counting what could be removed beside `kept` and `keep_at`."""
-    older = [path for path in list_checkpoints(folder) if kept and step_of(path) < step_of(kept)]
-    spare = [path for path in older if step_of(path) not in keep_at]
-    removable = sum(file.stat().st_size for path in spare for file in path.glob("*"))
-    return shutil.disk_usage(folder).free + removable >= needed_bytes + SAFETY_BYTES
+def set_aside(folder: Path) -> list[tuple[Path, int]]:
+    """Folders that nothing here removes, with their bytes: damaged checkpoints (`bad-`) and those of a branch
+    that another writer's run gave up (`lost-`)."""
+    found = [path for kind in ("bad-", "lost-") for path in folder.glob(f"{kind}*") if path.is_dir()]
+    return [(path, size_of(path)) for path in sorted(found)]
+
+
+def aside_words(folder: Path) -> str:
+    """What a person may remove by hand when there is no room; empty where there is nothing."""
+    aside = set_aside(folder)
+    total = sum(size for _, size in aside) / 2**20
+    names = ", ".join(path.name for path, _ in aside)
+    return (
+        f"; {names}: {total:,.1f} MiB that were set aside, remove them if you need the room" if aside else ""
+    )
+
+
+def size_of(path: Path) -> int:
+    """Bytes of the files in a folder; what vanishes meanwhile counts nothing."""
+    total = 0
+    for file in path.glob("*"):
+        with suppress(OSError):
+            total += file.stat().st_size
+    return total

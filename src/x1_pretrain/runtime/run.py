@@ -33,6 +33,7 @@ from x1_pretrain.runtime.world import World
 
 if TYPE_CHECKING:
     from x1_pretrain.runtime.health import Health
+    from x1_pretrain.runtime.mirror import Mirror
     from x1_pretrain.runtime.telemetry import Telemetry
 
 # What the rows call the time of a phase.
@@ -129,6 +130,7 @@ class Run:
     watchdog: Watchdog
     sink: MlflowSink | None
     guard: TrainerGuard | None = None  # the first rank's, of a run with a ceiling
+    mirror: Mirror | None = None  # the first rank's, of a run with copies off its machine
     step: int = 0  # updates made so far
     saved_step: int = -1
     evaluated_step: int = -1

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 from x1_pretrain import config as cfg
+from x1_pretrain.records.metrics import read_rows
 from x1_pretrain.runtime import checkpoint, checkpoint_files
 from x1_pretrain.runtime.checkpoint import RunState
 from x1_pretrain.runtime.checkpoint_files import CheckpointFailedError, DiskFullError
+from x1_pretrain.runtime.retention import losses_at
 from x1_pretrain.runtime.run import Run
 
 
@@ -28,15 +31,23 @@ def save_here(run: Run) -> bool:
             write_checkpoint(run)
         except DiskFullError as error:
             run.event("checkpoint_failed", f"checkpoint at step {run.step} not saved: {error}")
-            if not make_room(run):
-                raise
-            write_checkpoint(run)
+            write_in_made_room(run, error)
     except (CheckpointFailedError, OSError) as error:
         good = checkpoint_files.folder_name(run.saved_step)
         last = f"the last good one is {good}" if run.saved_step >= 0 else "there is none"
         run.event("checkpoint_failed", f"checkpoint at step {run.step} not saved: {error}; {last}")
         return False
     return True
+
+
+def write_in_made_room(run: Run, error: DiskFullError) -> None:
+    """Room is made in steps, until it is enough or there is nothing left to remove."""
+    while make_room(run):
+        try:
+            return write_checkpoint(run)
+        except DiskFullError as still:
+            error = still
+    raise error
 
 
 def write_checkpoint(run: Run) -> None:
@@ -49,14 +60,39 @@ def write_checkpoint(run: Run) -> None:
     run.event("checkpoint", f"checkpoint {path} ({took:.1f} s)", path=str(path), seconds=round(took, 3))
     if run.health:
         run.health.host.note_write(sum(file.stat().st_size for file in path.iterdir()), took)
-    older = checkpoint_files.list_checkpoints(folder)
-    if len(older) > settings.keep_last and checkpoint_files.verify_folder(path) is None:
-        checkpoint_files.prune(folder, path, settings.keep_last, settings.keep_every, needed(run))
+    here = checkpoint_files.list_checkpoints(folder)
+    if len(here) > (settings.keep_local or settings.keep_last):
+        prune(run, path)
+
+
+def prune(run: Run, newest: Path) -> None:
+    """Remove what the policy does not keep, once the newest is known to be good."""
+    folder, settings = run.config.checkpoint_folder, run.config.checkpoint
+    if checkpoint_files.verify_folder(newest) is not None:
+        return
+    losses = losses_at(read_rows(run.config.folder / "metrics.jsonl")) if settings.keep_best else {}
+    checkpoint_files.prune(
+        folder,
+        newest,
+        settings.keep_last,
+        settings.keep_every,
+        settings.at,
+        keep_best=settings.keep_best,
+        losses=losses,
+        needed=needed(run),
+        mirrored=mirrored(run),
+        keep_local=settings.keep_local if run.mirror else None,
+    )
+
+
+def mirrored(run: Run) -> list[int]:
+    """Steps whose checkpoints are safe elsewhere."""
+    return run.mirror.status.mirrored if run.mirror else []
 
 
 def needed(run: Run) -> list[int]:
-    """Steps whose checkpoints stay: those asked for, and while a spike lasts the one to go back to."""
-    episode, steps = run.stability.episode, list(run.config.checkpoint.at)
+    """While a spike lasts the checkpoint to go back to stays here."""
+    episode, steps = run.stability.episode, list[int]()
     if run.config.stability.policy == "rewind" and episode is not None:
         there = map(checkpoint_files.step_of, checkpoint_files.list_checkpoints(run.config.checkpoint_folder))
         steps += sorted(step for step in there if step < episode.onset)[-1:]
@@ -64,12 +100,18 @@ def needed(run: Run) -> list[int]:
 
 
 def make_room(run: Run) -> bool:
-    """Whether removing all older checkpoints but the newest good one freed anything."""
+    """Whether removing older checkpoints freed anything: those that the mirror has go first."""
     folder = run.config.checkpoint_folder
     good, _ = checkpoint_files.newest_good(folder)
-    if good is None or not checkpoint_files.prune(folder, good, 1, None, needed(run)):
+    if good is None:
         return False
-    run.event("made_room", f"removed older checkpoints to make room; {good.name} stays")
+    safe, keep_at = mirrored(run), run.config.checkpoint.at
+    gone = checkpoint_files.free(folder, good, keep_at, needed=needed(run), mirrored=safe)
+    if not gone:
+        return False
+    elsewhere = sum(checkpoint_files.step_of(path) in safe for path in gone)
+    said = f"removed {len(gone)} older checkpoints to make room ({elsewhere} of them are in the mirror); "
+    run.event("made_room", f"{said}{good.name} stays")
     return True
 
 

@@ -7,7 +7,8 @@ checkpoint that verifies, never silently from zero, and never with a config that
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +20,7 @@ from x1_pretrain.corpus import mixture
 from x1_pretrain.corpus.order import INJECTED_STEPS, Order
 from x1_pretrain.corpus.shards import Corpus
 from x1_pretrain.errors import RefusedError, UserError
+from x1_pretrain.records.formats import check_folder
 from x1_pretrain.records.metrics import JsonLines, read_rows, rewind
 from x1_pretrain.runtime import checkpoint, checkpoint_files
 from x1_pretrain.runtime.branch import read_parent, short
@@ -139,27 +141,44 @@ class Session:
             lock.close()
 
 
-def open_session(
-    config: RunConfig, corpora: Mapping[str, Corpus], fresh: bool, branch_from: Path | None = None
-) -> Session:
-    """Lock the folder, find where to go on from, and put the records back to that step."""
-    folder = config.folder
-    for place in (folder, config.checkpoint_folder):
+def lock_places(config: RunConfig) -> list[FolderLock]:
+    """The run folder is this process's; and that of the checkpoints, which may lie elsewhere and be shared
+    with another run by mistake."""
+    places = list(dict.fromkeys((config.folder, config.checkpoint_folder)))
+    for place in places:
         _refuse_corpus(place)
     locks: list[FolderLock] = []
-    try:
-        # checkpoints may lie elsewhere, and be shared with another run by mistake
-        for place in dict.fromkeys((folder, config.checkpoint_folder)):
+    with _let_go_on_error(config, locks):
+        for place in places:
             locks.append(lock_folder(place))
-        return _found(config, corpora, fresh, locks, branch_from)
+    return locks
+
+
+@contextmanager
+def _let_go_on_error(config: RunConfig, locks: list[FolderLock]) -> Iterator[None]:
+    try:
+        yield
     except BaseException as error:
         for lock in locks:
             lock.close()
         if not isinstance(error, OSError):
             raise
         raise UserError(
-            f"{error.filename or folder}: can't be written ({error.strerror}); see --run-dir"
+            f"{error.filename or config.folder}: can't be written ({error.strerror}); see --run-dir"
         ) from None
+
+
+def open_session(
+    config: RunConfig,
+    corpora: Mapping[str, Corpus],
+    fresh: bool,
+    branch_from: Path | None = None,
+    locks: list[FolderLock] | None = None,
+) -> Session:
+    """Lock the folder, find where to go on from, and put the records back to that step."""
+    locks = lock_places(config) if locks is None else locks
+    with _let_go_on_error(config, locks):
+        return _found(config, corpora, fresh, locks, branch_from)
 
 
 def _found(
@@ -171,6 +190,7 @@ def _found(
 ) -> Session:
     """The session that the locked folder and its checkpoints amount to, or a refusal."""
     folder = config.folder
+    check_folder(folder)
     good, skipped = checkpoint_files.newest_good(config.checkpoint_folder)
     if good is None:
         _refuse_silent_restart(config, skipped)

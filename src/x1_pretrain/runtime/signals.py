@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Self
@@ -23,6 +24,7 @@ class Signals:
 
     def __init__(self) -> None:
         self.requested: str | None = None  # the name of the first signal, or who else asked and why
+        self.requested_s: float | None = None  # when, by the monotonic clock
         self.exit_code = INTERRUPTED
         self._signalled = False
         self.nothing_to_save = False
@@ -46,6 +48,7 @@ class Signals:
         """Leave with another exit code than a signal's. From any thread; the harder request wins."""
         if self.requested is None or exit_code > self.exit_code:
             self.exit_code = max(exit_code, self.exit_code)
+            self.requested_s = self.requested_s or time.monotonic()
             self.requested = why
         if self.nothing_to_save:
             _say(f"\nx1: {why}: nothing was learned since the last checkpoint; leaving\n")
@@ -63,7 +66,7 @@ class Signals:
         if self.requested is not None:
             _say(f"\nx1: {name}: leaving already (once more: at once)\n")
             return
-        self.requested = name
+        self.requested, self.requested_s = name, time.monotonic()
         if self.nothing_to_save:
             _say(f"\nx1: {name}: nothing was learned since the last checkpoint; leaving\n")
             self._leave(name)

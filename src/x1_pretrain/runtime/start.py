@@ -8,14 +8,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from x1_pretrain import config as cfg
 from x1_pretrain.config import MlflowConfig, RunConfig
 from x1_pretrain.corpus.injection import rare_tokens
 from x1_pretrain.corpus.mixture import open_corpora
@@ -25,19 +23,23 @@ from x1_pretrain.corpus.shards import Corpus
 from x1_pretrain.errors import RefusedError, UserError
 from x1_pretrain.evals.perplexity import windows
 from x1_pretrain.learning.stability import State, after_rewind
-from x1_pretrain.model.flops import flops_per_token, parameter_counts
+from x1_pretrain.mirror.address import parse as parse_address
+from x1_pretrain.mirror.address import refuse_overlap
+from x1_pretrain.model.flops import flops_per_token
 from x1_pretrain.money.trainer_guard import TrainerGuard
-from x1_pretrain.records import console, run_manifest
-from x1_pretrain.records.metrics import utc_now
+from x1_pretrain.records import console
 from x1_pretrain.records.mlflow_sink import MlflowSink
-from x1_pretrain.runtime import assemble, budget, checkpoint, checkpoint_files, hangs, world
+from x1_pretrain.runtime import assemble, budget, checkpoint, checkpoint_files, hangs, mirroring, world
 from x1_pretrain.runtime.crash import crash_report
+from x1_pretrain.runtime.introduction import manifest, open_folder
+from x1_pretrain.runtime.lock import FolderLock
+from x1_pretrain.runtime.mirror import Mirror
+from x1_pretrain.runtime.mirror import job_for as mirror_job
 from x1_pretrain.runtime.run import Clock, Run
 from x1_pretrain.runtime.session import (
     Session,
-    link_checkpoints,
+    lock_places,
     make_order,
-    open_records,
     open_session,
     resolve,
     with_injection,
@@ -48,6 +50,8 @@ from x1_pretrain.runtime.telemetry import Telemetry
 from x1_pretrain.runtime.watchdog import Watchdog
 from x1_pretrain.runtime.world import World
 
+FETCHING_S = 4 * 3600.0  # other ranks wait so long for what the first one fetches
+
 
 @contextmanager
 def started(
@@ -57,24 +61,48 @@ def started(
     device: str,
     raise_ceiling_to: float | None = None,
     branch_from: Path | None = None,
+    must_be_mirrored: bool = False,
 ) -> Iterator[Run | None]:
     """The run, opened, priced and loaded; None if it was finished before."""
-    here = world.join(device, patience_s=2 * config.training.compile_timeout_s + 600)
+    fetching_s = FETCHING_S if config.mirror.uri else 0.0
+    here = world.join(device, patience_s=2 * config.training.compile_timeout_s + 600 + fetching_s)
     if config.training.deterministic:
         assemble.be_deterministic(here.device)
-    corpora = open_corpora(config)
-    config = resolve(config, corpora)
-    assemble.local_blocks(config, here)
-    session = agreed_session(config, corpora, fresh, here, branch_from)
-    with session, console.Screen(config.training.total_steps, quiet=not here.first) as screen:
+    with (
+        console.Screen(config.training.total_steps, quiet=not here.first) as screen,
+        agreed_mirror(config, signals, here, screen, fresh, must_be_mirrored) as (mirror, locks),
+    ):
+        corpora = open_corpora(config)
+        config = resolve(config, corpora)
+        assemble.local_blocks(config, here)
+        session = agreed_session(config, corpora, fresh, here, branch_from, locks)
+        with opened(config, corpora, session, mirror, signals, here, screen, raise_ceiling_to) as run:
+            yield run
+
+
+@contextmanager
+def opened(
+    config: RunConfig,
+    corpora: dict[str, Corpus],
+    session: Session,
+    mirror: Mirror | None,
+    signals: Signals,
+    here: World,
+    screen: console.Screen,
+    raise_ceiling_to: float | None,
+) -> Iterator[Run | None]:
+    """The run of a session; None if it was finished before."""
+    with session:
         if session.finished and session.step >= config.training.total_steps:
             screen.say(f"{config.name}: finished before, at step {session.step} ({config.folder})")
+            mirroring.send_the_rest(mirror, config, session, corpora, screen.say)
             yield None
             return
         guard = agreed_guard(config, session, signals, here, screen, raise_ceiling_to)
         with closing_guard(guard):
             run = build(config, corpora, session, screen, signals, here)
-            run.guard = guard
+            run.guard, run.mirror = guard, mirror
+            mirroring.begin(run)
             run.watchdog.on_hang = partial(hangs.hung, run)
             run.watchdog.set_peers(here.neighbours())
             try:
@@ -85,6 +113,8 @@ def started(
                 run.note("fault", f"{type(error).__name__}: {error}", **report)
                 if run.sink:
                     run.sink.close("FAILED", timeout_s=3.0)
+                if run.mirror:
+                    run.mirror.close(f"a fault: {type(error).__name__}")
                 raise
             finally:
                 run.reader.close()
@@ -123,14 +153,52 @@ def agreed_guard(
     return found if isinstance(found, TrainerGuard) else None
 
 
+@contextmanager
+def agreed_mirror(
+    config: RunConfig,
+    signals: Signals,
+    here: World,
+    screen: console.Screen,
+    fresh: bool,
+    must_exist: bool,
+) -> Iterator[tuple[Mirror | None, list[FolderLock] | None]]:
+    """The first rank locks the folders and has its mirror put into them what they lack; the others wait,
+    or end with the same refusal."""
+    mirror: Mirror | None = None
+    locks: list[FolderLock] | None = None
+    refusal: UserError | None = None
+    if here.first and config.mirror.uri:
+        try:
+            refuse_overlap(parse_address(config.mirror.uri), config.name, config.folder)
+            locks = lock_places(config)
+            job = mirror_job(config, must_exist, fresh)
+            mirror = Mirror.open(job, config.mirror.grace_s, signals, screen.say)
+        except UserError as error:
+            refusal = error
+    try:
+        if (said := here.from_first(refusal) if config.mirror.uri else None) is not None:
+            raise said
+        yield mirror, locks
+    finally:
+        if mirror:
+            mirror.close("refused to start")
+        for lock in locks or ():
+            lock.close()
+
+
 def agreed_session(
-    config: RunConfig, corpora: Mapping[str, Corpus], fresh: bool, here: World, branch_from: Path | None
+    config: RunConfig,
+    corpora: Mapping[str, Corpus],
+    fresh: bool,
+    here: World,
+    branch_from: Path | None,
+    locks: list[FolderLock] | None,
 ) -> Session:
     """The first rank opens the run; the others learn what it found, or end with the same refusal."""
     found: Session | UserError | None = None
     if here.first:
         try:
-            found = open_session(config, corpora, fresh, branch_from)
+            found = open_session(config, corpora, fresh, branch_from, locks)
         except UserError as error:
             found = error
     if here.size > 1:
@@ -237,77 +305,6 @@ def _tensor(rows: npt.NDArray[np.int64], pin: bool) -> Tensor:
     return tensor.pin_memory() if pin else tensor
 
 
-# ------------------------------------------------------------------------------------------------------------
-# What is written and said before the first step
-
-
-def open_folder(run: Run) -> None:
-    """The records, the resolved config, and the first event: where this session goes on from."""
-    session, config = run.session, run.config
-    try:
-        run.records = open_records(config.folder, config.log.blocks, run.screen.say)
-    except OSError as error:
-        raise UserError(f"{error.filename or config.folder}: can't be written ({error.strerror})") from None
-    write_atomically(config.folder / "config.yaml", cfg.to_yaml(without_secrets(config)))
-    link_checkpoints(config)
-    run.screen.say(introduction(run))
-    for note in dict.fromkeys(lock.note for lock in session.locks if lock.note):
-        run.event("lock", f"  {note}")
-    for path, reason in session.skipped:
-        run.event("skipped_checkpoint", f"skipped {path}: {reason}", path=str(path))
-    every = config.log.every
-    if session.branching:
-        parent = session.parent or {}
-        told = f"branches from {session.checkpoint}, step {run.step} of run {parent.get('run_id')}"
-        past = {"jumps": session.past.jumps, "injected": session.past.injected}
-        run.event("branch", f"run {session.run_id} {told}", **parent, **past)
-    if session.checkpoint is None or session.branching:
-        run.event("start", f"run {session.run_id} starts in {config.folder}", log_every=every)
-        return
-    redone = f"; {session.superseded_rows} rows of later steps set aside" if session.superseded_rows else ""
-    run.event("resume", f"run {session.run_id} goes on from {session.checkpoint}{redone}", log_every=every)
-
-
-def write_again(run: Run) -> None:
-    """Someone removed the run folder while the run goes on: what is known of it is written again."""
-    assert run.records is not None
-    folder = run.config.folder
-    run.records.restore()
-    write_atomically(folder / "config.yaml", cfg.to_yaml(without_secrets(run.config)))
-    write_atomically(folder / "manifest.json", json.dumps(manifest(run), indent=1) + "\n")
-    said = f"{folder} was deleted while the run goes on: records, config and manifest are written again"
-    run.event("deleted", f"{said}; a checkpoint is saved now, earlier ones are lost if they were there")
-
-
-def without_secrets(config: RunConfig) -> RunConfig:
-    """Others read the run folder; a resume takes the address from its command."""
-    if not config.budget.curr_cost_uri:
-        return config
-    uri = run_manifest.without_passwords(config.budget.curr_cost_uri)
-    return config.model_copy(update={"budget": config.budget.model_copy(update={"curr_cost_uri": uri})})
-
-
-def introduction(run: Run) -> str:
-    """What the run is, in exact numbers, each with what it counts."""
-    config, counts, flops = run.config, parameter_counts(run.config.model), run.flops
-    model, training = config.model, config.training
-    epochs = ", ".join(f"{e:.2f} epochs of {n}" for n, e in zip(run.corpora, run.order.epochs(), strict=True))
-    total = training.total_steps * training.batch_tokens
-    size = (
-        f"{config.name}: {counts.matrices:,} parameters in matrices + {counts.norms:,} in norms + "
-        f"{counts.embedding:,} in embeddings = {counts.total:,}"
-    )
-    length = (
-        f"  a step: {config.batch_blocks} blocks x {model.context:,} = {training.batch_tokens:,} tokens; "
-        f"the run: {training.total_steps:,} steps = {total:,} tokens = {epochs}"
-    )
-    work = (
-        f"  training FLOPs per token: {flops.six_n:.3e} (6N, no embeddings), {flops.palm:.3e} (PaLM: with "
-        f"the output matrix, attention not halved), {flops.causal:.3e} (causal: the true work)"
-    )
-    return "\n".join((size, length, work))
-
-
 def get_ready(run: Run) -> None:
     """Find how this machine computes the run best, say it, and write the manifest."""
     machine = run.machine
@@ -341,66 +338,3 @@ def last_words(run: Run, why: str) -> None:
     run.note("signal", f"left at once on {why}", signal=why)
     if run.guard:
         run.guard.notifier.close(3.0)
-
-
-def first_written(run: Run) -> str | None:
-    """When this run's first session wrote its manifest."""
-    try:
-        earlier = json.loads((run.config.folder / "manifest.json").read_text(encoding="utf-8"))
-        return earlier["created_utc"] if earlier["run_id"] == run.session.run_id else None
-    except (
-        OSError,
-        ValueError,
-        LookupError,
-        TypeError,
-    ):  # the first session, or someone damaged it: written anew
-        return None
-
-
-def manifest(run: Run) -> dict[str, Any]:
-    """`manifest.json` of the run folder."""
-    config, counts, flops = run.config, parameter_counts(run.config.model), run.flops
-    mixture = config.data.mixture()
-    fingerprints = [c.fingerprint for c in run.corpora.values()]
-    return {
-        "schema_version": 1,
-        "kind": "run",
-        "run_id": run.session.run_id,
-        "name": config.name,
-        "created_utc": first_written(run) or utc_now(),
-        "updated_utc": utc_now(),
-        "session": run.session.number,
-        "argv": run_manifest.argv(),
-        **run_manifest.source_state(),
-        "seed": config.seed,
-        "config_hash": cfg.config_hash(config, fingerprints),
-        "versions": {**run_manifest.versions(), "cuda": torch.version.cuda},
-        "hardware": assemble.hardware(run.world),
-        "data": [
-            {
-                "name": name,
-                "dir": str(corpus.path),
-                "fingerprint": corpus.fingerprint,
-                "train_tokens": len(corpus.train),
-                "val_tokens": len(corpus.val),
-                "weight": mixture[name].weight,
-            }
-            for name, corpus in run.corpora.items()
-        ],
-        "parameters": {
-            "non_embedding": counts.matrices,
-            "norms": counts.norms,
-            "embedding": counts.embedding,
-            "total": counts.total,
-        },
-        "flops_per_token": {"6N": flops.six_n, "palm": flops.palm, "causal": flops.causal},
-        "tokens_per_step": config.training.batch_tokens,
-        "total_steps": config.training.total_steps,
-        "parent": run.session.parent,
-        "precision": run.machine.precision,
-        "attention": run.machine.attention.removeprefix("attention: "),
-        "compile": run.machine.compile_mode,
-        "micro_batch": run.machine.micro_batch,
-        "peak_flops": run.machine.peak_flops_per_sec,
-        "spent_usd": str(round(run.guard.spent_usd, 4)) if run.guard and run.guard.spent_usd else None,
-    }

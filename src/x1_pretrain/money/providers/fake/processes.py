@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,11 +19,17 @@ LEAVE_S = 10.0  # real seconds that the end of all hosts may take
 class Processes:
     """Follows a world: one `host` for each machine that runs, in `folder`/<machine id>.
 
-    `real_s` turns virtual seconds into real ones. All calls come from one thread.
+    `real_s` turns virtual seconds into real ones. With `disks_die` the folder of a machine that was taken
+    away, whose host failed or that is gone, is deleted as soon as nothing runs in it; `<machine id>.log`
+    beside it stays. All calls come from one thread.
     """
 
-    def __init__(self, folder: Path, grace_s: float, real_s: Callable[[float], float]) -> None:
+    def __init__(
+        self, folder: Path, grace_s: float, real_s: Callable[[float], float], disks_die: bool = False
+    ) -> None:
         self.folder, self._grace_s, self._real_s = folder, grace_s, real_s
+        self._disks_die = disks_die
+        self._wiped: set[str] = set()
         self._hosts: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
         self._told: set[tuple[str, int]] = set()
 
@@ -43,17 +50,28 @@ class Processes:
                 self._unplug(key)
             elif machine.api == "runpod" and host.poll() is not None:
                 world.exited(*key)
+            if state in (State.GONE, State.UNHEALTHY, State.PREEMPTED):
+                self._wipe(machine.id)
 
     def _end_earlier_boots(self, machine_id: str, boots: int) -> None:
         for key in list(self._hosts):
             if key[0] == machine_id and key[1] < boots:
                 self._unplug(key)
 
+    def _wipe(self, machine_id: str) -> None:
+        """Its disk is no more."""
+        hosts = [host for (owner, _), host in self._hosts.items() if owner == machine_id]
+        if not self._disks_die or machine_id in self._wiped or any(host.poll() is None for host in hosts):
+            return
+        shutil.rmtree(self.folder / machine_id, ignore_errors=True)
+        self._wiped.add(machine_id)
+
     def _start(self, machine: Machine) -> subprocess.Popen[bytes]:
         home = self.folder / machine.id
         home.mkdir(parents=True, exist_ok=True)
         mode = "container" if machine.api == "runpod" else "host"
-        with (home / "log").open("ab") as log:
+        kept = self.folder / f"{machine.id}.log" if self._disks_die else home / "log"
+        with kept.open("ab") as log:
             return subprocess.Popen(
                 [sys.executable, "-P", str(HOST), mode, *_command(machine, home, log)],
                 cwd=home,
@@ -88,6 +106,8 @@ class Processes:
             self._unplug(key)
         for host in self._hosts.values():
             host.wait(LEAVE_S)
+        for machine_id in {owner for owner, _ in self._hosts}:
+            self._wipe(machine_id)
 
 
 def _command(machine: Machine, home: Path, log: IO[bytes]) -> list[str]:

@@ -60,6 +60,7 @@ class FakeProvider:
         grace_s: float = 10,
         launch_every_s: float = 0,
         run_in: Path | None = None,
+        disks_die: bool = False,
         faults: Iterable[Fault | Mapping[str, Any]] = (),
     ) -> None:
         clock = clock or Clock.from_environment()
@@ -72,7 +73,7 @@ class FakeProvider:
         self._last_launch_s: Decimal | None = None
         self._minute, self._in_minute = -1, 0
         real_s = clock.real_s if isinstance(clock, Clock) else float
-        self._processes = Processes(run_in.resolve(), grace_s, real_s) if run_in else None
+        self._processes = Processes(run_in.resolve(), grace_s, real_s, disks_die) if run_in else None
         for fault in faults:
             self.world.add(fault if isinstance(fault, Fault) else read_fault(fault))
         self._server = Server(port, self.answer, self._stated, self.leaving)
@@ -292,6 +293,9 @@ Flag = typer.Option
 def main(
     port: Annotated[int, Flag(help="0: any free one")] = 0,
     run_in: Annotated[Path | None, Flag(help="run what is launched, in folders below this one")] = None,
+    disks_die: Annotated[
+        bool, Flag("--disks-die", help="delete a machine's folder when it is lost or gone")
+    ] = False,
     faults: Annotated[Path | None, Flag(help="YAML or JSON list of faults")] = None,
     gpu: Annotated[str | None, Flag(help="the GPU that --price is for [default: A100 80GB]")] = None,
     price: Annotated[str | None, Flag(help="USD per hour of one such GPU")] = None,
@@ -316,6 +320,7 @@ def main(
         grace_s=grace_s,
         launch_every_s=launch_every_s,
         run_in=run_in,
+        disks_die=disks_die,
         faults=read_faults(faults) if faults else (),
     )
     with provider:

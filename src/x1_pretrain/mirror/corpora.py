@@ -1,0 +1,121 @@
+"""Sending the corpora of a run, where that was asked for: once for all runs of a mirror, and after all else.
+
+`data/<fingerprint>/` is whole when its manifest is there, which is sent last. A thread of its own sends; it
+pauses between two pieces while a checkpoint is on its way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from x1_pretrain.mirror.head import DATA
+from x1_pretrain.mirror.sending import OtherContentError, Rate, StoppedError, hash_file, send_file
+from x1_pretrain.mirror.store import NotThereError, Store, StoreError
+
+FILES = ("tokenizer.json", "val.idx.npy", "train.idx.npy", "val.bin", "train.bin")
+MANIFEST = "manifest.json"
+
+
+class CorpusSender:
+    """The corpora of one run. `whole` maps those that the mirror has to their fingerprints."""
+
+    def __init__(
+        self,
+        store: Store,
+        corpora: Mapping[str, str],
+        whole: Mapping[str, str],
+        rate: Rate,
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.whole = dict(whole)
+        self.error: StoreError | None = None
+        self.bad: dict[str, str] = {}  # names of corpora that can't be sent, and why; of the last try
+        self._store, self._corpora, self._rate, self._on_change = store, dict(corpora), rate, on_change
+        self._thread: threading.Thread | None = None
+        self._stop, self._free = threading.Event(), threading.Event()
+
+    @property
+    def busy(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def left(self) -> list[str]:
+        """Those that are not there whole, and could be."""
+        return [name for name in self._corpora if name not in self.whole and name not in self.bad]
+
+    def go_on(self) -> None:
+        """Nothing else is to be sent."""
+        self._free.set()
+        if self.left() and not self.busy:
+            self.error = None
+            self._thread = threading.Thread(target=self._work, name="x1-data", daemon=True)
+            self._thread.start()
+
+    def pause(self) -> None:
+        self._free.clear()
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def wait(self, within_s: float) -> None:
+        if self._thread:
+            self._thread.join(max(0.0, within_s))
+
+    def _work(self) -> None:
+        try:
+            for name in self.left():
+                self._corpus(name, Path(self._corpora[name]))
+        except StoreError as error:
+            self.error = error
+        except StoppedError:
+            return
+        self._on_change()
+
+    def _corpus(self, name: str, folder: Path) -> None:
+        try:
+            manifest = (folder / MANIFEST).read_bytes()
+            tree = json.loads(manifest)
+            place, hashes = f"{DATA}/{tree['fingerprint']}", hashes_of(tree)
+            if not self._has(f"{place}/{MANIFEST}", len(manifest)):
+                for file in FILES:
+                    self._file(f"{place}/{file}", folder / file, hashes.get(file))
+                self._store.put(f"{place}/{MANIFEST}", manifest)
+            self.whole[name] = tree["fingerprint"]
+        except (OSError, ValueError, LookupError, TypeError, OtherContentError) as error:
+            self.bad[name] = str(error)
+
+    def _has(self, key: str, size: int) -> bool:
+        try:
+            return self._store.stat(key).bytes == size
+        except NotThereError:
+            return False
+
+    def _file(self, key: str, path: Path, want: str | None) -> None:
+        with path.open("rb") as file:
+            if self._has(key, path.stat().st_size):
+                content = hash_file(file, self._pausing)
+            else:
+                content = send_file(self._store, key, file, self._rate, self._pausing)
+        if want is not None and content.sha256 != want:
+            raise OtherContentError(f"{path} does not match its hash")
+
+    def _pausing(self) -> bool:
+        """Wait here while something else is sent; True to stop."""
+        while not self._free.wait(0.5):
+            if self._stop.is_set():
+                return True
+        return self._stop.is_set()
+
+
+def hashes_of(manifest: dict[str, Any]) -> dict[str, str]:
+    """sha256 of the files whose hashes the manifest has; its fingerprint must be over them."""
+    hashes = {f"{split}.bin": str(manifest[split]["sha256"]) for split in ("train", "val")}
+    hashes["tokenizer.json"] = str(manifest["tokenizer"]["sha256"])
+    content = hashes["train.bin"] + hashes["val.bin"] + hashes["tokenizer.json"]
+    if hashlib.sha256(content.encode()).hexdigest() != manifest["fingerprint"]:
+        raise ValueError("its fingerprint is not of its files")
+    return hashes

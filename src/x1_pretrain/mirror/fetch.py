@@ -1,0 +1,172 @@
+"""A published checkpoint comes back: in parallel, by chunks, each verified as it comes, and gone on with.
+
+The files lie in `.fetching-step-000001800`, at their full size from the start. Whatever breaks, a later fetch
+reads what is there, keeps the chunks that match their hash, and fetches the others. The folder takes its name
+when the last chunk has matched. It is not read again then: the head covers the hash of every chunk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from x1_pretrain.errors import RefusedError
+from x1_pretrain.mirror.download import Part, download, held_bytes, in_words
+from x1_pretrain.mirror.head import Published
+from x1_pretrain.mirror.patience import LANES, PATIENCE_S, Patience, UnusableError, get_verified
+from x1_pretrain.mirror.store import Store
+from x1_pretrain.runtime.checkpoint_files import (
+    FETCHING,
+    NEEDED,
+    SCHEMA_VERSION,
+    folder_name,
+    sync_directory,
+    sync_file,
+)
+
+MANIFEST, CHUNKS = "manifest.json", "chunks.json"
+MARGIN_BYTES = 16 << 20  # left free beside what is fetched: records, directory entries
+
+
+def fetch_checkpoint(
+    store: Store,
+    run: str,
+    published: Published,
+    target_folder: Path,
+    say: Callable[[str], None],
+    *,
+    lanes: int = LANES,
+    patience_s: float = PATIENCE_S,
+) -> Path:
+    """Make the checkpoint appear in `target_folder`, verified; a good one that is there already stays.
+
+    `say` hears of the progress about once a second; what it raises ends the fetch. UnusableError: the mirror
+    does not have it any more, or has something else. RefusedError: no room. AwayError: the store is away.
+    """
+    patience = Patience(patience_s)
+    final = target_folder / folder_name(published.step)
+    partial = target_folder / f"{FETCHING}{final.name}"
+    content = _content(store, run, published, patience)
+    with in_words(partial):
+        partial.mkdir(parents=True, exist_ok=True)
+        _remove_others(partial, content.parts)
+        require_room(partial, content.parts, f"the checkpoint of step {published.step}")
+        download(store, content.parts, partial, f"checkpoint of step {published.step}", say, lanes, patience)
+        _check_state(partial, content.manifest)
+        (partial / MANIFEST).write_bytes(content.manifest_text)
+        sync_file(partial / MANIFEST)
+        _appear(partial, final)
+    return final
+
+
+@dataclass(frozen=True)
+class _Content:
+    """What a published checkpoint consists of."""
+
+    manifest: dict[str, Any]
+    manifest_text: bytes
+    parts: list[Part]
+
+
+def _content(store: Store, run: str, published: Published, patience: Patience) -> _Content:
+    base = f"{run}/{published.path}"
+    text = get_verified(store, f"{base}/{MANIFEST}", published.manifest_sha256, patience)
+    hashes = get_verified(store, f"{base}/{CHUNKS}", published.chunks_sha256, patience)
+    try:
+        manifest, chunks = json.loads(text), json.loads(hashes)
+        parts = [
+            Part(
+                name,
+                f"{base}/{name}",
+                int(fact["bytes"]),
+                tuple(chunks["files"][name]),
+                chunks["chunk_bytes"],
+            )
+            for name, fact in manifest["files"].items()
+        ]
+        _refuse_newer(manifest, published)
+        problem = _problem(manifest, parts, published)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UnusableError(f"its manifests are not as they were written ({error})") from None
+    if problem:
+        raise UnusableError(problem)
+    return _Content(manifest, text, parts)
+
+
+def _refuse_newer(manifest: dict[str, Any], published: Published) -> None:
+    if manifest["schema_version"] > SCHEMA_VERSION:
+        raise RefusedError(
+            f"the mirrored checkpoint of step {published.step}: schema version {manifest['schema_version']}, "
+            f"this x1 reads up to {SCHEMA_VERSION}; update x1"
+        )
+
+
+def _problem(manifest: dict[str, Any], parts: list[Part], published: Published) -> str | None:
+    if manifest["step"] != published.step:
+        return f"its manifest is of step {manifest['step']}"
+    if odd := [part.name for part in parts if not is_plain(part.name) or part.name in (MANIFEST, CHUNKS)]:
+        return f"its manifest names a file {odd[0]!r}"
+    if short := [part.name for part in parts if len(part.chunks) != part.count]:
+        return f"{short[0]} has another number of chunks than its size"
+    names = {part.name for part in parts}
+    if absent := [name for name in NEEDED if name not in names]:
+        return f"{absent[0]} is not in its manifest"
+    return None
+
+
+def is_plain(name: str) -> bool:
+    """A name of a file in a folder, and of none outside it."""
+    return bool(name) and name == Path(name).name and not name.startswith(".") and "\0" not in name
+
+
+def require_room(folder: Path, parts: list[Part], what: str) -> None:
+    """Before the first byte."""
+    needed = sum(part.bytes for part in parts) - held_bytes(folder) + MARGIN_BYTES
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise RefusedError(
+            f"{folder.parent}: no room for {what}: it needs {needed / 2**20:,.0f} MiB, the disk "
+            f"has {free / 2**20:,.0f} MiB free; free some, or take another disk (--run-dir, --ckpt-dir)"
+        )
+
+
+def _remove_others(partial: Path, parts: list[Part]) -> None:
+    names = {part.name for part in parts}
+    for path in partial.iterdir():
+        if path.name in names and path.is_file() and not path.is_symlink():
+            continue
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _check_state(partial: Path, manifest: dict[str, Any]) -> None:
+    """As verify_folder asks: state.json is of the same step and run."""
+    try:
+        state = json.loads((partial / "state.json").read_text(encoding="utf-8"))
+        same = all(state[key] == manifest[key] for key in ("step", "run_id"))
+    except (ValueError, LookupError, TypeError):
+        same = False
+    if not same:
+        raise UnusableError("state.json is not of the step and run that its manifest names")
+
+
+def _appear(partial: Path, final: Path) -> None:
+    sync_directory(partial)
+    if final.exists():  # damaged, or of a branch that was given up: kept beside
+        aside = final.with_name(f"bad-{final.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        final.rename(aside)
+    partial.rename(final)
+    sync_directory(final.parent)
+
+
+def is_same(folder: Path, published: Published) -> bool:
+    """Whether a local checkpoint claims to be this one: whether it still is, its hashes tell."""
+    try:
+        return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest() == published.manifest_sha256
+    except OSError:
+        return False

@@ -1,0 +1,56 @@
+"""`head.json` in a store: read, written in place of one version, and how old it is."""
+
+from __future__ import annotations
+
+from x1_pretrain.mirror.head import NAME, Head, decode
+from x1_pretrain.mirror.store import ChangedError, Meta, NotThereError, Store
+
+
+def head_key(name: str) -> str:
+    return f"{name}/{NAME}"
+
+
+def where(store: Store, name: str) -> str:
+    return f"{store.label}/{head_key(name)}"
+
+
+def look(store: Store, name: str) -> tuple[Head, Meta] | None:
+    """The head of a mirrored run, or None where there is no such run. Takes no lease."""
+    found = read(store, name)
+    return None if found is None else (decode(found[0], where(store, name)), found[1])
+
+
+def silence_s(store: Store, meta: Meta) -> float | None:
+    """Since the object was written, by the store's clock alone; None where that can't be asked."""
+    now = store.now()
+    return None if now is None else (now - meta.modified).total_seconds()
+
+
+def read(store: Store, name: str) -> tuple[bytes, Meta] | None:
+    try:
+        return store.get(head_key(name))
+    except NotThereError:
+        return None
+
+
+def write(store: Store, name: str, data: bytes, etag: str | None) -> str:
+    """In place of the version `etag` (None: of nothing); ChangedError if that is not what is there."""
+    if not store.conditional:
+        return _write_at_own_risk(store, name, data, etag)
+    try:
+        key = head_key(name)
+        return store.create(key, data) if etag is None else store.swap(key, data, etag)
+    except NotThereError as error:
+        raise ChangedError(str(error)) from None
+
+
+def _write_at_own_risk(store: Store, name: str, data: bytes, etag: str | None) -> str:
+    """The same on a store that can't: look, write, look again. Somebody may come between."""
+    found = read(store, name)
+    if (found and found[1].etag) != etag:
+        raise ChangedError(f"{where(store, name)}: another version is there")
+    store.put(head_key(name), data)
+    found = read(store, name)
+    if found is None or found[0] != data:
+        raise ChangedError(f"{where(store, name)}: somebody else wrote it at the same time")
+    return found[1].etag

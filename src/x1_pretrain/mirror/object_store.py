@@ -1,0 +1,261 @@
+"""A mirror in S3 and what speaks it (R2, MinIO, ...), Google Cloud Storage or Azure: obstore does the work.
+
+Two clients of one bucket. Small requests have 20 s each and are made again within 40 s; a part of a large
+object has 50 s and is made again only in the first 10 s. So a dead store is known as one within a minute.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import obstore
+from obstore.exceptions import BaseError
+from obstore.store import AzureStore, GCSStore, S3Store
+
+from x1_pretrain.errors import UserError
+from x1_pretrain.mirror import aws, object_errors
+from x1_pretrain.mirror.address import Address
+from x1_pretrain.mirror.clock import StoreClock
+from x1_pretrain.mirror.keys import OWN, checked
+from x1_pretrain.mirror.pieces import callers_errors, counted
+from x1_pretrain.mirror.store import ChangedError, DeniedError, Meta, NotThereError, UnreachableError
+
+PART_BYTES = 8 << 20
+PARTS_AT_ONCE = 3
+MOST_PARTS = 9_000  # S3 takes 10,000
+AT_ONCE_BYTES = 1000  # keys in one request of a deletion
+SMALL = {"timeout": 20, "retry_timeout": 40}  # seconds
+LARGE = {"timeout": 50, "retry_timeout": 10}
+CONNECT_S = 5
+
+
+def open_object_store(address: Address, endpoint: str | None, retries: int = 2) -> ObjectStore:
+    """UserError where the environment can't lead to a store; the store itself is not asked yet."""
+    if endpoint and address.scheme != "s3":
+        raise UserError(f"{address}: mirror.endpoint is for s3:// alone; leave it out")
+    place = aws.find(endpoint, os.environ) if address.scheme == "s3" else None
+    if place and not (place.keys or aws.given(os.environ) or aws.role_answers(os.environ)):
+        raise UserError(f"{address}: {object_errors.NO_CREDENTIALS['s3']}")
+    try:
+        clients = [_client(address, place, retries, limits) for limits in (SMALL, LARGE)]
+    except (BaseError, ValueError) as error:
+        raise UserError(f"{address}: {_why_not_opened(address.scheme, error)}") from None
+    return ObjectStore(address, clients[0], clients[1], place.endpoint if place else None)
+
+
+class ObjectStore:
+    """Store in a bucket."""
+
+    def __init__(self, address: Address, small: Any, large: Any, endpoint: str | None) -> None:
+        self._address, self._small, self._large, self._endpoint = address, small, large, endpoint
+        self._version = "version" if address.scheme == "gs" else "e_tag"
+        self.label = str(address)
+        self.conditional = True  # until a preflight finds that it is not so
+        self._clock = StoreClock(self._probe)
+
+    # ---- reading
+
+    def get(self, key: str) -> tuple[bytes, Meta]:
+        with self._said(key):
+            found = obstore.get(self._small, checked(key, self.label))
+            data, meta = bytes(found.bytes()), self._meta(found.meta)
+        if len(data) != meta.bytes:
+            raise UnreachableError(f"{self.label}/{key}: {len(data)} bytes came, not {meta.bytes}")
+        return data, meta
+
+    def read(self, key: str, start: int, end: int) -> bytes:
+        if start >= end:
+            return b""
+        with self._said(key):
+            data = bytes(obstore.get_range(self._large, checked(key, self.label), start=start, end=end))
+        if len(data) != end - start:
+            raise UnreachableError(f"{self.label}/{key}: {len(data)} bytes from {start}, not {end - start}")
+        return data
+
+    def stat(self, key: str) -> Meta:
+        with self._said(key):
+            return self._meta(obstore.head(self._small, checked(key, self.label)))
+
+    def below(self, prefix: str) -> Iterator[Meta]:
+        with self._said(prefix):
+            for page in obstore.list(self._small, prefix or None, chunk_size=1000):
+                for found in page:
+                    if not found["path"].startswith(OWN + "/"):
+                        yield self._meta(found)
+
+    def names(self, prefix: str = "") -> list[str]:
+        with self._said(prefix):
+            found = obstore.list_with_delimiter(self._small, prefix or None)
+        paths = [*found["common_prefixes"], *(one["path"] for one in found["objects"])]
+        return sorted({path.rstrip("/").rpartition("/")[2] for path in paths} - {OWN})
+
+    # ---- writing
+
+    def put(self, key: str, data: bytes) -> Meta:
+        self._send_whole(key, data, None)
+        return self._sent(key, len(data))
+
+    def put_stream(self, key: str, pieces: Iterable[bytes], size: int) -> Meta:
+        """In parts of at least PART_BYTES, PARTS_AT_ONCE of them in memory."""
+        whole = counted(pieces, size, f"{self.label}/{key}")
+        with callers_errors():  # any error of `whole` ends the upload, and the store forgets its parts
+            if size <= PART_BYTES:
+                self._send_whole(key, b"".join(whole), None)
+            else:
+                self._send_in_parts(key, whole, max(PART_BYTES, -(-size // MOST_PARTS)))
+        return self._sent(key, size)
+
+    def create(self, key: str, data: bytes) -> str:
+        if not self.conditional:
+            self._refuse_if_there(key)
+            return self.put(key, data).etag
+        return self._send_whole(key, data, "create")
+
+    def swap(self, key: str, data: bytes, etag: str) -> str:
+        if not self.conditional:
+            self._refuse_other_version(key, etag)
+            return self.put(key, data).etag
+        return self._send_whole(key, data, {self._version: etag})
+
+    def copy(self, source: str, target: str) -> None:
+        """S3 copies up to 5 GiB in one request; DeniedError above."""
+        with self._said(source):
+            obstore.copy(self._small, checked(source, self.label), checked(target, self.label))
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """One refused key does not keep the others."""
+        wanted = list(keys)
+        for first in range(0, len(wanted), AT_ONCE_BYTES):
+            self._delete_some(wanted[first : first + AT_ONCE_BYTES])
+
+    def now(self) -> datetime | None:
+        return self._clock.now()
+
+    def close(self) -> None:
+        """obstore keeps nothing that has to be closed."""
+
+    # ---- how
+
+    def _send_whole(self, key: str, data: bytes, mode: Any) -> str:
+        try:
+            with self._said(key):
+                sent: Mapping[str, Any] = obstore.put(
+                    self._small, checked(key, self.label), data, mode=mode, use_multipart=False
+                )
+        except NotThereError:  # no object was asked for
+            raise DeniedError(
+                f"{self.label}: there is no such bucket; make it, or correct its name"
+            ) from None
+        return str(sent[self._version] or "") or self.stat(key).etag
+
+    def _send_in_parts(self, key: str, pieces: Iterator[bytes], part_bytes: int) -> None:
+        many: dict[str, Any] = {"chunk_size": part_bytes, "max_concurrency": PARTS_AT_ONCE}
+        with self._said(key):
+            obstore.put(self._large, checked(key, self.label), pieces, use_multipart=True, **many)
+
+    def _sent(self, key: str, size: int) -> Meta:
+        """What is there now; a store that lost a part of it is found out."""
+        meta = self.stat(key)
+        if meta.bytes != size:
+            raise UnreachableError(
+                f"{self.label}/{key}: {meta.bytes} bytes are there, not {size}; send it again"
+            )
+        return meta
+
+    def _delete_some(self, keys: list[str]) -> None:
+        if not keys:
+            return
+        try:
+            with self._said(keys[0]):
+                obstore.delete(self._small, keys)
+        except (NotThereError, DeniedError):  # some stores have no deletion of many at once
+            for key in keys:
+                with suppress(NotThereError), self._said(key):
+                    obstore.delete(self._small, checked(key, self.label))
+
+    def _refuse_if_there(self, key: str) -> None:
+        with suppress(NotThereError):
+            self.stat(key)
+            raise ChangedError(f"{self.label}/{key}: is already there")
+
+    def _refuse_other_version(self, key: str, etag: str) -> None:
+        try:
+            there = self.stat(key).etag
+        except NotThereError:
+            raise ChangedError(f"{self.label}/{key}: is no longer there") from None
+        if there != etag:
+            raise ChangedError(f"{self.label}/{key}: another version is there")
+
+    def _meta(self, found: Mapping[str, Any]) -> Meta:
+        etag = found.get(self._version) or found.get("e_tag") or ""
+        return Meta(found["path"], found["size"], str(etag), found["last_modified"].astimezone(UTC))
+
+    def _probe(self) -> datetime:
+        """One object, written over again and again: no listing shows it, nothing has to be deleted."""
+        return self.put(f"{OWN}/clock", b"0").modified
+
+    @contextmanager
+    def _said(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except (BaseError, FileNotFoundError, ValueError, TimeoutError) as error:
+            raise self._translated(error, f"{self.label}/{key}".rstrip("/")) from None
+
+    def _translated(self, error: Exception, where: str) -> Exception:
+        found = object_errors.translate(error, self._address.scheme, where)
+        if self._address.scheme == "s3" and str(found).endswith(object_errors.wrong_region(None)):
+            region = aws.bucket_region(self._address.bucket, self._endpoint)
+            return DeniedError(f"{where}: {object_errors.wrong_region(region)}")
+        return found
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Clients
+
+
+def _client(address: Address, place: aws.Place | None, retries: int, limits: Mapping[str, int]) -> Any:
+    options: dict[str, Any] = {
+        "timeout": f"{limits['timeout']}s",
+        "connect_timeout": f"{CONNECT_S}s",
+        "user_agent": "x1-pretrain",
+    }
+    waits = {"init_backoff": timedelta(milliseconds=200), "max_backoff": timedelta(seconds=5), "base": 2}
+    retry = {
+        "max_retries": retries,
+        "retry_timeout": timedelta(seconds=limits["retry_timeout"]),
+        "backoff": waits,
+    }
+    shared: dict[str, Any] = {
+        "prefix": address.prefix or None,
+        "client_options": options,
+        "retry_config": retry,
+    }
+    if address.scheme == "gs":
+        return GCSStore(address.bucket, **shared)
+    if address.scheme == "az":
+        return AzureStore(address.bucket, **shared)
+    assert place is not None
+    return S3Store(address.bucket, config=_s3_config(place, options), **shared)
+
+
+def _s3_config(place: aws.Place, options: dict[str, Any]) -> Any:
+    """Every body is signed with its sha256, so that a store refuses one that came damaged. Amazon also keeps
+    it as the object's checksum; other stores know some checksums or none and are not asked to."""
+    config: dict[str, Any] = {"region": place.region, **place.keys}
+    if place.endpoint is None:
+        return config | {"checksum_algorithm": "SHA256"}
+    options["allow_http"] = place.endpoint.startswith("http://")
+    return config | {"endpoint": place.endpoint}
+
+
+def _why_not_opened(scheme: str, error: Exception) -> str:
+    text = str(error)
+    if "Account must be specified" in text:
+        return "no storage account; set AZURE_STORAGE_ACCOUNT_NAME, and AZURE_STORAGE_ACCOUNT_KEY or a role"
+    if "service account file" in text or "credential" in text.lower():
+        return f"its credentials can't be read; {object_errors.NO_CREDENTIALS[scheme].partition('; ')[2]}"
+    return "can't be opened with this environment; see docs/mirror.md for what it needs"

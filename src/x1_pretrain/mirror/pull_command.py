@@ -1,0 +1,247 @@
+"""A mirrored run -> a folder here, to look at or to use. Takes no lease: whoever trains it does not notice.
+
+    x1 pull s3://bucket/runs/x1-50m                   runs/x1-50m: newest checkpoint, records, report
+    x1 pull s3://bucket/runs/x1-50m --only final      x1-50m-final: the model, for transformers
+    x1 pull s3://bucket/runs/x1-50m --only report     runs/x1-50m without weights
+
+Run it again to have what is new, or to go on with one that broke off.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from x1_pretrain.command import run as run_app
+from x1_pretrain.command import single
+from x1_pretrain.errors import RefusedError, UserError
+from x1_pretrain.mirror.address import run_address
+from x1_pretrain.mirror.choosing import given_up, standing
+from x1_pretrain.mirror.fetch import fetch_checkpoint, is_same
+from x1_pretrain.mirror.head import Head, Published
+from x1_pretrain.mirror.lease import look
+from x1_pretrain.mirror.opened import open_store
+from x1_pretrain.mirror.patience import Patience, UnusableError, in_lanes
+from x1_pretrain.mirror.restore import records_back, remove_partial
+from x1_pretrain.mirror.restored_records import Source, restore_files
+from x1_pretrain.mirror.state import MirrorState, folder_id, read_state, write_state
+from x1_pretrain.mirror.store import Store, StoreError
+from x1_pretrain.records.metrics import read_rows
+from x1_pretrain.runtime.checkpoint_files import folder_name, verify_folder
+from x1_pretrain.runtime.lock import lock_folder
+
+PATIENCE_S = 120.0
+PULLED = "pulled"  # why mirror.json was written: what is in such a folder is the mirror's
+Say = Callable[[str], None]
+
+
+class Only(StrEnum):
+    final = "final"
+    report = "report"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What is there
+
+
+def mirrored_head(store: Store, name: str, patience: Patience) -> Head:
+    """The head as it is now, as if ours came next: every epoch in it is another writer's."""
+    (found,) = in_lanes([lambda: patience.ask(lambda: look(store, name))], patience.stop, lambda: None)
+    where = f"{store.label}/{name}"
+    if found is None:
+        raise UserError(f"{where}: there is no such run; `x1 runs {store.label}` lists those that are there")
+    head = found[0]
+    if head.writer.state == "trashed":
+        raise RefusedError(f"{where}: was moved to the trash; `x1 runs restore` brings it back")
+    return replace(head, writer=replace(head.writer, epoch=head.writer.epoch + 1))
+
+
+def newest(
+    store: Store, head: Head, target: Path, gone: dict[int, int], say: Say
+) -> tuple[Published, Path] | None:
+    """The newest published checkpoint that verifies, fetched into `target` unless it is there."""
+    skipped = []
+    for one in reversed(head.checkpoints):
+        here = target / folder_name(one.step)
+        if one.step in gone:
+            skipped.append(f"step {one.step}: the run went back to step {gone[one.step]} after it")
+        elif is_same(here, one) and verify_folder(here) is None:
+            return one, here
+        else:
+            try:
+                return one, fetch_checkpoint(store, head.name, one, target, say, patience_s=PATIENCE_S)
+            except UnusableError as error:
+                skipped.append(f"step {one.step}: {error}")
+        print(f"skipped the checkpoint of {skipped[-1]}")
+    if skipped:
+        raise RefusedError(f"{store.label}/{head.name}: no checkpoint verifies ({'; '.join(skipped)})")
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A run folder
+
+
+def pull_run(store: Store, head: Head, uri: str, output: Path, weights: bool, say: Say) -> None:
+    """Make `output` the run as the mirror has it. What only `output` has stays, apart."""
+    refuse_another_run(output, head)
+    output.mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(output)
+    try:
+        source = Source(store, head, Patience(PATIENCE_S), say)
+        whose = standing(output, head)
+        notes = records_back(source, output, output / "checkpoints", whose)
+        pulled = (state := read_state(output)) is not None and state.why == PULLED
+        if pulled or not whose.ours:
+            notes += restore_files(source, output, replace=True)
+        for note in notes:
+            print(note)
+        if weights:
+            (output / "checkpoints").mkdir(exist_ok=True)
+            gone = given_up(read_rows(output / "events.jsonl"))
+            if newest(store, head, output / "checkpoints", gone, say) is None:
+                print(f"{head.name}: has no checkpoint in the mirror yet")
+            remove_partial(output / "checkpoints")
+        if pulled or not whose.ours:
+            remember(store, head, uri, output)
+    finally:
+        lock.close()
+
+
+def refuse_another_run(output: Path, head: Head) -> None:
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not output.is_dir():
+        raise RefusedError(f"{output}: is a file; name another --output")
+    state = read_state(output)
+    here = run_id_of(output / "manifest.json") or (head.run_id if state and state.name == head.name else None)
+    if here is None:
+        raise RefusedError(f"{output}: holds something that is no run; name another --output")
+    if here != head.run_id:
+        raise RefusedError(
+            f"{output}: is the run {here}, and the mirrored one is {head.run_id}; name another --output"
+        )
+
+
+def run_id_of(file: Path) -> str | None:
+    try:
+        found = json.loads(file.read_bytes())["run_id"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return found if isinstance(found, str) else None
+
+
+def remember(store: Store, head: Head, uri: str, output: Path) -> None:
+    """Which state of the run this folder has, for whoever trains in it one day."""
+    address, _ = run_address(uri)
+    own = head.epochs[-1] if head.epochs else None
+    state = MirrorState(
+        uri=str(address),
+        label=f"{store.label}/{head.name}",
+        name=head.name,
+        folder=folder_id(output),
+        epoch=own.epoch if own else 0,
+        token=own.token if own else "",
+        state="released",
+        why=PULLED,
+        mirrored=[one.step for one in head.checkpoints],
+    )
+    write_state(output, state)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A model
+
+
+def pull_final(store: Store, head: Head, output: Path, say: Say) -> Published:
+    """The newest checkpoint as the folder `output`: appears whole, in place of an earlier one of this run."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        here = run_id_of(output / "state.json")
+        if here != head.run_id:
+            what = f"a checkpoint of the run {here}" if here else "something that is no checkpoint"
+            raise RefusedError(
+                f"{output}: holds {what}, the mirrored run is {head.run_id}; name another --output"
+            )
+    workshop = output.with_name(f".pulling-{output.name}")
+    workshop.mkdir(parents=True, exist_ok=True)
+    source = Source(store, head, Patience(PATIENCE_S), say)
+    events = source.content("events.jsonl", b"")[0] if "events.jsonl" in head.records else b""
+    (workshop / "events.jsonl").write_bytes(events)
+    found = newest(store, head, workshop, given_up(read_rows(workshop / "events.jsonl")), say)
+    if found is None:
+        shutil.rmtree(workshop)
+        raise UserError(f"{store.label}/{head.name}: has no checkpoint in the mirror yet; try again later")
+    published, folder = found
+    if output.exists():
+        output.rename(workshop / "before")
+    folder.rename(output)
+    shutil.rmtree(workshop)
+    return published
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The command
+
+
+class Line:
+    """One line that is written over on a terminal; in a log one every ten seconds."""
+
+    def __init__(self) -> None:
+        self._terminal, self._told, self._open = sys.stderr.isatty(), time.monotonic(), False
+
+    def say(self, text: str) -> None:
+        if self._terminal:
+            self._open = True
+            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+        elif time.monotonic() - self._told >= 10:
+            self._told = time.monotonic()
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._open:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def main(
+    uri: Annotated[str, typer.Argument(help="of the run: s3://bucket/runs/x1-50m, or a folder")],
+    only: Annotated[Only | None, typer.Option(help="final: the model alone; report: no weights")] = None,
+    output: Annotated[Path | None, typer.Option(help="none: runs/NAME; of the model NAME-final")] = None,
+    endpoint: Annotated[str | None, typer.Option(help="of a store that speaks S3")] = None,
+) -> None:
+    """Fetch a mirrored run, or a part of it, into a folder here."""
+    address, name = run_address(uri)
+    store, line = open_store(address, endpoint), Line()
+    try:
+        head = mirrored_head(store, name, Patience(PATIENCE_S))
+        if only is Only.final:
+            target = output or Path(f"{name}-final")
+            published = pull_final(store, head, target, line.say)
+            line.close()
+            print(f"{target}: the model of step {published.step} of {head.run_id}")
+        else:
+            target = output or Path("runs") / name
+            pull_run(store, head, uri, target, only is None, line.say)
+            line.close()
+            print(f"{target}: the run {head.run_id} as it is in {store.label}")
+    except StoreError as error:
+        raise UserError(str(error)) from None
+    except OSError as error:
+        raise UserError(f"{error.filename or output}: can't be written ({error.strerror})") from None
+    finally:
+        line.close()
+        store.close()
+
+
+app = single(main)
+
+if __name__ == "__main__":
+    sys.exit(run_app(app, prog="x1 pull"))

@@ -1,0 +1,226 @@
+"""Send a run that nobody trains now to a mirror, or what a mirror lacks of it.
+
+x1 push x1-50m-a100 s3://bucket/runs
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Annotated
+
+import typer
+
+from x1_pretrain import config as cfg
+from x1_pretrain.command import single
+from x1_pretrain.errors import FAULT, FINISHED, RefusedError, UserError
+from x1_pretrain.mirror.address import Address, parse
+from x1_pretrain.mirror.choosing import standing
+from x1_pretrain.mirror.claim import Me, folder_mark
+from x1_pretrain.mirror.head import Head
+from x1_pretrain.mirror.heads import look
+from x1_pretrain.mirror.job import Job
+from x1_pretrain.mirror.keeper import Keeper
+from x1_pretrain.mirror.lease import Lease
+from x1_pretrain.mirror.opened import open_store
+from x1_pretrain.mirror.outage import Outage
+from x1_pretrain.mirror.preflight import preflight
+from x1_pretrain.mirror.publisher import Identity, Publisher, size
+from x1_pretrain.mirror.state import MirrorState, folder_id, write_state
+from x1_pretrain.mirror.store import Store, StoreError
+from x1_pretrain.records.metrics import utc_now
+from x1_pretrain.records.run_folder import Run, find_run, last_step, open_run
+from x1_pretrain.runtime.checkpoint_files import list_checkpoints, step_of
+from x1_pretrain.runtime.lock import lock_folder
+
+TICK_S = 5.0  # between two lines of progress
+PATIENCE_S = 300.0  # with a store that answers nothing
+
+Say = Callable[[str], None]
+
+
+def push(
+    run: Annotated[str, typer.Argument(help="A run folder, or the name of one under runs/.")],
+    uri: Annotated[
+        str, typer.Argument(help="The mirror: s3://bucket/runs, gs://, az://, hf:// or a folder.")
+    ],
+    endpoint: Annotated[str | None, typer.Option(help="Server of a store that speaks S3.")] = None,
+    mirror_data: Annotated[bool, typer.Option("--mirror-data", help="The corpora too.")] = False,
+    max_mb_per_s: Annotated[float | None, typer.Option(min=0.001, help="Send no faster.")] = None,
+) -> int:
+    """Send a run that nobody trains now to a mirror. What is there already is not sent again."""
+    opened, address = open_run(find_run(run)), parse(uri)
+    refuse_run_address(address, uri, opened.name)
+    try:
+        lock = lock_folder(opened.folder)
+    except RefusedError as error:
+        raise RefusedError(f"{error}. A run with --mirror needs no push while it is trained") from None
+    try:
+        job = job_of(opened, uri, endpoint, mirror_data, max_mb_per_s)
+        return send(opened, job, open_store(address, endpoint), tell)
+    except StoreError as error:
+        raise RefusedError(str(error)) from None
+    finally:
+        lock.close()
+
+
+def tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def refuse_run_address(address: Address, uri: str, name: str) -> None:
+    """The URI is of the folder of runs."""
+    whole = uri.rstrip("/")
+    if whole.endswith(f"/{name}"):
+        runs = whole.removesuffix(name)
+        raise UserError(f"{uri}: ends with the name of the run; give the folder of runs, {runs}")
+
+
+def job_of(run: Run, uri: str, endpoint: str | None, data: bool, max_mb_per_s: float | None) -> Job:
+    keep = run.config.checkpoint
+    return Job(
+        name=run.name,
+        folder=str(run.folder),
+        checkpoints=str(run.checkpoints),
+        uri=uri,
+        endpoint=endpoint,
+        data=data,
+        max_mb_per_s=max_mb_per_s,
+        stale_s=run.config.mirror.stale_s,
+        without_lease=run.config.mirror.without_lease,
+        keep_last=keep.keep_last,
+        keep_every=keep.keep_every,
+        keep_best=keep.keep_best,
+        keep_at=list(keep.at),
+        run_id=run.manifest.get("run_id"),
+        step_fields=cfg.step_fields(run.config),
+        corpora={name: one.dir for name, one in run.config.data.mixture().items()},
+        total_steps=run.total_steps,
+    )
+
+
+def send(run: Run, job: Job, store: Store, say: Say) -> int:
+    """Claim, publish, give back; the exit code."""
+    preflight(store, job.name, job.without_lease)
+    found = look(store, job.name)
+    if found and found[0].writer.state != "trashed":
+        refuse_other(run, job, found[0], f"{store.label}/{job.name}")
+    state = MirrorState(job.uri, f"{store.label}/{job.name}", job.name, folder_id(run.folder))
+    keeper = Keeper(claim(run, job, store, state, say))
+    keeper.start()
+    before = keeper.lease.before
+    if before and before.writer.state != "trashed":
+        refuse_other(run, job, before, state.label)  # it may have gone on while we waited
+    step = step_here(run)
+    keeper.resumed_from(step)
+    writer = keeper.head.writer
+    state = replace(state, epoch=writer.epoch, token=writer.token)
+    write_state(run.folder, state)
+    publisher = Publisher(job, store, keeper, identity_of(run, job, step))
+    try:
+        left = everything(publisher, say)
+    finally:
+        publisher.stop()
+        keeper.release("pushed")
+        status = publisher.status()
+        write_state(
+            run.folder,
+            replace(
+                state, state="released", why="pushed", mirrored=status.mirrored, lag_bytes=status.lag_bytes
+            ),
+        )
+    for line in left:
+        say(f"not in the mirror: {line}")
+    if not left:
+        say(f"all of it is in {state.label} ({size(status.sent_bytes)} sent)")
+    return FAULT if left else FINISHED
+
+
+def claim(run: Run, job: Job, store: Store, state: MirrorState, say: Say) -> Lease:
+    host = os.uname().nodename
+    mark = folder_mark(state.folder, host, run.folder.stat().st_ino)
+    return Lease.claim(
+        store,
+        Me(job.name, mark, host, os.getpid(), job.stale_s),
+        sleep=time.sleep,
+        steady=time.monotonic,
+        now_utc=utc_now,
+        say=say,
+        without_lease=job.without_lease,
+    )
+
+
+def refuse_other(run: Run, job: Job, head: Head, where: str) -> None:
+    """RefusedError where the mirror's run is another one, or further on than the folder."""
+    if head.run_id and job.run_id and head.run_id != job.run_id:
+        raise RefusedError(
+            f"{where}: holds the run {head.run_id}, and {run.folder} is the run {job.run_id}; give this one "
+            "another name (`name` in its config.yaml), or move the mirrored one to the trash (`x1 runs rm`)"
+        )
+    here, there = step_here(run), step_of_head(head)
+    if there > here or not standing(run.folder, head).ours:
+        raise RefusedError(
+            f"{where}: is newer than {run.folder} (step {there} there, step {here} here): the run went on "
+            f"elsewhere, on {head.writer.host}; `x1 pull` fetches it, and nothing was sent"
+        )
+
+
+def step_here(run: Run) -> int:
+    """How far the folder's run came, by its checkpoints and its records."""
+    saved = max(map(step_of, list_checkpoints(run.checkpoints)), default=0)
+    return max(saved, last_step(run.rows()))
+
+
+def step_of_head(head: Head) -> int:
+    newest, told = head.newest(), head.status.get("step")
+    return max(newest.step if newest else 0, told if isinstance(told, int) else 0)
+
+
+def identity_of(run: Run, job: Job, step: int) -> Identity:
+    data = run.manifest.get("data") or []
+    marks = [one["fingerprint"] for one in data if isinstance(one, dict) and one.get("fingerprint")]
+    return Identity(job.run_id or "", step, marks, job.step_fields)
+
+
+def everything(publisher: Publisher, say: Say) -> list[str]:
+    """Look and send until nothing is left, or the store has not answered for long; what is left."""
+    outage, begun, told = Outage(PATIENCE_S), time.monotonic(), 0.0
+    well = begun
+    total = publisher.status().lag_bytes
+    while True:
+        try:
+            publisher.look()
+            outage.worked(time.monotonic())
+            well = time.monotonic()
+        except StoreError as error:
+            outage.failed(time.monotonic(), str(error))
+            say(f"{error}; trying again")
+            if time.monotonic() - well > PATIENCE_S:
+                return publisher.left() + publisher.corpora_left()
+            time.sleep(outage.wait_s())
+            continue
+        for line in publisher.take_news():
+            say(line)
+        left = publisher.left() + publisher.corpora_left()
+        if not left:
+            publisher.clean_up()
+            return publisher.bad()
+        if time.monotonic() - told >= TICK_S:
+            told = time.monotonic()
+            say(progress(publisher.rate.sent_bytes, total, told - begun, left))
+        publisher.wait(TICK_S)
+
+
+def progress(sent: int, total: int, seconds: float, left: list[str]) -> str:
+    """How far, and how long it still takes at this pace."""
+    said = f"{size(sent)} of {size(max(total, sent))} sent"
+    if sent and seconds > 0 and total > sent:
+        rate = sent / seconds
+        said += f", {size(int(rate))}/s, about {(total - sent) / rate:,.0f} s left"
+    return f"{said}; now {left[0]}"
+
+
+app = single(push)

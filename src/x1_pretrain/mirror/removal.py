@@ -1,0 +1,293 @@
+"""What moving a run to the trash would take away, and why it may not go."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+
+from x1_pretrain.errors import RefusedError, UserError
+from x1_pretrain.mirror import trash as mirror_trash
+from x1_pretrain.mirror.address import run_address
+from x1_pretrain.mirror.head import Head
+from x1_pretrain.mirror.lease import look
+from x1_pretrain.mirror.listing import Place, mirror_of, of_head
+from x1_pretrain.mirror.store import Meta, Store, StoreError
+from x1_pretrain.records import runs, runs_table, trash
+from x1_pretrain.records.run_folder import read_json
+from x1_pretrain.records.runs import Listed
+from x1_pretrain.records.runs_table import gib
+from x1_pretrain.records.trash import TrashError
+from x1_pretrain.runtime.checkpoint_files import list_checkpoints
+from x1_pretrain.runtime.lock import lock_folder
+
+# What a checkpoint folder may hold and still be one run's alone
+OWN_NAMES = re.compile(r"(\.?[a-z-]*step-\d+.*|latest|\.latest-new|lock|\.lock-probe-.*)")
+
+
+@dataclass(frozen=True)
+class Mirrored:
+    """The run in a mirror, as it was found."""
+
+    store: Store
+    head: Head
+    meta: Meta
+    listed: Listed
+
+
+@dataclass(frozen=True)
+class Removal:
+    """All copies of a run that would go, and those that would stay."""
+
+    name: str
+    here: Listed | None = None  # goes
+    folder: Path | None = None
+    checkpoints: Path | None = None  # those that lie elsewhere and go too
+    mirrored: Mirrored | None = None  # goes
+    stays: tuple[str, ...] = ()  # addresses of copies that stay, and have the newest good checkpoint
+    notes: tuple[str, ...] = ()
+
+    @property
+    def listed(self) -> Listed:
+        """Whichever copy knows more of the run."""
+        found = self.here or (self.mirrored.listed if self.mirrored else None)
+        assert found is not None, "a removal removes something"
+        return found
+
+    @property
+    def run_id(self) -> str | None:
+        return self.listed.run_id
+
+    @property
+    def finished(self) -> bool:
+        both = (self.here, self.mirrored.listed if self.mirrored else None)
+        return any(one is not None and one.state == "finished" for one in both)
+
+    @property
+    def last_copy(self) -> bool:
+        """Of a finished run: nothing of it would be left outside the trash."""
+        return self.finished and not self.stays
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Finding
+
+
+def find_folder(text: str, runs_folder: Path) -> Path | None:
+    """The run folder that `text` means: a path, or a name under the folder of runs."""
+    candidates = (Path(text), runs_folder / text)
+    return next((one for one in candidates if runs.is_begun(one)), None)
+
+
+def where_mirrored(
+    text: str, folder: Path | None, listed: Listed | None, mirror: Place | None
+) -> tuple[Place, str] | None:
+    """The mirror that would have a copy, and the run's name there."""
+    if "://" in text:
+        address, name = run_address(text)
+        return Place(address, mirror.endpoint if mirror else None), name
+    own = mirror_of(folder, listed.config) if folder and listed else None
+    if mirror is None:
+        return own
+    return mirror, own[1] if own else (listed.name if listed else text)
+
+
+def mirrored(place: Place, name: str) -> Mirrored | None:
+    """The copy there, if there is one."""
+    store = place.open(retries=1)
+    found = look(store, name)
+    if found is None or found[0].writer.state == "trashed":
+        return None
+    return Mirrored(store, *found, of_head(store, name, *found, store.now()))
+
+
+def checkpoints_elsewhere(folder: Path, listed: Listed) -> tuple[Path | None, str | None]:
+    """The checkpoint folder of a run where it is no part of the run folder, and goes with it; or why not."""
+    if listed.config is None:
+        return None, None
+    inside, place = folder / "checkpoints", listed.config.checkpoint_folder.absolute()
+    if inside.is_dir():
+        place = inside.resolve()
+    if not place.is_dir() or place.is_relative_to(folder.resolve()):
+        return None, None
+    if folder.resolve().is_relative_to(place):
+        return None, f"{place} stays: the run folder lies in it"
+    strange = sorted(one.name for one in place.iterdir() if not OWN_NAMES.fullmatch(one.name))
+    if strange:
+        return None, f"{place} stays: it also holds {strange[0]}; remove its checkpoints by hand"
+    if other := _another_run(place, listed.run_id):
+        return None, f"{place} stays: its checkpoints are of run {other}"
+    return place, None
+
+
+def _another_run(place: Path, run_id: str | None) -> str | None:
+    for checkpoint in list_checkpoints(place):
+        try:
+            found = read_json(checkpoint / "manifest.json").get("run_id")
+        except UserError:
+            continue
+        if found != run_id:
+            return str(found)
+    return None
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Planning
+
+
+def plan_removal(
+    text: str, mirror: Place | None, only: str | None, runs_folder: Path, held: ExitStack
+) -> Removal:
+    """What would go. Locks the folders of it, and refuses a run that goes on."""
+    folder = None if "://" in text else find_folder(text, runs_folder)
+    listed = runs.look(folder, time.time()) if folder else None
+    where = where_mirrored(text, folder, listed, mirror)
+    if folder is None and where is None:
+        raise UserError(
+            f"{text}: no run folder, and none under {runs_folder}/; `x1 runs` lists them; one only in "
+            "a mirror is named by its URI"
+        )
+    copy = _asked(*where, only) if where else None
+    planned = Removal(copy.listed.name if copy else listed.name if listed else text, notes=())
+    if copy and listed and listed.run_id and copy.head.run_id and listed.run_id != copy.head.run_id:
+        planned = replace(planned, notes=(f"{copy.listed.mirror} is another run of this name, and stays",))
+        copy = None
+    if copy:
+        _refuse_alive(copy)
+    if folder and listed:
+        lock(folder, held)
+    return _divided(planned, listed, folder, copy, only, held)
+
+
+def _divided(
+    planned: Removal,
+    listed: Listed | None,
+    folder: Path | None,
+    copy: Mirrored | None,
+    only: str | None,
+    held: ExitStack,
+) -> Removal:
+    """What of the two copies goes and what stays."""
+    stays = []
+    if folder and listed and only != "mirror":
+        elsewhere, note = checkpoints_elsewhere(folder, listed)
+        if elsewhere:
+            lock(elsewhere, held)
+        planned = replace(planned, here=listed, folder=folder, checkpoints=elsewhere)
+        planned = replace(planned, name=listed.name, notes=(*planned.notes, *([note] if note else [])))
+    elif folder and listed and _complete(listed.good_here, listed):
+        stays.append(str(folder))
+    if copy and only != "here":
+        planned = replace(planned, mirrored=copy)
+    elif copy and _complete(copy.listed.good_mirror, listed or copy.listed):
+        stays.append(str(copy.listed.mirror))
+    if planned.here is None and planned.mirrored is None:
+        raise UserError(f"{planned.name}: there is no copy {'in a mirror' if only == 'mirror' else 'here'}")
+    return replace(planned, stays=tuple(stays))
+
+
+def _complete(good: int | None, listed: Listed) -> bool:
+    """Whether a copy has the newest good checkpoint of the run."""
+    newest = max((s for s in (listed.good_here, listed.good_mirror) if s is not None), default=None)
+    return good is not None and newest is not None and good >= newest
+
+
+def _asked(place: Place, name: str, only: str | None) -> Mirrored | None:
+    try:
+        return mirrored(place, name)
+    except StoreError as error:
+        hint = "" if only == "here" else "; `--only here` moves what is here and leaves the mirror"
+        raise RefusedError(f"{place.address}: not known whether it has a copy ({error}){hint}") from None
+
+
+def _refuse_alive(copy: Mirrored) -> None:
+    try:
+        mirror_trash.refuse_alive(copy.store, copy.head, copy.meta)
+    except StoreError as error:
+        raise RefusedError(f"{copy.listed.mirror}: not known whether it is being trained ({error})") from None
+
+
+def lock(folder: Path, held: ExitStack) -> None:
+    """Held until the folder is in the trash: nobody can begin to train in it meanwhile."""
+    try:
+        found = lock_folder(folder)
+    except RefusedError as error:
+        raise RefusedError(f"{str(error).rpartition(';')[0] or error}; end it first") from None
+    except OSError as error:
+        raise UserError(f"{folder}: can't be written ({error.strerror})") from None
+    held.callback(found.close)
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Refusing
+
+
+def refuse_parent(removal: Removal, others: Sequence[Listed]) -> None:
+    """RefusedError if other runs began from this one."""
+    if found := runs.descendants(removal.run_id, others):
+        named = ", ".join(sorted({one.folder or one.mirror or one.name for one in found}))
+        raise RefusedError(
+            f"{removal.name}: other runs began from it ({named}); they are explained by it, so it stays; "
+            "move them to the trash first"
+        )
+
+
+def refuse_unnamed(removal: Removal, typed: str | None) -> None:
+    """RefusedError if nothing of a finished run would be left, and its name was not typed."""
+    if removal.last_copy and typed != removal.name:
+        said = f"{typed!r} was typed" if typed else "its name was not typed"
+        raise RefusedError(
+            f"{removal.name}: is finished, and no copy would be left outside the trash; {said}; add --name "
+            f"{removal.name} if that is what you want"
+        )
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Doing
+
+
+def carry_out(removal: Removal, now: datetime, by: str) -> list[str]:
+    """Into the trash: the mirror first, whose swap shows whether anybody writes; what was done, in lines.
+
+    Whoever calls holds the locks of the folders that go."""
+    done = []
+    if there := removal.mirrored:
+        try:
+            mirror_trash.refuse_alive(there.store, there.head, there.meta)
+            key = mirror_trash.throw_away(there.store, there.head, there.meta.etag, now, by)
+            there.store.close()  # some stores send the last of it only now
+        except StoreError as error:
+            raise TrashError(f"{error}; nothing was moved here") from None
+        done.append(f"{there.listed.mirror} is in the trash there ({key})")
+    if removal.folder:
+        try:
+            entry = trash.throw_away(removal.folder, removal.checkpoints, removal.name, removal.run_id, now)
+        except UserError as error:
+            if done:
+                raise type(error)(f"{error}; its copy in the mirror is in the trash already") from None
+            raise
+        done.append(f"{removal.folder} is in {entry.folder}")
+        if entry.checkpoints:
+            done.append(f"{entry.checkpoints.was} is in {entry.checkpoints.now}")
+    return done
+
+
+def told(planned: Removal) -> list[str]:
+    """What would go and what it took to make."""
+    one = planned.listed
+    spent = [text for text in (runs_table.cost(one.spent_usd), runs_table.hours(one.elapsed_s)) if text]
+    made = f"; it took {' and '.join(spent)} to make" if spent else ""
+    said = [f"{planned.name}: {one.status}, step {runs_table.steps(one)}{made}"]
+    if planned.here:
+        said.append(f"  to the trash: {planned.folder} ({gib(planned.here.bytes_here)})")
+    if planned.checkpoints:
+        said.append(f"  to the trash: {planned.checkpoints} (its checkpoints, in that place's own .trash)")
+    if planned.mirrored:
+        there = planned.mirrored.listed
+        said.append(f"  to the trash: {there.mirror} ({gib(there.bytes_mirror)})")
+    said += [f"  stays: {where}" for where in planned.stays]
+    return said + [f"  {note}" for note in planned.notes]

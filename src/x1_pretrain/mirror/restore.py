@@ -1,0 +1,212 @@
+"""Before a run goes on: what its mirror has and its folder has not is put into the folder.
+
+`restore` is called by the session that holds the lease. Afterwards the trainer finds a folder to resume from,
+as if the run had never been elsewhere: the newest checkpoint that verifies, and records that belong to it.
+Whatever it breaks off at, the next call goes on with.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from x1_pretrain import config as cfg
+from x1_pretrain.errors import RefusedError, UserError
+from x1_pretrain.mirror.address import parse
+from x1_pretrain.mirror.choosing import MARKER, Candidate, Standing, candidates, given_up, losing, standing
+from x1_pretrain.mirror.fetch import fetch_checkpoint
+from x1_pretrain.mirror.head import Head
+from x1_pretrain.mirror.job import Job
+from x1_pretrain.mirror.lease import look
+from x1_pretrain.mirror.opened import open_store
+from x1_pretrain.mirror.patience import PATIENCE_S, Patience, UnusableError
+from x1_pretrain.mirror.restored_corpora import fetch_corpora, refuse_other_corpora
+from x1_pretrain.mirror.restored_records import (
+    Source,
+    fill_in,
+    restore_files,
+    restore_ledger,
+    take_over,
+    write_whole,
+)
+from x1_pretrain.mirror.store import Store, StoreError
+from x1_pretrain.records.metrics import read_rows
+from x1_pretrain.runtime.checkpoint_files import FETCHING, sync_directory, verify_folder
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What was put into the run folder."""
+
+    notes: list[str] = field(default_factory=list)
+    restored_step: int | None = None  # of the checkpoint that was fetched
+    restored_bytes: int = 0
+    restored_s: float = 0.0
+    last_step: int | None = None  # of which the writer before published anything
+
+
+def restore(job: Job, head: Head, store: Store, say: Say, *, patience_s: float = PATIENCE_S) -> Restored:
+    """Put into the run folder what is newer in the mirror. `head` is the one that our claim published.
+
+    RefusedError: another run, another config, other data, no room, or nothing to go on from; before a byte is
+    fetched where that can be known. AwayError (relaunch): the store does not answer. What `say` raises ends
+    it.
+    """
+    folder, checkpoints = Path(job.folder), Path(job.checkpoints)
+    refuse_another_run(job, head, store)
+    refuse_other_corpora(job.corpora, head, store)
+    began = time.monotonic()
+    whose = standing(folder, head)
+    source = Source(store, head, Patience(patience_s), say)
+    notes = records_back(source, folder, checkpoints, whose)
+    chosen, skipped = checkpoint_back(store, head, folder, checkpoints, whose.ours, say, patience_s)
+    notes += skipped
+    fetched = chosen.published if chosen and chosen.published else None
+    size = fetch_corpora(store, job.corpora, head, say, notes, patience_s) + (fetched.bytes if fetched else 0)
+    seconds = time.monotonic() - began
+    if fetched:
+        notes.append(
+            f"fetched the checkpoint of step {fetched.step} from {store.label}/{head.name}: "
+            f"{size / 2**20:,.1f} MiB in {seconds:.1f} s"
+        )
+    return Restored(notes, fetched.step if fetched else None, size, seconds, last_step(head))
+
+
+def last_step(head: Head) -> int | None:
+    step = head.status.get("step")
+    return step if isinstance(step, int) else head.checkpoints[-1].step if head.checkpoints else None
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Is it this run
+
+
+def refuse_another_run(job: Job, head: Head, store: Store) -> None:
+    where = f"{store.label}/{head.name}"
+    if job.run_id and head.run_id and job.run_id != head.run_id:
+        raise RefusedError(
+            f"{where}: holds the run {head.run_id}, and {job.folder} is the run {job.run_id}; give one of "
+            "them another name (`name` of the config), or move the mirrored one to the trash (`x1 runs rm`)"
+        )
+    if not head.step_fields:
+        return
+    theirs, ours = dict(head.step_fields), dict(job.step_fields)
+    if None in (
+        theirs.get("model.vocab_size"),
+        ours.get("model.vocab_size"),
+    ):  # resolved once there are corpora
+        theirs.pop("model.vocab_size", None)
+        ours.pop("model.vocab_size", None)
+    if changed := cfg.changed_fields(theirs, ours):
+        raise RefusedError(
+            f"{where}: made with another config, which would change what a step is ({'; '.join(changed)}); "
+            "put these back to go on with it, or give this run another name"
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Records
+
+
+def records_back(source: Source, folder: Path, checkpoints: Path, whose: Standing) -> list[str]:
+    """The records as the run left them, wherever it was last. What tells another story is kept apart."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if whose.ours:
+            notes = fill_in(source, folder)
+        else:
+            write_whole(folder / MARKER, json.dumps({"epoch": whose.epoch}).encode())
+            notes = set_aside(checkpoints, source.head, whose)
+            notes += take_over(source, folder, whose.epoch)
+            notes += restore_files(source, folder)
+        came = restore_ledger(source, folder)
+        (folder / MARKER).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or folder}: can't be written ({error.strerror}); see --run-dir"
+        ) from None
+    return [*notes, f"ledger.jsonl: {came} rows from the mirror"] if came and whose.ours else notes
+
+
+def set_aside(checkpoints: Path, head: Head, whose: Standing) -> list[str]:
+    notes = []
+    for path in losing(checkpoints, head, whose):
+        aside = path.with_name(f"lost-e{whose.epoch:04d}-{path.name}")
+        number = 2
+        while aside.exists():
+            aside, number = path.with_name(f"lost-e{whose.epoch:04d}-{number}-{path.name}"), number + 1
+        path.rename(aside)
+        notes.append(
+            f"{path.name} is of a branch that was given up: the run went on elsewhere; kept as {aside.name}"
+        )
+    if notes:
+        sync_directory(checkpoints)
+    return notes
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The checkpoint
+
+
+def checkpoint_back(
+    store: Store, head: Head, folder: Path, checkpoints: Path, ours: bool, say: Say, patience_s: float
+) -> tuple[Candidate | None, list[str]]:
+    """The newest one that verifies, in the checkpoint folder afterwards; and which were skipped, and why."""
+    gone = given_up(read_rows(folder / "events.jsonl"))
+    skipped: list[str] = []
+    for one in candidates(checkpoints, head, ours):
+        problem = None
+        if one.local:
+            problem = verify_folder(one.local)
+        elif one.step in gone:
+            problem = f"the run went back to step {gone[one.step]} after it"
+        elif one.published:
+            try:
+                fetch_checkpoint(store, head.name, one.published, checkpoints, say, patience_s=patience_s)
+            except UnusableError as error:
+                problem = str(error)
+        if problem is None:
+            remove_partial(checkpoints)
+            return one, skipped
+        skipped.append(f"skipped {one}: {problem}")
+    if any(one.step > 0 for one in head.checkpoints):
+        raise RefusedError(
+            f"{store.label}/{head.name}: no checkpoint verifies, and a run is never restarted from zero by "
+            f"itself ({'; '.join(skipped)}); restore one from a copy, or start anew under another name"
+        )
+    return None, skipped
+
+
+def remove_partial(checkpoints: Path) -> None:
+    for path in checkpoints.glob(f"{FETCHING}step-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The ledger alone
+
+
+def ledger_from(uri: str, endpoint: str | None, name: str, folder: Path, patience_s: float = 60.0) -> int:
+    """Put the ledger of a mirrored run into a run folder, merged with the one there; how many rows came.
+
+    For the supervisor, before anything may cost: no lease is needed, since rows are only added. A mirror
+    without the run is no error: it is a new one.
+    """
+    store = open_store(parse(uri), endpoint)
+    try:
+        patience = Patience(patience_s)
+        found = patience.ask(lambda: look(store, name))
+        if found is None or found[0].writer.state == "trashed":
+            return 0
+        folder.mkdir(parents=True, exist_ok=True)
+        return restore_ledger(Source(store, found[0], patience, lambda _: None), folder)
+    except StoreError as error:
+        raise RefusedError(f"{error}; the ledger of what was spent so far can't be read") from None
+    finally:
+        store.close()

@@ -1,0 +1,317 @@
+"""The trash of a mirror: `trash/<run>-<time>.json` holds the head that a run had; its objects stay in place.
+
+To throw a run away is one swap of its head, so no writer can publish over it, and a live one is never thrown
+away by mistake: its next sign of life would change the version that the swap names. A new run may take the
+name at once; it writes under epochs of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
+from datetime import datetime
+
+from x1_pretrain.errors import RefusedError
+from x1_pretrain.mirror.head import NAME, TRASH, Head, Writer, decode, encode
+from x1_pretrain.mirror.lease import head_key, look, silence_s
+from x1_pretrain.mirror.store import ChangedError, Meta, NotThereError, Store
+from x1_pretrain.money.clock import stamp
+from x1_pretrain.records.trash import stamped
+
+GOING = ".going"  # an entry that is being deleted: it can't come back any more
+DELETED_AT_ONCE = 500
+LOST = "lost"  # rows of writers that had lost their place
+
+
+@dataclass(frozen=True)
+class Thrown:
+    """One run in a mirror's trash."""
+
+    key: str  # of its entry
+    head: Head
+    meta: Meta
+
+    @property
+    def name(self) -> str:
+        return self.head.name
+
+    @property
+    def entry(self) -> str:
+        """x1-50m-20261121T130000Z"""
+        return self.key.removeprefix(f"{TRASH}/").removesuffix(".json").removesuffix(f".json{GOING}")
+
+    @property
+    def going(self) -> bool:
+        return self.key.endswith(GOING)
+
+
+# -----------------------------------------------------------------------------------------------------------
+# In
+
+
+def refuse_alive(store: Store, head: Head, meta: Meta) -> None:
+    """RefusedError if a trainer may be publishing the run now."""
+    if head.writer.state != "writing":
+        return
+    silence = silence_s(store, meta)
+    if silence is None or silence <= head.writer.stale_s:
+        seen = "a moment ago" if silence is None else f"{max(0.0, silence):.0f} s ago"
+        writer = head.writer
+        raise RefusedError(
+            f"{store.label}/{head.name}: is being trained on {writer.host} (process {writer.pid}), last sign "
+            f"of life {seen}; end that first"
+        )
+
+
+def throw_away(store: Store, head: Head, etag: str, now: datetime, by: str) -> str:
+    """Move a mirrored run to the trash; the key of its entry. RefusedError if it changed since it was read.
+
+    The entry is written first: a kill in between leaves a run that is there, and an entry that says no more
+    than its head does, which the next `gc` removes."""
+    writer = replace(
+        head.writer,
+        beat=head.writer.beat + 1,
+        state="trashed",
+        why=f"moved to the trash on {by}",
+    )
+    gone = replace(head, writer=writer, trashed_utc=stamp(now))
+    data = encode(gone)
+    key = _put_entry(store, stamped(head.name, now), encode(replace(gone, writer=head.writer)))
+    try:
+        store.swap(head_key(head.name), data, etag)
+    except ChangedError:
+        if not _is_there(store, head.name, data):  # else it was ours, and only the answer was lost
+            store.delete([key])
+            raise RefusedError(
+                f"{store.label}/{head.name}: was written while it was to be moved to the trash; look "
+                "again with `x1 runs`"
+            ) from None
+    return key
+
+
+def _put_entry(store: Store, called: str, data: bytes) -> str:
+    number, key = 1, f"{TRASH}/{called}.json"
+    while _there(store, key):
+        number += 1
+        key = f"{TRASH}/{called}-{number}.json"
+    store.put(key, data)
+    return key
+
+
+def _there(store: Store, key: str) -> bool:
+    try:
+        store.stat(key)
+    except NotThereError:
+        return False
+    return True
+
+
+def _is_there(store: Store, name: str, data: bytes) -> bool:
+    try:
+        return store.get(head_key(name))[0] == data
+    except NotThereError:
+        return False
+
+
+# -----------------------------------------------------------------------------------------------------------
+# There
+
+
+def thrown(store: Store) -> tuple[list[Thrown], list[str]]:
+    """What is in the trash, the newest first, with what a killed `gc` left half deleted; and a line for each
+    entry that can't be read, which nothing here touches."""
+    found, trouble = [], []
+    for name in store.names(TRASH):
+        if not name.endswith((".json", f".json{GOING}")):
+            continue
+        key = f"{TRASH}/{name}"
+        try:
+            data, meta = store.get(key)
+            found.append(Thrown(key, decode(data, f"{store.label}/{key}"), meta))
+        except NotThereError:
+            continue  # restored, or gone, in this moment
+        except RefusedError as error:
+            trouble.append(str(error))
+    return sorted(found, key=lambda one: (one.meta.modified, one.key), reverse=True), trouble
+
+
+def find(store: Store, text: str) -> list[Thrown]:
+    """The entries that `text` means: a run's name or id, or an entry's name."""
+    known = [one for one in thrown(store)[0] if not one.going]
+    return [one for one in known if text in (one.entry, one.name, one.head.run_id, one.key)]
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Out
+
+
+def put_back(store: Store, one: Thrown, by: str) -> None:
+    """The run is in the mirror again, given back by its writer. RefusedError if another has its name now."""
+    found = look(store, one.name)
+    if found is not None and found[0].writer.state != "trashed":
+        raise RefusedError(
+            f"{store.label}/{one.name}: a run of this name is there again; move that to the trash first "
+            f"(`x1 runs rm {store.label}/{one.name}`)"
+        )
+    _refuse_incomplete(store, one)
+    epoch = max(one.head.writer.epoch, found[0].writer.epoch if found else 0)
+    writer = replace(one.head.writer, epoch=epoch, state="released", why=_why(one, by))
+    data = encode(replace(one.head, writer=writer, trashed_utc=None))
+    try:
+        if found is None:
+            store.create(head_key(one.name), data)
+        else:
+            store.swap(head_key(one.name), data, found[1].etag)
+    except ChangedError:
+        if not _is_there(store, one.name, data):
+            raise RefusedError(
+                f"{store.label}/{one.name}: was written while it was to be restored; look again (`x1 runs`)"
+            ) from None
+    store.delete([one.key])
+
+
+def _why(one: Thrown, by: str) -> str:
+    """What it was before stays said: a finished run is finished."""
+    return one.head.writer.why or f"restored from the trash on {by}"
+
+
+def _refuse_incomplete(store: Store, one: Thrown) -> None:
+    """Somebody may have deleted objects by hand."""
+    for checkpoint in one.head.checkpoints[-1:]:
+        if not _there(store, f"{one.name}/{checkpoint.path}/manifest.json"):
+            raise RefusedError(
+                f"{store.label}/{one.key}: its newest checkpoint (step {checkpoint.step}) is no longer in "
+                "the mirror; it can't be restored"
+            )
+
+
+# -----------------------------------------------------------------------------------------------------------
+# For good
+
+
+@dataclass(frozen=True)
+class Doomed:
+    """What `gc` would delete of one run, or of what uploads left behind."""
+
+    name: str
+    what: str  # for people: an entry's name, or "left by earlier writers"
+    keys: tuple[str, ...]
+    bytes: int
+    entry: Thrown | None = None
+
+
+def doomed(store: Store, now: datetime, older_than_s: float) -> tuple[list[Doomed], list[str]]:
+    """All that may go: expired runs in the trash, and objects that no head names, of writers that are gone.
+    And a line for each run that can't be judged: of such nothing goes.
+
+    Ages are by the store's own clock: `now` is that."""
+    entries, trouble = thrown(store)
+    heads: dict[str, Head | None] = {}
+    for name in dict.fromkeys([*(one.name for one in entries), *_runs(store)]):
+        try:
+            heads[name] = (look(store, name) or (None,))[0]
+        except RefusedError as error:
+            trouble.append(str(error))
+    goes = [
+        one for one in entries if one.name in heads and (one.going or _older(one.meta, now, older_than_s))
+    ]
+    stays = [one for one in entries if one not in goes]
+    found: list[Doomed] = []
+    for one in goes:
+        taken = {key for other in found for key in other.keys}
+        found.append(_of_entry(store, one, heads[one.name], stays, taken))
+    for name, head in heads.items():
+        own = [one for one in entries if one.name == name]
+        if head and (left := _left_behind(store, head, own, now, older_than_s)) is not None:
+            found.append(left)
+    return found, trouble
+
+
+def _runs(store: Store) -> list[str]:
+    return [name for name in store.names() if name not in (TRASH, "data") and _there(store, head_key(name))]
+
+
+def _older(meta: Meta, now: datetime, older_than_s: float) -> bool:
+    return (now - meta.modified).total_seconds() > older_than_s
+
+
+def spaces(head: Head) -> set[str]:
+    """The folders of objects that a head's writers had, or that it names."""
+    named = [one.path for one in head.checkpoints]
+    named += [one.path for many in head.records.values() for one in many]
+    named += [one.path for one in head.files.values()]
+    own = {one.space for one in head.epochs} | {head.writer.space}
+    return own | {path.partition("/")[0] for path in named}
+
+
+def _of_entry(
+    store: Store, one: Thrown, live: Head | None, stays: Iterable[Thrown], taken: Collection[str]
+) -> Doomed:
+    """The objects of a run in the trash; those that the head of today, or an entry that stays, has are not
+    its own: then it was restored, and a kill left the entry."""
+    kept = spaces(live) if live and live.writer.state != "trashed" else set()
+    kept |= {space for other in stays if other.name == one.name for space in spaces(other.head)}
+    found: dict[str, int] = {}
+    for space in sorted(spaces(one.head) - kept):
+        for place in (f"{one.name}/{space}", f"{one.name}/{LOST}/{space}"):
+            found |= {meta.key: meta.bytes for meta in store.below(place) if meta.key not in taken}
+    return Doomed(one.name, one.entry, tuple(found), sum(found.values()), one)
+
+
+def _left_behind(
+    store: Store, head: Head, entries: Iterable[Thrown], now: datetime, older_than_s: float
+) -> Doomed | None:
+    """What earlier writers sent and never published, or what was dropped and not deleted. Nothing of the
+    writer of today, nothing that a head or the trash names, and no rows that were set apart."""
+    last = head.writer.epoch if head.writer.state == "writing" else head.writer.epoch + 1
+    kept = {space for one in entries for space in spaces(one.head)}
+    named = [one.path for many in head.records.values() for one in many]
+    known = {f"{head.name}/{path}" for path in [*named, *(one.path for one in head.files.values())]}
+    folders = tuple(f"{head.name}/{one.path}/" for one in head.checkpoints)
+    found = {}
+    for meta in store.below(head.name):
+        space = meta.key.split("/")[1]
+        epoch = _epoch(space)
+        if epoch is None or epoch >= last or space in kept or not _older(meta, now, older_than_s):
+            continue
+        if meta.key not in known and not meta.key.startswith(folders):
+            found[meta.key] = meta.bytes
+    if not found:
+        return None
+    return Doomed(head.name, "left by earlier writers", tuple(found), sum(found.values()))
+
+
+def _epoch(space: str) -> int | None:
+    """e0003-1a2b3c4d -> 3"""
+    number, _, token = space.removeprefix("e").partition("-")
+    return int(number) if space.startswith("e") and number.isdigit() and token else None
+
+
+def delete(store: Store, one: Doomed) -> None:
+    """For good. An entry is first renamed: what is half deleted can't be restored."""
+    going = None
+    if one.entry is not None:
+        going = one.entry.key if one.entry.going else f"{one.entry.key}{GOING}"
+        if not one.entry.going:
+            store.put(going, encode(one.entry.head))
+            store.delete([one.entry.key])
+    for start in range(0, len(one.keys), DELETED_AT_ONCE):
+        store.delete(one.keys[start : start + DELETED_AT_ONCE])
+    if going and one.entry is not None:
+        _forget(store, one.entry)
+        store.delete([going])
+
+
+def _forget(store: Store, one: Thrown) -> None:
+    """The head of a run that is gone keeps the count of its epochs, and nothing else. A new run of the name
+    may have come meanwhile: then it is left alone."""
+    found = look(store, one.name)
+    if found is None or found[0].writer.state != "trashed" or found[0].trashed_utc != one.head.trashed_utc:
+        return
+    old = found[0].writer
+    writer = Writer(old.epoch, old.token, "", old.host, old.pid, old.since_utc, old.beat + 1, state="trashed")
+    bare = Head(one.name, writer, trashed_utc=one.head.trashed_utc)
+    try:
+        store.swap(f"{one.name}/{NAME}", encode(bare), found[1].etag)
+    except ChangedError:
+        return

@@ -1,0 +1,117 @@
+"""The run and its mirror: what is told and recorded, from the start to the last byte."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from x1_pretrain import config as cfg
+from x1_pretrain.config import RunConfig
+from x1_pretrain.corpus.shards import Corpus
+from x1_pretrain.errors import BUDGET_CHECKPOINTED, BUDGET_STOPPED, FINISHED, REFUSED
+from x1_pretrain.mirror.address import parse, same_disk
+from x1_pretrain.runtime.mirror import Mirror
+from x1_pretrain.runtime.run import Run
+from x1_pretrain.runtime.session import Session
+
+FINISH_S = 900.0  # at the end of a run, for what is not mirrored yet, while the store answers
+AT_ONCE_S = 5.0  # over budget, or another writer has the run
+
+
+def publish(mirror: Mirror, config: RunConfig, session: Session, corpora: Mapping[str, Corpus]) -> None:
+    """What is in the run folder is the run: the mirror may follow it."""
+    fingerprints = [corpus.fingerprint for corpus in corpora.values()]
+    mirror.publish(session.run_id, session.step, fingerprints, cfg.step_fields(config))
+
+
+def begin(run: Run) -> None:
+    """What opening the mirror found goes on record, and it begins to follow."""
+    if run.mirror is None:
+        return
+    opened = run.mirror.opened
+    for note in opened.notes:
+        run.event("mirror", f"  {note}")
+    run.event("mirror", f"  mirrored in {opened.label} (epoch {opened.epoch})", epoch=opened.epoch)
+    if same_disk(parse(run.mirror.job.uri), run.config.folder):
+        run.event("mirror", "  the mirror is on the same disk as the run: it dies with it")
+    if opened.moved_from is not None:
+        moved(run, run.mirror)
+    publish(run.mirror, run.config, run.session, run.corpora)
+
+
+def moved(run: Run, mirror: Mirror) -> None:
+    """The run comes from another machine: how long nothing was learned, what has to be learned again."""
+    opened = mirror.opened
+    fields: dict[str, Any] = {"from_host": opened.moved_from, "down_s": opened.down_s}
+    said = f"  goes on from {opened.moved_from}"
+    if opened.down_s is not None:
+        said += f", {opened.down_s:.0f} s after its last sign of life"
+    if opened.last_step is not None:
+        fields["lost_steps"] = lost = max(0, opened.last_step - run.step)
+        said += f"; {lost} steps are done again"
+        if lost and opened.last_spent_usd and opened.last_step:
+            fields["lost_usd"] = round(opened.last_spent_usd * lost / opened.last_step, 4)
+            said += f", which had cost ${fields['lost_usd']:.2f}"
+    run.event("moved", said, **fields)
+    if run.guard:
+        run.guard.record("moved", said.strip(), **fields)
+
+
+def tell(run: Run) -> None:
+    """What the mirror has to say since the last time; once an outage, a person hears of it."""
+    if run.mirror is None:
+        return
+    for name, message, fields in run.mirror.news():
+        run.event(name, f"  {message}", **fields)
+        if fields.get("alert") and run.guard:
+            run.guard.notifier.alert(f"mirror-{run.step}", f"X1 {run.config.name}: not mirrored", message)
+
+
+def end(run: Run, code: int) -> None:
+    """Send what is left, as long as there is time; say what was not sent."""
+    if run.mirror is None:
+        return
+    tell(run)
+    report(run.mirror, run.mirror.drain(time_left(run.mirror, code), why(run, code)), run.event)
+
+
+def why(run: Run, code: int) -> str:
+    """What the mirror says of a run that is not being written."""
+    named = {FINISHED: "finished", REFUSED: "another writer has the run"}
+    named |= {BUDGET_CHECKPOINTED: "stopped by the budget", BUDGET_STOPPED: "stopped at once by the budget"}
+    return named.get(code) or f"stopped by {run.signals.requested or 'another rank'}"
+
+
+def time_left(mirror: Mirror, code: int) -> float:
+    """For the last things: much at the end of a run, what remains of the grace time after a signal."""
+    if code in (BUDGET_STOPPED, REFUSED):
+        return AT_ONCE_S
+    if code == FINISHED:
+        return mirror.grace_s if mirror.status.trouble else FINISH_S
+    asked_s = mirror.asked_s
+    return mirror.grace_s if asked_s is None else max(1.0, mirror.grace_s - (time.monotonic() - asked_s))
+
+
+def report(mirror: Mirror, left: list[str], event: Callable[..., None]) -> None:
+    if left:
+        listed = "; ".join(left)
+        said = f"not mirrored: {listed}. `x1 push {mirror.job.folder} {mirror.job.uri}` sends it later"
+        event("mirror", said, left=left)
+    else:
+        event("mirror", f"  all of it is mirrored in {mirror.opened.label}", left=[])
+
+
+def send_the_rest(
+    mirror: Mirror | None,
+    config: RunConfig,
+    session: Session,
+    corpora: Mapping[str, Corpus],
+    say: Callable[[str], None],
+) -> None:
+    """Of a run that was finished before: its end may not have been mirrored."""
+    if mirror is None:
+        return
+    publish(mirror, config, session, corpora)
+    left = mirror.drain(time_left(mirror, FINISHED), "finished")
+    report(mirror, left, lambda _, message, **__: say(message))

@@ -1,0 +1,594 @@
+"""`x1 runs`: what is listed is what is there; what is thrown away comes back; what must not go stays."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.mirror.mirrored import keys, mirror_run, writer
+from tests.mirror.proxy import FaultyProxy
+from tests.mirror.s3 import Bucket
+from tests.records.builder import RUN_ID, build_run, event, write_lines
+from x1_pretrain.command import run as run_app
+from x1_pretrain.mirror.address import parse
+from x1_pretrain.mirror.folder_store import FolderStore
+from x1_pretrain.mirror.lease import look
+from x1_pretrain.mirror.opened import open_store
+from x1_pretrain.mirror.runs_command import app
+from x1_pretrain.mirror.state import MirrorState, write_state
+from x1_pretrain.records import runs_table
+from x1_pretrain.records.runs import Listed
+from x1_pretrain.records.runs_table import gib
+from x1_pretrain.runtime.lock import lock_folder
+
+
+class Said(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def runs(self) -> list[dict[str, Any]]:
+        return json.loads(self.out)["runs"]  # type: ignore[no-any-return]
+
+    @property
+    def one_line(self) -> str:
+        assert self.out == ""
+        assert self.err.startswith("x1: ")
+        assert self.err.count("\n") == 1, self.err
+        return self.err
+
+
+X1 = Callable[..., Said]
+
+
+@pytest.fixture
+def x1(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> X1:
+    """`x1 runs`, in an empty folder of its own."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*args: object) -> Said:
+        capsys.readouterr()
+        code = run_app(app, [str(one) for one in args], prog="x1 runs")
+        return Said(code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> FolderStore:
+    return FolderStore(tmp_path / "disk")
+
+
+def begun(name: str = "tiny", steps: int = 42, run_id: str = RUN_ID, **changes: Any) -> Path:
+    """A run under runs/, its lock let go of."""
+    made = build_run(Path("runs") / name, steps, run_id, **changes)
+    (made / "lock").write_text("")
+    return made
+
+
+def both(disk: FolderStore, name: str = "tiny", **changes: Any) -> Path:
+    """A run here and in the mirror."""
+    made = begun(name, mirror__uri=disk.label, **changes)
+    mirror_run(disk, name, RUN_ID)
+    state = MirrorState(disk.label, f"{disk.label}/{name}", name, "folder", 1, "aaaa1111", "released")
+    write_state(made, state)
+    return made
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The list
+
+
+def test_no_runs_yet(x1: X1) -> None:
+    assert x1() == Said(0, "no runs in runs; `x1 train` begins one, `x1 runs URI` lists a mirror\n", "")
+    assert x1("nowhere").code == 2
+    assert "no such folder" in x1("nowhere").one_line
+
+
+def test_a_run_here(x1: X1) -> None:
+    begun()
+    (one,) = x1("--json").runs
+    assert (one["name"], one["where"], one["status"], one["stage"]) == (
+        "tiny",
+        "here",
+        "finished",
+        "pretrain",
+    )
+    assert (one["step"], one["total_steps"], one["good_here"], one["good_mirror"]) == (42, 42, 42, None)
+    files = [file for file in Path("runs/tiny").rglob("*") if file.is_file() and not file.is_symlink()]
+    links = [file for file in Path("runs/tiny").rglob("*") if file.is_symlink()]
+    assert one["bytes_here"] == sum(
+        f.lstat().st_size for f in [*files, *(k for k in links if not k.is_dir())]
+    )
+    assert (one["behind"], one["folder"]) == (None, "runs/tiny")
+    line = x1().out.splitlines()[1]
+    assert line.split()[:3] == ["tiny", "finished", "42/42"]
+    assert "no mirror" in line
+
+
+def test_a_branch_names_its_parent(x1: X1) -> None:
+    begun("trunk")
+    made = begun("branch", run_id="branch-1")
+    manifest = json.loads((made / "manifest.json").read_text())
+    manifest["parent"] = {"run_id": RUN_ID, "step": 20, "checkpoint": "/x", "trunk": RUN_ID}
+    (made / "manifest.json").write_text(json.dumps(manifest))
+    assert "pretrain from trunk@20" in x1().out
+    assert x1("rm", "trunk", "--yes").code == 78
+    assert "other runs began from it (runs/branch)" in x1("rm", "trunk", "--yes").one_line
+
+
+def test_here_and_mirrored_is_one_row(x1: X1, disk: FolderStore) -> None:
+    made = both(disk)
+    mirror_run(disk, "other", "other-1", steps=(7,), who=writer(why="SIGTERM"), status={"state": "running"})
+    found = {one["name"]: one for one in x1("--json").runs}
+    tiny, other = found["tiny"], found["other"]
+    assert (tiny["where"], tiny["good_here"], tiny["good_mirror"]) == ("both", 42, 42)
+    assert tiny["bytes_mirror"] == 1020 + 1042 + 13
+    assert tiny["behind"]["steps"] == [0]  # the mirror's retention let it go, or it never came there
+    assert (other["where"], other["status"], other["folder"]) == ("mirror", "interrupted (SIGTERM)", None)
+    assert other["mirror"] == f"{disk.label}/other"
+    alone = {one["name"]: one for one in x1("--json", "--local").runs}
+    assert alone.keys() == {"tiny"}
+    assert alone["tiny"]["where"] == "here"
+    shutil.rmtree(made / "checkpoints/step-000000042")
+    assert "20 here, 42 mirror" in x1().out
+
+
+def test_another_run_of_the_same_name_is_a_row_of_its_own(x1: X1, disk: FolderStore) -> None:
+    begun(mirror__uri=disk.label)
+    mirror_run(disk, "tiny", "tiny-of-somebody-else")
+    assert [one["where"] for one in x1("--json").runs] == ["here", "mirror"]
+
+
+@pytest.mark.parametrize(
+    ("who", "status", "says"),
+    [
+        (writer(state="writing", stale_s=60.0), {"state": "running"}, "running on gpu-7"),
+        (writer(state="writing", stale_s=-1.0), {"state": "running"}, "died (not heard of for 0 s on gpu-7)"),
+        (writer(why="finished"), {"state": "finished"}, "finished"),
+        (writer(why="x"), {"state": "stopped", "why": "by the guard: dear"}, "stopped by its budget"),
+        (writer(why="x"), {"state": "stopped", "why": "by the person: no"}, "stopped by a person"),
+        (writer(why="SIGTERM"), {}, "interrupted (SIGTERM)"),
+    ],
+)
+def test_how_a_mirrored_run_stands(
+    x1: X1, disk: FolderStore, who: Any, status: dict[str, Any], says: str
+) -> None:
+    mirror_run(disk, who=who, status={"state": "", **status})
+    (one,) = x1(disk.label, "--json").runs
+    assert one["status"] == says
+
+
+def test_a_run_that_went_on_elsewhere_tells_of_there(x1: X1, disk: FolderStore) -> None:
+    made = begun(steps=30, mirror__uri=disk.label)
+    state = MirrorState(
+        disk.label, f"{disk.label}/tiny", "tiny", "folder", 1, "aaaa1111", "lost", lag_bytes=99
+    )
+    write_state(made, state)
+    who = writer(epoch=2, token="bbbb2222", state="writing")
+    mirror_run(disk, "tiny", RUN_ID, who=who, status={"state": "running", "step": 40, "val_loss": 2.25})
+    (one,) = x1("--json").runs
+    assert (one["status"], one["step"], one["val_loss"]) == ("running on gpu-7", 40, 2.25)
+    assert (one["good_here"], one["good_mirror"], one["where"]) == (30, 42, "both")
+    assert one["behind"] == {"lag_bytes": 99, "lag_s": 0.0, "trouble": "", "steps": [0, 30]}
+
+
+def test_what_is_not_mirrored_yet_without_asking(x1: X1, disk: FolderStore) -> None:
+    made = begun(mirror__uri=disk.label)
+    told = MirrorState(disk.label, "l", "tiny", "f", mirrored=[0, 20], lag_bytes=3 << 20, lag_s=8.2)
+    write_state(made, told)
+    assert "3.0 MiB, 8 s, 1 checkpoint" in x1("--local").out
+
+
+def test_in_s3(x1: X1, s3: Bucket) -> None:
+    uri = f"s3://{s3.bucket}/runs"
+    mirror_run(open_store(parse(uri), None))
+    begun("mine", mirror__uri=uri, run_id="mine-1")
+    assert [one["name"] for one in x1(uri, "--json").runs] == ["tiny"]
+    found = {one["name"]: one["where"] for one in x1("--json").runs}
+    assert found == {"mine": "here", "tiny": "mirror"}
+
+
+def test_a_store_that_does_not_answer_costs_a_line(
+    x1: X1, monkeypatch: pytest.MonkeyPatch, s3: Bucket
+) -> None:
+    with socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen()
+        monkeypatch.setattr("x1_pretrain.mirror.listing.look_at.__defaults__", (1.0,))
+        begun(
+            "a", mirror={"uri": "s3://nobody/runs", "endpoint": f"http://127.0.0.1:{deaf.getsockname()[1]}"}
+        )
+        start = time.monotonic()
+        said = x1("--json")
+        assert time.monotonic() - start < 3
+        assert [one["name"] for one in said.runs] == ["a"]
+        assert said.err == "x1: s3://nobody/runs: did not answer within 1 s; left out\n"
+
+
+def test_a_mirror_that_is_not_there_is_a_line(x1: X1, s3: Bucket) -> None:
+    begun("a", mirror__uri="s3://no-such-bucket-here/runs")
+    said = x1()
+    assert (said.code, said.err.count("\n")) == (0, 1)
+    assert "s3://no-such-bucket-here" in said.err
+    alone = x1("s3://no-such-bucket-here/runs")
+    assert alone.code != 0
+    assert "s3://no-such-bucket-here" in alone.one_line
+    assert x1("s4://bucket/runs").code == 2
+
+
+def test_newest_first_and_the_trash_last(x1: X1) -> None:
+    for day, name in ((3, "c"), (1, "a"), (2, "b"), (9, "gone")):
+        made = begun(name, run_id=f"{name}-1")
+        row = {"step": 42, "time_utc": f"2026-11-{20 + day}T00:00:00Z"}
+        write_lines(made / "metrics.jsonl", [row])
+        write_lines(made / "events.jsonl", [event("start", 0, 1) | {"time_utc": row["time_utc"]}])
+    assert x1("rm", "gone", "--yes").code == 0
+    assert [one["name"] for one in x1("--json").runs] == ["c", "b", "a", "gone"]
+    assert x1("--json").runs[3]["status"].startswith("in trash until ")
+
+
+def test_odd_neighbours_are_no_runs(x1: X1) -> None:
+    begun()
+    Path("runs/notes").mkdir()
+    Path("runs/notes/config.yaml").write_text("x: 1")
+    Path("runs/file").write_text("")
+    Path("runs/dangling").symlink_to("nowhere")
+    (Path("runs/.trash") / "by-hand").mkdir(parents=True)
+    launched = Path("runs/launched")
+    launched.mkdir()
+    write_lines(launched / "ledger.jsonl", [{"seq": 1, "event": "gate", "verdict": "refused"}])
+    assert {one["name"]: one["status"] for one in x1("--json").runs} == {
+        "tiny": "finished",
+        "launched": "only a ledger",
+    }
+
+
+def test_a_broken_run_is_listed_and_said(x1: X1) -> None:
+    made = begun()
+    (made / "manifest.json").write_text("{")
+    said = x1("--json")
+    assert [one["name"] for one in said.runs] == ["tiny"]
+    assert "runs/tiny/manifest.json: not valid JSON" in said.err
+
+
+def test_the_run_itself_can_be_named(x1: X1) -> None:
+    begun()
+    assert [one["name"] for one in x1("runs/tiny", "--json").runs] == ["tiny"]
+
+
+@pytest.mark.slow
+def test_two_hundred_runs_are_listed_soon(x1: X1, disk: FolderStore) -> None:
+    made = both(disk)
+    rows = [{"step": s, "tokens": s, "val/loss": 2.0, "pad": "x" * 400} for s in range(3_000)]
+    write_lines(made / "metrics.jsonl", rows)
+    mirrored = Path(disk.label)
+    for number in range(199):
+        copy = Path(f"runs/r{number}")
+        shutil.copytree(made, copy, copy_function=os.link)
+        shutil.copytree(mirrored / "tiny", mirrored / f"r{number}", copy_function=os.link)
+    start = time.perf_counter()
+    assert len(x1("--json").runs) >= 200
+    assert time.perf_counter() - start < 15  # 4 s measured beside seven other processes on two cores
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The table
+
+listed = st.builds(
+    Listed,
+    name=st.text("abc-0", min_size=1, max_size=40),
+    state=st.sampled_from(["running", "finished", "died", "stopped", "waiting"]),
+    why=st.sampled_from(["", "by the guard: it costs too much", "its process is gone " * 4]),
+    where=st.sampled_from(["here", "mirror", "both"]),
+    step=st.integers(0, 10**7),
+    total_steps=st.none() | st.integers(0, 10**7),
+    tokens=st.integers(0, 10**13),
+    val_loss=st.none() | st.floats(0, 20) | st.just("nan"),
+    spent_usd=st.none() | st.just("24.803") | st.just("x"),
+    good_here=st.none() | st.integers(0, 10**7),
+    good_mirror=st.none() | st.integers(0, 10**7),
+    bytes_here=st.none() | st.integers(0, 10**13),
+    host=st.none() | st.just("a-host-with-a-rather-long-name"),
+    parent=st.none() | st.just({"run_id": "x", "step": 3}),
+)
+
+
+@given(st.lists(listed, min_size=1, max_size=5), st.integers(50, 250))
+def test_no_line_is_wider_than_the_terminal(runs: list[Listed], width: int) -> None:
+    lines = runs_table.lines(runs, width)
+    assert max(map(len, lines)) <= width
+    assert len(lines) in (len(runs) + 1, len(runs) + 2)  # one row a run
+    assert [line[:3] for line in lines[1 : len(runs) + 1]] == [f"{r.name:<3}"[:3] for r in runs]
+
+
+def test_a_terminal_of_60_columns_leaves_out_the_least_needed() -> None:
+    one = Listed("x1-50m-a100", "running", host="gpu-7", step=12_345, total_steps=19_073, val_loss=3.21)
+    said = runs_table.lines([one], 60)
+    assert said[0].split() == ["RUN", "STATUS", "STEP"]
+    assert said[1].split("  ") == ["x1-50m-a100", "running on gpu-7", "12,345/19,073 64%"]
+    assert "too narrow for: stage" not in said[2]
+    assert said[2].startswith("too narrow for: ")
+    assert "NOT MIRRORED" in runs_table.lines([one], None)[0]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# rm and restore
+
+
+@pytest.fixture
+def desert(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No terminal."""
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: False, raising=False)
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    return {
+        str(one.relative_to(folder)): one.read_bytes() if one.is_file() else None
+        for one in sorted(folder.rglob("*"))
+        if one.name != "lock"
+    }
+
+
+def test_away_and_back_here_and_there(x1: X1, disk: FolderStore) -> None:
+    made = both(disk)
+    before, there = tree(made), keys(disk)
+    said = x1("rm", "tiny", "--yes", "--name", "tiny")
+    assert said.code == 0
+    assert "finished, step 42/42 100%; it took 4 s to make" in said.out
+    assert not made.exists()
+    (entry,) = Path("runs/.trash").iterdir()
+    assert tree(entry).keys() - before.keys() == {"trashed.json"}
+    assert any(key.startswith("trash/tiny-") for key in keys(disk))
+    statuses = [(one["where"], one["status"][:8]) for one in x1("--json", "--mirror", disk.label).runs]
+    assert statuses == [("here", "in trash"), ("mirror", "in trash")]
+    assert x1("restore", "tiny") == Said(
+        0, f"{disk.label}/tiny is back\n{Path.cwd()}/runs/tiny is back\n", ""
+    )
+    assert (tree(made), keys(disk)) == (before, there)
+    assert x1("--json").runs[0]["status"] == "finished"
+
+
+def test_what_it_cost_is_said(x1: X1, disk: FolderStore) -> None:
+    mirror_run(disk)
+    said = x1("rm", f"file://{disk.label}/tiny", "--yes", "--name", "tiny")
+    assert said.code == 0, said.err
+    assert "it took $24.80 and 21 h to make" in said.out
+
+
+def test_checkpoints_elsewhere_go_too_and_come_back(x1: X1, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "big" / "ckpt"
+    made = begun(checkpoint__dir=str(elsewhere))
+    elsewhere.parent.mkdir()
+    shutil.move(made / "checkpoints", elsewhere)
+    (made / "checkpoints").symlink_to(elsewhere)
+    before = tree(elsewhere)
+    assert x1("--json").runs[0]["bytes_here"] > 3 * 1000
+    said = x1("rm", "tiny", "--yes", "--name", "tiny")
+    assert said.code == 0
+    assert not elsewhere.exists()
+    (entry,) = (elsewhere.parent / ".trash").iterdir()
+    assert str(entry) in said.out
+    assert x1("restore", "tiny").code == 0
+    assert tree(elsewhere) == before
+    assert x1("--json").runs[0]["good_here"] == 42
+
+
+@pytest.mark.parametrize("why", ["strange", "another"])
+def test_a_checkpoint_folder_that_is_not_the_runs_alone_stays(x1: X1, tmp_path: Path, why: str) -> None:
+    elsewhere = tmp_path / "big"
+    made = begun(checkpoint__dir=str(elsewhere))
+    shutil.move(made / "checkpoints", elsewhere)
+    if why == "strange":
+        (elsewhere / "thesis.txt").write_text("three years of work")
+    else:
+        manifest = elsewhere / "step-000000020/manifest.json"
+        manifest.write_text(manifest.read_text().replace(RUN_ID, "another-1"))
+    said = x1("rm", "tiny", "--yes", "--name", "tiny")
+    assert said.code == 0
+    assert f"{elsewhere} stays: " in said.out
+    assert (elsewhere / "step-000000042").is_dir()
+
+
+def test_a_running_one_stays(x1: X1, disk: FolderStore) -> None:
+    made = both(disk)
+    lock = lock_folder(made)
+    try:
+        said = x1("rm", "tiny", "--yes", "--name", "tiny")
+        assert said.code == 78
+        assert "is training here" in said.one_line
+    finally:
+        lock.close()
+    mirror_run(disk, "tiny", RUN_ID, who=writer(state="writing"))
+    said = x1("rm", "tiny", "--yes", "--name", "tiny")
+    assert said.code == 78
+    assert "is being trained on gpu-7" in said.one_line
+    assert made.is_dir()
+
+
+def test_the_last_copy_of_a_finished_run_needs_its_name(x1: X1, disk: FolderStore) -> None:
+    made = both(disk)
+    for typed in ([], ["--name", "tinny"], ["--only", "here", "--name", "x", "--mirror", f"{disk.label}-2"]):
+        said = x1("rm", "tiny", "--yes", *typed)
+        assert (said.code, made.is_dir()) == (78, True)
+        assert "no copy would be left outside the trash" in said.err
+    assert x1("rm", "tiny", "--yes", "--only", "here").code == 0  # a copy stays in the mirror
+    assert x1("rm", f"file://{disk.label}/tiny", "--yes").code == 78  # the last one
+    assert look(disk, "tiny")[0].writer.state == "released"  # type: ignore[index]
+
+
+def test_a_mirror_without_the_final_checkpoint_is_no_copy(x1: X1, disk: FolderStore) -> None:
+    both(disk)
+    mirror_run(disk, "tiny", RUN_ID, steps=(20,))
+    assert x1("rm", "tiny", "--yes", "--only", "here").code == 78
+    assert x1("rm", "tiny", "--yes", "--only", "mirror").code == 0
+
+
+def test_unfinished_ones_need_no_name(x1: X1) -> None:
+    begun(steps=30)
+    assert x1("rm", "tiny", "--yes").code == 0
+
+
+def test_a_person_types_the_name(x1: X1, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = begun()
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda text: asked.append(text) or "tin")
+    assert (x1("rm", "tiny").code, made.is_dir()) == (78, True)
+    monkeypatch.setattr("builtins.input", lambda text: asked.append(text) or "tiny")
+    assert (x1("rm", "tiny").code, made.is_dir()) == (0, False)
+    assert "type its name (tiny)" in asked[0]
+
+
+@pytest.mark.parametrize(("answer", "goes"), [("y", True), ("", False), ("n", False)])
+def test_a_person_is_asked(x1: X1, monkeypatch: pytest.MonkeyPatch, answer: str, goes: bool) -> None:
+    made = begun(steps=30)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", lambda _: answer)
+    x1("rm", "tiny")
+    assert made.is_dir() is not goes
+
+
+@pytest.mark.usefixtures("desert")
+def test_without_a_terminal_nothing_goes_unasked(x1: X1) -> None:
+    made = begun(steps=30)
+    said = x1("rm", "tiny")
+    assert (said.code, made.is_dir()) == (2, True)
+    assert "add --yes" in said.err
+
+
+def test_another_run_of_the_name_in_the_mirror_stays(x1: X1, disk: FolderStore) -> None:
+    begun(steps=30, mirror__uri=disk.label)
+    mirror_run(disk, "tiny", "somebody-else")
+    said = x1("rm", "tiny", "--yes")
+    assert said.code == 0
+    assert "is another run of this name, and stays" in said.out
+    assert look(disk, "tiny")[0].writer.state == "released"  # type: ignore[index]
+
+
+def test_a_mirror_that_can_not_be_asked(x1: X1, s3: Bucket) -> None:
+    made = begun(steps=30, mirror__uri="s3://no-such-bucket-here/runs")
+    said = x1("rm", "tiny", "--yes")
+    assert (said.code, made.is_dir()) == (78, True)
+    assert "not known whether it has a copy" in said.one_line
+
+
+def test_a_mirror_that_says_no_in_the_middle(x1: X1, s3: Bucket, proxy: FaultyProxy) -> None:
+    uri = f"s3://{s3.bucket}/runs"
+    made = begun(mirror__uri=uri)
+    mirror_run(open_store(parse(uri), None), "tiny", RUN_ID)
+    proxy.add("403", on="PUT", path="trash", times=9)
+    said = x1("rm", "tiny", "--yes", "--name", "tiny")
+    assert (said.code, made.is_dir(), said.err.count("\n")) == (1, True, 1)
+    assert "nothing was moved here" in said.err
+    assert "testing" not in said.err  # the key
+    proxy.faults.clear()
+    assert x1("rm", "tiny", "--yes", "--name", "tiny").code == 0
+    proxy.add("403", on="PUT", path="head.json", times=9)
+    said = x1("restore", "tiny")
+    assert (said.code, made.is_dir()) == (1, True)  # what is here is back
+    assert "its copy in the mirror stays in the trash" in said.err
+    proxy.faults.clear()
+    assert x1("restore", f"{uri}/tiny").code == 0
+    assert x1("--json").runs[0]["where"] == "both"
+
+
+@pytest.mark.parametrize("args", [["rm", "nothing"], ["restore", "nothing"], ["rm", "x", "--only", "there"]])
+def test_mistakes_are_one_line(x1: X1, args: list[str]) -> None:
+    said = x1(*args)
+    assert said.code == 2
+    assert said.one_line
+
+
+def test_restored_over_nothing(x1: X1) -> None:
+    made = begun(steps=30)
+    x1("rm", "tiny", "--yes")
+    begun(steps=20, run_id="tiny-2")
+    said = x1("restore", "tiny")
+    assert said.code == 78
+    assert "runs/tiny: is there already" in said.one_line
+    x1("rm", "tiny", "--yes")
+    said = x1("restore", "tiny")
+    assert json.loads((made / "manifest.json").read_text())["run_id"] == "tiny-2"
+    assert "an older one of this name stays in the trash: tiny-" in said.out
+
+
+def test_a_link_to_a_run_stays(x1: X1, tmp_path: Path) -> None:
+    made = begun(steps=30)
+    shutil.move(made, tmp_path / "real")
+    made.symlink_to(tmp_path / "real")
+    said = x1("rm", "tiny", "--yes")
+    assert said.code == 78
+    assert "is a link to" in said.err
+
+
+# ------------------------------------------------------------------------------------------------------------
+# gc
+
+
+def test_gc_is_a_dry_run_until_told(x1: X1, disk: FolderStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    both(disk)
+    begun("young", steps=30, run_id="young-1")
+    x1("rm", "tiny", "--yes", "--name", "tiny")
+    assert "nothing in the trash is older than 7d" in x1("gc", "--mirror", disk.label).out
+    note = next(Path("runs/.trash").glob("tiny-*/trashed.json"))
+    note.write_text(_aged(note))
+    x1("rm", "young", "--yes")
+    before, there = tree(Path("runs")), keys(disk)
+    said = x1("gc", "--mirror", disk.label)
+    assert said.code == 0
+    assert "nothing was deleted: add --yes" in said.out
+    assert "young" not in said.out
+    size = sum(file.lstat().st_size for file in note.parent.rglob("*") if not file.is_dir())
+    assert f"  {gib(size)}  step 42/42 100%, made for 4 s" in said.out
+    assert f"{gib(size)} would be freed" in said.out
+    assert (tree(Path("runs")), keys(disk)) == (before, there)
+    assert x1("gc", "--yes").code == 0
+    assert [one.name[:5] for one in Path("runs/.trash").iterdir()] == ["young"]
+    assert any("e0001" in key for key in keys(disk))  # young there: by the store's clock
+    assert x1("gc", "--yes", "--older-than", "0s", "--mirror", disk.label).code == 0
+    assert keys(disk) == {"tiny/head.json"}
+    assert list(Path("runs/.trash").iterdir()) == []
+
+
+def _aged(note: Path) -> str:
+    tree = json.loads(note.read_text())
+    return json.dumps(tree | {"trashed_utc": "2020-01-01T00:00:00Z"})
+
+
+def test_gc_touches_only_what_rm_put_there(x1: X1) -> None:
+    mine = Path("runs/.trash/mine")
+    mine.mkdir(parents=True)
+    (mine / "work").write_text("x")
+    broken = Path("runs/.trash/tiny-20200101T000000Z")
+    broken.mkdir()
+    (broken / "trashed.json").write_text("{")
+    x1("gc", "--yes", "--older-than", "0s")
+    assert (mine / "work").exists()
+    assert broken.exists()
+
+
+def test_gc_finishes_what_was_killed(x1: X1) -> None:
+    half = Path("runs/.trash/.removing-tiny-20200101T000000Z/checkpoints")
+    half.mkdir(parents=True)
+    x1("gc")
+    assert half.exists()
+    x1("gc", "--yes")
+    assert not half.parent.exists()
+
+
+@pytest.mark.parametrize("text", ["7", "x", "-1d", "1w"])
+def test_an_age_is_a_time(x1: X1, text: str) -> None:
+    assert "--older-than" in x1("gc", f"--older-than={text}").one_line

@@ -1,0 +1,295 @@
+"""The mirror's process, started and spoken to as a trainer does it, against a folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.mirror.proxy import FaultyProxy
+from tests.mirror.run_folders import RUN_ID, Driven, RunFolder, check_checkpoint, record
+from tests.mirror.s3 import Bucket
+from x1_pretrain.mirror.address import parse
+from x1_pretrain.mirror.head import Head
+from x1_pretrain.mirror.heads import look
+from x1_pretrain.mirror.opened import open_store
+from x1_pretrain.mirror.state import read_state
+from x1_pretrain.mirror.store import Store
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    return RunFolder(tmp_path / "runs" / "tiny")
+
+
+@pytest.fixture
+def mirror(tmp_path: Path) -> Path:
+    return tmp_path / "mirror"
+
+
+def seen(mirror: Path) -> tuple[Store, Head]:
+    store = open_store(parse(str(mirror)), None)
+    found = look(store, "tiny")
+    assert found is not None
+    return store, found[0]
+
+
+def test_a_session_from_open_to_drain(run: RunFolder, mirror: Path) -> None:
+    run.save(0)
+    driven = Driven(run.job(mirror))
+    opened = driven.open()
+    assert (opened["epoch"], opened["found"], opened["moved_from"]) == (1, False, None)
+    driven.publish()
+    for step in range(1, 11):
+        run.step(step)
+    run.save(10)
+    status = driven.until("status", mirrored=[0, 10])
+    assert status["trouble"] == ""
+    run.step(11)
+    assert driven.drain(why="finished") == []
+    store, head = seen(mirror)
+    assert (head.writer.state, head.writer.why) == ("released", "finished")
+    assert head.run_id == RUN_ID
+    check_checkpoint(store, head, 10)
+    assert record(store, head, "steps.jsonl") == (run.folder / "steps.jsonl").read_bytes()
+    state = read_state(run.folder)
+    assert state is not None
+    assert (state.state, state.why, state.epoch, state.mirrored) == ("released", "finished", 1, [0, 10])
+
+
+@pytest.mark.slow
+def test_it_holds_the_run_while_the_trainer_gets_ready(run: RunFolder, mirror: Path) -> None:
+    driven = Driven(run.job(mirror, stale_s=3.0))
+    driven.open()
+    beats = []
+    for _ in range(3):
+        time.sleep(0.8)
+        beats.append(seen(mirror)[1].writer.beat)
+    assert beats == sorted(set(beats))
+    driven.drain()
+
+
+def test_a_trainer_that_is_killed_leaves_all_of_it_in_the_mirror(run: RunFolder, mirror: Path) -> None:
+    driven = Driven(run.job(mirror, every_s=60.0))
+    driven.open()
+    driven.publish()
+    driven.until("status")
+    run.step(1)
+    run.save(1)
+    assert driven.process.stdin is not None
+    driven.process.stdin.close()
+    driven.until("drained")
+    assert driven.process.wait(10) == 0
+    store, head = seen(mirror)
+    assert (head.writer.state, head.writer.why) == ("released", "the trainer ended without a word")
+    assert record(store, head, "steps.jsonl").count(b"\n") == 1
+    check_checkpoint(store, head, 1)
+
+
+@pytest.mark.slow
+def test_it_does_not_heed_the_signals_that_end_a_trainer(run: RunFolder, mirror: Path) -> None:
+    driven = Driven(run.job(mirror))
+    driven.open()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        driven.process.send_signal(number)
+    time.sleep(0.3)
+    driven.publish()
+    assert driven.drain() == []
+    assert os.getsid(os.getpid()) != driven.process.pid
+
+
+@pytest.mark.slow
+def test_a_mirror_that_dies_goes_on_with_the_same_run(run: RunFolder, mirror: Path) -> None:
+    run.step(1)
+    run.save(1)
+    first = Driven(run.job(mirror))
+    first.open()
+    first.publish()
+    first.until("status", mirrored=[1])
+    first.kill()
+    run.step(2)
+    run.save(2)
+    again = Driven(run.job(mirror))
+    opened = again.open()
+    assert (opened["epoch"], opened["notes"], opened["restored_step"]) == (2, [], None)
+    again.publish(from_step=0)  # as at its first start: what was published since stays
+    assert again.drain() == []
+    store, head = seen(mirror)
+    assert [one.step for one in head.checkpoints] == [1, 2]
+    assert head.published(1).epoch == 1  # type: ignore[union-attr]  # not sent again
+    assert record(store, head, "steps.jsonl") == (run.folder / "steps.jsonl").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_mirror_that_dies_does_not_take_the_run_back_from_another(run: RunFolder, mirror: Path) -> None:
+    first = Driven(run.job(mirror))
+    first.open()
+    first.publish()
+    first.until("status")
+    first.kill()
+    other = take_over(mirror)
+    other.release("finished elsewhere")
+    again = Driven(run.job(mirror))
+    refused = again.until("refused")
+    assert (refused["exit_code"], refused["held"]) == (78, True)
+    assert "elsewhere" in refused["message"]
+    assert again.process.wait(10) == 78
+
+
+def take_over(mirror: Path) -> Any:
+    from x1_pretrain.mirror.claim import Me
+    from x1_pretrain.mirror.lease import Lease
+
+    store, head = seen(mirror)
+    return Lease.claim(
+        store,
+        Me("tiny", head.writer.folder, "elsewhere", 1),  # the folder's mark: it need not wait
+        sleep=time.sleep,
+        steady=time.monotonic,
+        now_utc=lambda: "2026-11-21T00:00:00Z",
+        say=print,
+    )
+
+
+def test_a_lost_run_ends_with_78_and_its_rows_kept_apart(run: RunFolder, mirror: Path) -> None:
+    driven = Driven(run.job(mirror))
+    driven.open()
+    driven.publish()
+    run.step(1)
+    driven.until("status")
+    other = take_over(mirror)
+    for step in (2, 3):
+        run.step(step)
+    lost = driven.until("lost")
+    assert "elsewhere (process 1, epoch 2)" in lost["message"]
+    driven.tell(do="drain", within_s=5.0, why="lost")
+    driven.until("drained")
+    assert driven.process.wait(10) == 78
+    assert seen(mirror)[1] == other.head
+    aside = next((mirror / "tiny" / "lost").glob("e0001-*/steps.jsonl"))
+    steps = [json.loads(row)["step"] for row in aside.read_text().splitlines()]
+    assert steps[-2:] == [2, 3]
+    state = read_state(run.folder)
+    assert state is not None
+    assert state.state == "lost"
+
+
+@pytest.mark.slow
+def test_a_run_that_lives_elsewhere_is_refused(tmp_path: Path, run: RunFolder, mirror: Path) -> None:
+    driven = Driven(run.job(mirror, stale_s=3.0))
+    driven.open()
+    other = RunFolder(tmp_path / "elsewhere" / "tiny")
+    refused = Driven(other.job(mirror, stale_s=3.0))
+    said = refused.until("refused")
+    assert (said["exit_code"], said["held"]) == (78, True)
+    assert refused.process.wait(10) == 78
+    driven.drain()
+
+
+@pytest.mark.parametrize(
+    ("uri", "code"), [("s3//typo/x", 2), ("/proc/nowhere/mirror", 78), ("ftp://a/b", 2)], ids=str
+)
+def test_a_mirror_that_can_not_be_is_refused_in_one_line(run: RunFolder, uri: str, code: int) -> None:
+    driven = Driven(run.job(uri))
+    refused = driven.until("refused")
+    assert refused["exit_code"] == code, refused
+    assert "\n" not in refused["message"]
+    assert driven.process.wait(10) == code
+
+
+@pytest.mark.slow
+def test_trouble_is_told_once_and_once_when_it_is_over(run: RunFolder, mirror: Path) -> None:
+    driven = Driven(run.job(mirror, stale_s=3.0))
+    driven.open()
+    driven.publish()
+    driven.until("status")
+    away = mirror.with_name("away")
+    mirror.rename(away)
+    mirror.write_text("not a folder")
+    run.step(1)
+    began = driven.until("event")
+    assert began["fields"] == {"alert": True}
+    assert "can't be mirrored now" in began["message"]
+    assert driven.until("status")["trouble"]
+    assert driven.until("status", within_s=30)["lag_s"] > 0
+    mirror.unlink()
+    away.rename(mirror)
+    over = driven.until("event", within_s=60)
+    assert over["fields"] == {"over": True}
+    assert driven.drain() == []
+    store, head = seen(mirror)
+    assert record(store, head, "steps.jsonl").count(b"\n") == 1
+
+
+@pytest.mark.slow
+def test_a_drain_that_has_no_time_says_exactly_what_is_left(run: RunFolder, mirror: Path) -> None:
+    driven = Driven(run.job(mirror, max_mb_per_s=0.1))
+    driven.open()
+    driven.publish()
+    run.step(1)
+    path = run.save(1800, size=1_000_000)
+    size = sum(file.stat().st_size for file in path.iterdir())
+    begun = time.monotonic()
+    left = driven.drain(within_s=2.0, why="stopped by SIGTERM")
+    assert time.monotonic() - begun < 6
+    assert left == [f"checkpoint of step 1800 ({size / 1e6:.3g} MB)"]
+    _, head = seen(mirror)
+    assert (head.writer.state, head.writer.why) == ("released", "stopped by SIGTERM")
+
+
+def test_it_imports_no_torch_and_little_else(tmp_path: Path) -> None:
+    code = (
+        "import sys, x1_pretrain.mirror.worker\n"
+        "heavy = {'torch', 'scipy', 'matplotlib', 'pyarrow', 'transformers', 'mlflow', 'huggingface_hub'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.slow
+def test_an_idle_mirror_is_light(run: RunFolder, mirror: Path) -> None:
+    """Generous bounds: the measured numbers are in docs/mirror.md."""
+    run.step(1)
+    driven = Driven(run.job(mirror, every_s=0.2))
+    driven.open()
+    driven.publish()
+    driven.until("status")
+    process = psutil.Process(driven.process.pid)
+    before = sum(process.cpu_times()[:2])
+    time.sleep(2.0)
+    looks = 10
+    each_s = (sum(process.cpu_times()[:2]) - before) / looks
+    assert each_s < 0.05
+    assert process.memory_info().rss < 200e6
+    driven.drain()
+
+
+@pytest.mark.slow
+def test_a_session_on_s3_with_a_server_that_fails_now_and_then(
+    run: RunFolder, s3: Bucket, proxy: FaultyProxy
+) -> None:
+    driven = Driven(run.job(f"s3://{s3.bucket}/runs"))
+    driven.open()
+    driven.publish()
+    for kind in ("500", "503", "cut_upload"):
+        proxy.add(kind, on="PUT", times=2)
+    for step in range(1, 11):
+        run.step(step)
+    path = run.save(10, size=6_000_000)
+    driven.until("status", within_s=60, mirrored=[10])
+    assert driven.drain() == []
+    store = open_store(parse(f"s3://{s3.bucket}/runs"), s3.url)
+    found = look(store, "tiny")
+    assert found is not None
+    files = check_checkpoint(store, found[0], 10)
+    assert files["model.safetensors"] == (path / "model.safetensors").read_bytes()
+    assert record(store, found[0], "steps.jsonl") == (run.folder / "steps.jsonl").read_bytes()

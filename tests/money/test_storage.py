@@ -1,0 +1,230 @@
+"""What a store costs: by hand-computed bills, never counted twice, and nothing guessed of a store that no
+list knows."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.money.fakes import START, Steps
+
+from x1_pretrain.config import CheckpointConfig, MirrorConfig
+from x1_pretrain.errors import UserError
+from x1_pretrain.money import storage
+from x1_pretrain.money.account import account
+from x1_pretrain.money.clock import Clock
+from x1_pretrain.money.ledger import Ledger, Row
+from x1_pretrain.money.storage import Planned, Rates, most_kept, rates, storage_row
+
+S3 = "s3://bucket/runs"
+DEAR = Rates(Decimal(720), Decimal(10), "as a test has it")  # $1 a GiB and hour, $10 a GiB fetched
+
+
+@pytest.mark.parametrize(
+    ("uri", "endpoint", "name", "month", "egress"),
+    [
+        (S3, None, "Amazon S3", "0.023", "0.09"),
+        (S3, "https://x.r2.cloudflarestorage.com", "Cloudflare R2", "0.01610612736", "0"),
+        (S3, "https://x.eu.r2.cloudflarestorage.com:443/", "Cloudflare R2", "0.01610612736", "0"),
+        (S3, "https://s3.us-west-004.backblazeb2.com", "Backblaze B2", "0.006442450944", "0.01073741824"),
+        ("gs://bucket/runs", None, "Google Cloud Storage", "0.020", "0.12"),
+        ("az://container/runs", None, "Azure Blob", "0.018", "0.087"),
+        ("hf://user/repository", None, "Hugging Face", "0.019327352832", "0"),
+    ],
+)
+def test_the_store_is_known_by_its_address(
+    uri: str, endpoint: str | None, name: str, month: str, egress: str
+) -> None:
+    """A GiB is 1.0737 of the GB that some stores bill."""
+    found = rates(uri, endpoint)
+    assert found.known
+    assert name in found.said
+    assert found.usd_per_gib_month == Decimal(month)
+    assert found.egress_usd_per_gib == Decimal(egress)
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    [
+        "http://127.0.0.1:9000",
+        "https://s3.wasabisys.com",
+        "https://notr2.cloudflarestorage.com.example.org",
+        "https://evilr2.cloudflarestorage.com",
+        "http://user:secret@minio.lan:9000/x",
+    ],
+)
+def test_a_store_that_no_list_knows_is_not_guessed(endpoint: str) -> None:
+    """An endpoint of one's own is not billed as Amazon's, and its password is not shown."""
+    found = rates(S3, endpoint)
+    assert (found.known, found.usd_per_gib_month, found.egress_usd_per_gib) == (False, 0, 0)
+    assert "no list price" in found.said
+    assert "secret" not in found.said
+
+
+def test_what_a_person_states_is_above_the_list() -> None:
+    both = rates(S3, None, 0.01, 0.0)
+    assert (both.usd_per_gib_month, both.egress_usd_per_gib, both.said) == (
+        Decimal("0.01"),
+        Decimal(0),
+        "as stated",
+    )
+    one = rates(S3, "http://minio.lan", 0.01)
+    assert one.known
+    assert one.kept_usd(100, 720) == 1
+
+
+@pytest.mark.parametrize("uri", ["/mnt/disk/runs", "runs/copy", "file:///mnt/disk"])
+def test_a_folder_bills_nothing(uri: str) -> None:
+    found = rates(uri)
+    assert (found.kept_usd(1e6, 1e6), found.fetched_usd(1e6), found.known) == (0, 0, True)
+
+
+def test_a_bill_by_hand() -> None:
+    """100 GiB at S3 for 30 days: 100 x $0.023; 10 GiB out: 10 x $0.09."""
+    found = rates(S3)
+    assert found.kept_usd(100, 30 * 24) == Decimal("2.3")
+    assert found.fetched_usd(10) == Decimal("0.9")
+    assert found.kept_usd(-1, 5) == found.kept_usd(5, -1) == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "steps", "kept"),
+    [
+        ({}, 100_000, 3),
+        ({"keep_best": 2}, 100_000, 5),
+        ({"keep_every": 10_000}, 100_000, 14),  # 0, 10,000, ..., 100,000 and 3
+        ({"at": [5, 7]}, 100_000, 5),
+        ({"every": 1800, "keep_every": 1800}, 3600, 4),  # 0, 1800, 3600: no more are ever made, and one spare
+        ({"every": 50, "keep_last": 9}, 100, 4),
+    ],
+)
+def test_as_many_checkpoints_as_there_can_be(fields: dict[str, Any], steps: int, kept: int) -> None:
+    assert most_kept(CheckpointConfig(**fields), steps) == kept
+
+
+def test_a_plan_counts_all_that_is_kept_and_one_fetch() -> None:
+    planned = Planned(DEAR, S3, checkpoints=3, checkpoint_gib=2.0, corpus_gib=4.0)
+    assert planned.usd(hours=5) == (3 * 2 + 4) * 5 + (2 + 4) * 10
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The ledger
+
+
+def at(hours: float) -> Any:
+    return START + timedelta(hours=hours)
+
+
+def row(rows: list[Row], session: str, gib: float, fetched: float, begun: float, now: float) -> Row:
+    made = storage_row(rows, session, gib, fetched, DEAR, at(begun), at(now))
+    rows.append({"event": "storage", **made})
+    return rows[-1]
+
+
+def test_a_session_s_rows_hold_its_sum() -> None:
+    rows: list[Row] = []
+    assert row(rows, "e0001", 0.0, 3.0, 0, 0)["storage_usd"] == 30  # fetched at the start
+    assert row(rows, "e0001", 2.0, 3.0, 0, 1)["storage_usd"] == 32
+    assert row(rows, "e0001", 4.0, 3.0, 0, 2)["storage_usd"] == 36
+    assert account(rows).beside_usd == 36
+
+
+def test_the_store_bills_on_between_two_sessions() -> None:
+    """Hour 0 to 1, nobody until 5, a second session to 6: 2 GiB for 6 hours."""
+    rows: list[Row] = []
+    row(rows, "e0001", 2.0, 0.0, 0, 1)
+    row(rows, "e0002", 2.0, 0.0, 5, 6)
+    assert account(rows).beside_usd == 12
+
+
+def test_a_row_that_comes_twice_counts_once(tmp_path: Path) -> None:
+    """As after two copies of a ledger were brought together."""
+    rows: list[Row] = []
+    row(rows, "e0001", 2.0, 1.0, 0, 1)
+    row(rows, "e0002", 2.0, 1.0, 1, 2)
+    assert account(rows + rows).beside_usd == account(rows).beside_usd == 24
+
+
+def test_a_clock_that_goes_back_takes_nothing_away() -> None:
+    rows: list[Row] = []
+    row(rows, "e0001", 2.0, 0.0, 0, 3)
+    row(rows, "e0001", 2.0, 0.0, 0, 1)
+    row(rows, "e0001", 2.0, 0.0, 0, 4)
+    assert account(rows).beside_usd == 8
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("abc"), st.floats(0, 100), st.floats(0.01, 10), st.floats(0, 5)),
+        min_size=1,
+        max_size=12,
+    )
+)
+def test_whatever_the_order_of_rows_the_sum_is_the_integral(
+    looks: list[tuple[str, float, float, float]],
+) -> None:
+    """Sessions one after another, each writing as often as it likes: nothing is left out, nothing doubled."""
+    rows: list[Row] = []
+    looks = sorted(looks, key=lambda look: look[0])  # sessions do not overlap
+    now, expected, fetched = 0.0, Decimal(0), dict.fromkeys("abc", 0.0)
+    for session, gib, hours, more in looks:
+        seconds = round(hours * 3600)
+        now += seconds / 3600
+        fetched[session] += more
+        row(rows, session, gib, fetched[session], 0.0, round(now * 3600) / 3600)
+        expected += Decimal(repr(gib)) * seconds / 3600
+    expected += 10 * sum((Decimal(repr(each)) for each in fetched.values()), Decimal(0))
+    assert abs(account(rows).beside_usd - expected) < Decimal("0.01")
+
+
+def test_a_ledger_takes_the_row_and_counts_it(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.jsonl", Clock())
+    ledger.append("storage", **storage_row(ledger.rows(), "e1", 1.0, 0.5, DEAR, at(0), at(2)))
+    again = storage_row(ledger.rows(), "e1", 1.0, 0.5, DEAR, at(0), at(3))
+    assert again["storage_usd"] == 8
+    known = account(ledger.rows())
+    assert (known.beside_usd, known.spent_by(at(9)), known.settled_usd()) == (7, 7, 7)
+
+
+def test_what_the_trainer_calls(tmp_path: Path) -> None:
+    ledger, gib = Ledger(tmp_path / "ledger.jsonl", Steps()), 2**30
+    storage.record(ledger, MirrorConfig(), None, 1, gib, gib, START)
+    assert not ledger.file.exists()
+    mirror = MirrorConfig(uri=S3, storage_usd_per_gib_month=720, egress_usd_per_gib=10)
+    storage.record(ledger, mirror, None, 1, 0, 2 * gib, START)
+    ledger.clock.sleep(3600)
+    storage.record(ledger, mirror, None, 1, 3 * gib, 2 * gib, START)
+    storage.record(ledger, mirror, None, 2, 3 * gib, 0, ledger.clock.now())
+    assert account(ledger.rows()).beside_usd == 2 * 10 + 3
+    assert [row["basis"] for row in ledger.rows()] == ["as stated"] * 3
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("usd_per_gb_month = -1", "usd_per_gb_month"),
+        ('gb = "decimals"', "gb"),
+        ("price = 3", "price"),
+    ],
+)
+def test_a_slip_in_the_list_is_one_line(text: str, said: str, tmp_path: Path) -> None:
+    entry = {
+        "name": '"A"',
+        "scheme": '"s3"',
+        "usd_per_gb_month": "0.01",
+        "egress_usd_per_gb": "0.0",
+        "gb": '"binary"',
+        "date": '"2026-11-21"',
+        "source": '"a page"',
+    }
+    name, _, value = text.partition(" = ")
+    lines = [f"{key} = {each}" for key, each in (entry | {name: value}).items()]
+    file = tmp_path / "storage.toml"
+    file.write_text("[[storage]]\n" + "\n".join(lines) + "\n")
+    with pytest.raises(UserError, match=f"storage 1 .*{said}"):
+        storage.table(file)
