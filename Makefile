@@ -46,6 +46,8 @@ bench: setup
 	$(BIN)/python benchmarks/laws.py
 	$(BIN)/python benchmarks/stability.py
 	$(BIN)/python benchmarks/telemetry.py
+	$(BIN)/python benchmarks/mirror.py
+	$(BIN)/python benchmarks/mirror_losses.py
 
 clean:
 	rm -rf .venv demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

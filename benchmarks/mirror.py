@@ -262,9 +262,7 @@ def tell_ratios(found: dict[str, Any], args: argparse.Namespace) -> None:
 
 def tell_pace(found: dict[str, Any]) -> None:
     rate = found["mb"] / found["seconds"]
-    print(
-        "\n| checkpoint | s till there | MB/s | CPU s | memory at rest | at most | CPU of an idle look |"
-    )
+    print("\n| checkpoint | s till there | MB/s | CPU s | memory at rest | at most | CPU of an idle look |")
     print("|---|---|---|---|---|---|---|")
     print(
         f"| {found['mb']} MB | {found['seconds']:.1f} | {rate:.0f} | {found['cpu']:.1f} | "

@@ -74,6 +74,7 @@ class ModelStore:
     clock: Clock
     label: str = "model://runs"
     conditional: bool = True
+    every_s_at_least: float = 0.0
     tells_time: bool = True
     skew_s: float = 0.0  # its clock is off by so much
     before: Callable[[str, str], None] = lambda op, key: None

@@ -6,7 +6,8 @@ What must hold of every history of `head.json`, whoever moved when:
 - nothing that a writer was told is published is ever missing later, and a take-over changes nothing else;
 - a writer that lives is not replaced: a claim needs a head given back, or unchanged for its holder's time;
 - nobody is told to have lost who has not, and nobody is refused for a holder that gave no sign of life;
-- when the faults end, at most one session goes on; one does if any is left, unless one gave the run back.
+- when the faults end, at most one session goes on; one does if any is left, unless one gave the run back, or
+  the last to be seen alive was killed after it was seen.
 """
 
 from __future__ import annotations
@@ -194,7 +195,8 @@ class Writers(RuleBasedStateMachine):
         left = sum(head.writer.state == "released" for _, head in self.heads) - left_before
         alive = troupe.living()
         assert len(alive) <= 1, "two go on"
-        assert alive or left or not hopeful, "nobody goes on"
+        refused = any(one.end == "held" for one in hopeful)  # by one that was killed just after
+        assert alive or left or refused or not hopeful, "nobody goes on"
         if alive:
             writer = self.heads[-1][1].writer
             assert alive[0].lease is not None
@@ -240,7 +242,7 @@ QUICK = settings(
     report_multiple_bugs=False,
     suppress_health_check=list(HealthCheck),
 )
-LONG = settings(QUICK, max_examples=2000, stateful_step_count=60)
+LONG = settings(QUICK, max_examples=1000, stateful_step_count=60)
 
 
 def test_writers_in_any_order():

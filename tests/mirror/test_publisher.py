@@ -21,7 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from tests.mirror.model_store import Clock, Fault, ModelStore
 from tests.mirror.run_folders import RUN_ID, RunFolder, check_checkpoint, content, record
 from x1_pretrain.mirror.claim import Me
-from x1_pretrain.mirror.head import Head, decode
+from x1_pretrain.mirror.head import Head, decode, encode, replace
 from x1_pretrain.mirror.heads import look
 from x1_pretrain.mirror.lease import Lease, LostError
 from x1_pretrain.mirror.publisher import Identity, Publisher, size
@@ -404,9 +404,7 @@ def test_what_a_head_in_the_trash_names_is_not_removed(run: RunFolder, store: Mo
     first = Session(run, store)
     head = first.settle()
     store.put("trash/tiny-20261121T130000Z.json", store.get("tiny/head.json")[0])
-    tree = json.loads(store.get("tiny/head.json")[0])
-    tree["writer"]["state"] = "trashed"
-    store.put("tiny/head.json", json.dumps(tree).encode())
+    store.put("tiny/head.json", encode(replace(head, writer=replace(head.writer, state="trashed"))))
     second = Session(run, store)
     assert second.head.checkpoints == []  # a fresh head
     second.publisher.clean_up()

@@ -503,6 +503,12 @@ def test_the_lines_two_files_begin_with(one: list[bytes], other: list[bytes]) ->
     assert rows_only_in(b"".join(one), b"".join(other)) == b"".join(x for x in one if x not in other)
 
 
+def test_two_equal_rows_are_two() -> None:
+    """Only so many of ours are the mirror's as the mirror has."""
+    merged = merged_ledger(ledger_of(1, 5), ledger_of(9, 5, 5))
+    assert [json.loads(line)["usd"] for line in merged.splitlines()] == ["1", "5", "9", "5"]
+
+
 def test_the_supervisor_gets_the_ledger_first(run: Mirrored, tmp_path: Path) -> None:
     run.records["ledger.jsonl"] = ledger_of(4, 5)
     run.save()

@@ -29,6 +29,7 @@ from x1_pretrain.mirror.patience import (
 )
 from x1_pretrain.mirror.store import NotThereError, Store, UnreachableError
 
+SYNC_BYTES = 64 << 20
 SMALLEST_BYTES = 64 << 10  # of a read, after others were cut off
 
 
@@ -138,6 +139,7 @@ class _Download:
     ) -> None:
         self._store, self._patience, self._progress = store, patience, progress
         self._clock, self._say, self._lock = clock, say, threading.Lock()
+        self._synced = 0  # bytes that had come when a lane last wrote them through
         self._steps = threading.local()  # of each lane: how much it dares to ask for at once
 
     def tell(self) -> None:
@@ -160,7 +162,8 @@ class _Download:
         written = os.pwrite(file.descriptor, data, start)
         if written != end - start:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        self._count(came=written)
+        if self._count(came=written):
+            os.fdatasync(file.descriptor)  # the disk is busy while the others fetch, not afterwards
 
     def _verified(self, part: Part, index: int) -> bytearray:
         for _ in range(FETCHES):
@@ -192,10 +195,15 @@ class _Download:
         self._steps.most = min(part.chunk_bytes, 2 * most)
         return data
 
-    def _count(self, kept: int = 0, came: int = 0) -> None:
+    def _count(self, kept: int = 0, came: int = 0) -> bool:
+        """True when so much came since the last time that it should go to the disk."""
         with self._lock:
             self._progress.kept += kept
             self._progress.came += came
+            due = self._progress.came - self._synced >= SYNC_BYTES
+            if due:
+                self._synced = self._progress.came
+            return due
 
     def _go_on(self) -> None:
         if self._patience.stop.is_set():

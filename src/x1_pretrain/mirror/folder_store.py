@@ -48,6 +48,7 @@ class FolderStore:
         self._root = Path(root)
         self.label = str(root)
         self.conditional = file_system(self._root) not in UNLOCKED
+        self.every_s_at_least = 0.0
         self._device: int | None = None  # of the root, once it was seen
         self._clock = StoreClock(self._probe)
 

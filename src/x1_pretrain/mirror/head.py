@@ -7,8 +7,8 @@ writer that lost its place can publish nothing more, whatever it still sends.
     <mirror>/<run>/head.json
     <mirror>/<run>/e0003-1a2b3c4d/checkpoints/step-000001800/{model.safetensors, ..., manifest.json}
     <mirror>/<run>/e0003-1a2b3c4d/checkpoints/step-000001800/chunks.json
-    <mirror>/<run>/e0003-1a2b3c4d/records/metrics.jsonl/000000000000-0000262144
-    <mirror>/<run>/e0003-1a2b3c4d/files/config.yaml
+    <mirror>/<run>/e0003-1a2b3c4d/records/metrics.jsonl/000000000000-0000262144-1a2b3c4d
+    <mirror>/<run>/e0003-1a2b3c4d/files/config.yaml-1a2b3c4d
     <mirror>/data/<fingerprint>/{manifest.json, train.bin, ...}
     <mirror>/trash/<run>-20261121T130000Z.json
 
@@ -18,6 +18,7 @@ away shares none with a new one of its name.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
@@ -123,14 +124,30 @@ class Head:
 
 
 def encode(head: Head) -> bytes:
+    """With a hash of all the rest: stores answer with damaged bytes now and then."""
     content = {"schema_version": SCHEMA_VERSION, "kind": "mirror", **asdict(head)}
+    return _dumped({"sha256": hashlib.sha256(_dumped(content)).hexdigest(), **content})
+
+
+def _dumped(content: dict[str, Any]) -> bytes:
     return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def damaged(data: bytes) -> bool:
+    """Whether these can't be the bytes that were written."""
+    try:
+        tree = json.loads(data)
+        said = tree.pop("sha256")
+        return bool(hashlib.sha256(_dumped(tree)).hexdigest() != said)
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return True
 
 
 def decode(data: bytes, origin: str) -> Head:
     """The document in `data`; RefusedError names `origin` where it is not one that this version reads."""
     try:
         tree = json.loads(data)
+        said = tree.pop("sha256", None)
         version, kind = tree.pop("schema_version"), tree.pop("kind")
         if kind != "mirror":
             raise ValueError(f"kind {kind!r}")
@@ -138,6 +155,8 @@ def decode(data: bytes, origin: str) -> Head:
             raise RefusedError(
                 f"{origin}: schema version {version}, this x1 reads up to {SCHEMA_VERSION}; update x1"
             )
+        if said != hashlib.sha256(_dumped({"schema_version": version, "kind": kind, **tree})).hexdigest():
+            raise ValueError("its hash is another")
         tree["writer"] = Writer(**tree["writer"])
         tree["epochs"] = [Epoch(**one) for one in tree["epochs"]]
         tree["checkpoints"] = [Published(**one) for one in tree["checkpoints"]]

@@ -20,7 +20,8 @@ AGAIN_S = 2.0  # after one that failed
 class Keeper:
     """A lease for several threads, renewed from one of its own until it is lost or given back.
 
-    `lost` says that it is lost, and `on_lost` is called once when that is noticed.
+    `lost` says that it is lost, and `on_lost` is called once when that is noticed. While the one for
+    whom it is held is `asleep`, there is no sign of life: somebody else may take over.
     """
 
     def __init__(
@@ -28,9 +29,10 @@ class Keeper:
         lease: Lease,
         on_lost: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
+        asleep: Callable[[], bool] = lambda: False,
     ) -> None:
         self.lost: LostError | None = None
-        self.lease, self._on_lost, self._clock = lease, on_lost, clock
+        self.lease, self._on_lost, self._clock, self._asleep = lease, on_lost, clock, asleep
         self._written_at = clock()
         self._lock, self._end = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._keep, name="x1-lease", daemon=True)
@@ -45,6 +47,9 @@ class Keeper:
             due_s = self._written_at + every_s - self._clock()
             if due_s > 0:
                 wait_s = due_s
+                continue
+            if self._asleep():
+                wait_s = every_s
                 continue
             try:
                 self._locked(self.lease.renew)

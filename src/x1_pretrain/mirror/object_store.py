@@ -55,6 +55,7 @@ class ObjectStore:
         self._version = "version" if address.scheme == "gs" else "e_tag"
         self.label = str(address)
         self.conditional = True  # until a preflight finds that it is not so
+        self.every_s_at_least = 0.0
         self._clock = StoreClock(self._probe)
 
     # ---- reading

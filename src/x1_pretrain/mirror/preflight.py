@@ -24,6 +24,11 @@ from x1_pretrain.mirror.store import (
     UnreachableError,
 )
 
+
+class AbsentError(RefusedError):
+    """The store does not answer."""
+
+
 PAUSES_S = (1.0, 3.0)  # between tries of a store that does not answer
 FIRST, SECOND = b'{"kind": "preflight"}', b'{"kind": "preflight", "again": true}'
 
@@ -40,7 +45,7 @@ def preflight(
     try:
         _patiently(store, run, sleep)
     except UnreachableError as error:
-        raise RefusedError(
+        raise AbsentError(
             f"mirror {_shown(error)}; check the network and mirror.endpoint, or train without the mirror"
         ) from None
     except StoreError as error:

@@ -47,6 +47,7 @@ class Store(Protocol):
 
     label: str  # where it is, for people: s3://bucket/runs
     conditional: bool  # `create` and `swap` are what they say
+    every_s_at_least: float  # between two heads: some stores count writes
 
     def get(self, key: str) -> tuple[bytes, Meta]:
         """A small object, whole."""

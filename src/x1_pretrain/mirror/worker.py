@@ -26,13 +26,14 @@ from x1_pretrain.mirror.keeper import Keeper
 from x1_pretrain.mirror.lease import Lease, LostError
 from x1_pretrain.mirror.opened import open_store
 from x1_pretrain.mirror.outage import Outage
-from x1_pretrain.mirror.preflight import preflight
+from x1_pretrain.mirror.patience import AwayError
+from x1_pretrain.mirror.preflight import AbsentError, preflight
 from x1_pretrain.mirror.publisher import Identity, Publisher
 from x1_pretrain.mirror.state import MirrorState, folder_id, read_state, write_state
 from x1_pretrain.mirror.store import Store, StoreError
 from x1_pretrain.mirror.talk import LOOK, GoneError, Orders, Voice, lines_of
 from x1_pretrain.records.metrics import utc_now
-from x1_pretrain.runtime.processes import started
+from x1_pretrain.runtime.processes import started, state_and_start
 
 if TYPE_CHECKING:
     from x1_pretrain.mirror.restore import Restored
@@ -41,6 +42,9 @@ TICK_S = 5.0  # between two words to the trainer
 ORPHAN_S = 30.0  # to publish what a trainer left that ended without a word
 LOST_S = 20.0  # for a trainer whose run was lost to end; then its rows are saved aside
 CORPORA_S = 60.0  # at the end, for corpora alone: a rented machine costs more than to send them another time
+AWAY_S = 300.0  # for a store that is away when a run goes on
+AWAY_AGAIN_S = 10.0
+STALE_LOOKS = 4  # a store that takes few writes: signs of life are as rare
 LAST_S = 2.0  # of the time to leave, for giving the run back
 
 
@@ -70,9 +74,20 @@ class Worker:
     def run(self) -> int:
         try:
             store = open_store(parse(self.job.uri), self.job.endpoint)
+        except (UserError, StoreError) as error:
+            return self.refuse(error)
+        self.every_s = max(self.job.every_s, store.every_s_at_least)
+        try:
+            return self.hold(store)
+        finally:
+            store.close()
+
+    def hold(self, store: Store) -> int:
+        """The run is claimed, served and given back."""
+        try:
             self.state = replace(self.state, label=f"{store.label}/{self.job.name}")
-            preflight(store, self.job.name, self.job.without_lease)
-            keeper = Keeper(self.claim(store), on_lost=self.orders.wake)
+            self.check(store)
+            keeper = Keeper(self.claim(store), on_lost=self.orders.wake, asleep=self.asleep)
         except GoneError:
             return self.leave([])
         except (UserError, StoreError) as error:
@@ -83,12 +98,32 @@ class Worker:
         except LostError as error:
             return self.lost(keeper, error)
 
+    def check(self, store: Store) -> None:
+        """A store that is away is waited for where the run was mirrored before: one that is relaunched by
+        itself would give up too soon."""
+        deadline = time.monotonic() + AWAY_S
+        while True:
+            try:
+                return preflight(store, self.job.name, self.job.without_lease)
+            except AbsentError as error:
+                if self.before and time.monotonic() > deadline:
+                    raise AwayError(str(error)) from None
+                if not self.before:
+                    raise
+                self.voice.progress(f"{error}; waiting for it")
+                self.orders.sleep(AWAY_AGAIN_S)
+
+    def asleep(self) -> bool:
+        """Whether the trainer is stopped (SIGSTOP, Ctrl-Z): it does not live, whatever its mirror does."""
+        return (state_and_start(os.getppid()) or ("", ""))[0] in ("T", "t")
+
     # --- before training -----------------------------------------------------------------------------------
 
     def claim(self, store: Store) -> Lease:
         host = os.uname().nodename
         mark = folder_mark(self.state.folder, host, self.folder.stat().st_ino)
-        me = Me(self.job.name, mark, host, os.getpid(), self.job.stale_s)
+        stale_s = max(self.job.stale_s, STALE_LOOKS * store.every_s_at_least)
+        me = Me(self.job.name, mark, host, os.getpid(), stale_s)
         wanted: Wanted = "there" if self.job.must_exist else "absent" if self.job.fresh else "any"
         lease = Lease.claim(
             store,
@@ -172,7 +207,9 @@ class Worker:
             check(keeper)
             if order and order["do"] in ("drain", "gone"):
                 return self.drain(publisher, keeper, order)
-            if order == LOOK or time.monotonic() >= next_s:
+            if self.asleep():
+                next_s = time.monotonic() + TICK_S
+            elif order == LOOK or time.monotonic() >= next_s:
                 wait_s = self.look(publisher)
                 next_s = time.monotonic() + (0.0 if publisher.behind else wait_s)
                 if not (cleaning or self.outage.text):
@@ -185,7 +222,7 @@ class Worker:
         """One look, and how it went; seconds to the next."""
         try:
             status = publisher.look()
-            said, wait_s = self.outage.worked(time.monotonic()), self.job.every_s
+            said, wait_s = self.outage.worked(time.monotonic()), self.every_s
             fields: dict[str, Any] = {"over": True}
         except LostError:
             raise

@@ -62,7 +62,7 @@ def names(uri: str | None) -> tuple[str, ...]:
 
 
 def values(uri: str | None, environment: Mapping[str, str], endpoint: str | None = None) -> dict[str, str]:
-    """Those that are set here, and where the store is if a profile says it. UserError names what is missing."""
+    """Those that are set here, and where a profile says the store is; UserError names what is missing."""
     if uri is None:
         return {}
     scheme = parse(uri).scheme

@@ -32,6 +32,7 @@ ENDINGS = {  # events that end a session -> what is said of it
     "hang": "ended, it hung",
     "budget_stopped": "stopped by its budget",
     "over_budget": "stopped at once, over its budget",
+    "lease_lost": "ended, another writer has the run",
 }
 
 

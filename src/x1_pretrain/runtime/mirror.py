@@ -90,7 +90,8 @@ class Mirror:
         self._refused: UserError | None = None
         self._is_open = threading.Event()
         self._order: dict[str, Any] | None = None  # to publish: repeated to a mirror that was started again
-        self._heard_s = self._started_s = self._said_s = time.monotonic()
+        self._heard_s = self._started_s = time.monotonic()
+        self._said_s = -math.inf
         self._draining = False
         self._process, self._reader = self._start()
 

@@ -11,6 +11,9 @@ from x1_pretrain.config import RunConfig
 from x1_pretrain.corpus.shards import Corpus
 from x1_pretrain.errors import BUDGET_CHECKPOINTED, BUDGET_STOPPED, FINISHED, REFUSED
 from x1_pretrain.mirror.address import parse, same_disk
+from x1_pretrain.money import storage
+from x1_pretrain.money.standing import endpoint_of
+from x1_pretrain.runtime import checkpoint_files
 from x1_pretrain.runtime.mirror import Mirror
 from x1_pretrain.runtime.run import Run
 from x1_pretrain.runtime.session import Session
@@ -37,7 +40,21 @@ def begin(run: Run) -> None:
         run.event("mirror", "  the mirror is on the same disk as the run: it dies with it")
     if opened.moved_from is not None:
         moved(run, run.mirror)
+    bill(run, run.mirror)
     publish(run.mirror, run.config, run.session, run.corpora)
+
+
+def bill(run: Run, mirror: Mirror) -> None:
+    """What keeping and fetching cost so far, into the ledger of a run that has one."""
+    if run.guard is None:
+        return
+    here = checkpoint_files.list_checkpoints(run.config.checkpoint_folder)
+    each = checkpoint_files.size_of(here[0]) if here else 0
+    held, settings = each * max(1, len(mirror.status.mirrored)), run.config.mirror
+    ledger, fetched = run.guard.ledger, mirror.opened.restored_bytes
+    storage.record(
+        ledger, settings, endpoint_of(settings), mirror.opened.epoch, held, fetched, ledger.clock.now()
+    )
 
 
 def moved(run: Run, mirror: Mirror) -> None:
@@ -73,7 +90,13 @@ def end(run: Run, code: int) -> None:
     if run.mirror is None:
         return
     tell(run)
-    report(run.mirror, run.mirror.drain(time_left(run.mirror, code), why(run, code)), run.event)
+    if not run.mirror.lost:
+        bill(run, run.mirror)
+    left = run.mirror.drain(time_left(run.mirror, code), why(run, code))
+    for name, message, fields in run.mirror.news():
+        run.event(name, f"  {message}", **fields)
+    if not run.mirror.lost:
+        report(run.mirror, left, run.event)
 
 
 def why(run: Run, code: int) -> str:
