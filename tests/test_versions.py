@@ -78,6 +78,7 @@ def test_it_passes_verify(version: Path) -> None:
     assert [(check.name, check.evidence) for check in checks if check.result == FAILED] == []
 
 
+@pytest.mark.slow
 def test_it_has_a_report_and_an_export(version: Path) -> None:
     assert run_app(report_command.app, ["run"], prog="x1 report") == 0
     assert "kept" in Path("run/report.html").read_text()
@@ -85,6 +86,7 @@ def test_it_has_a_report_and_an_export(version: Path) -> None:
     assert read_json(Path("export/manifest.json"))["final"]["step"] == LAST
 
 
+@pytest.mark.slow
 def test_it_is_resumed(version: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """From its checkpoint of step 8, in the steps that it had: the losses are those on record."""
     before = {row["step"]: row["train/loss"] for row in open_run(Path("run")).rows() if "train/loss" in row}

@@ -406,7 +406,7 @@ def finish(run: Run, code: int) -> int:
         for line in run.sink.news():
             run.event("mlflow", line)
     lost = run.records.sync() if run.records else 0
-    mirroring.end(run, code)
+    code = mirroring.end(run, code)
     run.world.close()
     if lost:
         raise UnwrittenError(

@@ -15,6 +15,7 @@ import psutil
 import pytest
 from tests.corpora import write_config
 
+from x1_pretrain.command import run
 from x1_pretrain.doctor import all_reduce, command, conclusion, examination, nccl_env
 from x1_pretrain.doctor.all_reduce import Attempt
 from x1_pretrain.doctor.examination import Examined, Options
@@ -249,3 +250,28 @@ def test_two_ranks_on_the_cpu_are_tried_for_real(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(all_reduce, "search", search)
     examination.reduce(options(), found, lambda _: None)
     assert (tried, len(found.attempts)) == ([2], 1)
+
+
+def test_a_typo_in_the_mirror_ends_before_anything_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(command.app, ["--mirror", "s4://bucket/runs"], "x1 doctor") == 2
+    assert "did you mean s3://" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_mirror_of_a_config_and_the_one_of_a_flag(config: Path, tmp_path: Path) -> None:
+    words = ("--config", config, "--device", "cpu", "--offline", "--json")
+    done = doctor(*words, "--mirror", tmp_path / "there")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = rows(done)
+    assert found["mirror"]["status"] == "slow"
+    assert "same disk" in found["mirror"]["found"]
+    assert found["mirror pace"]["status"] in ("ok", "slow")
+    assert found["mirror pace"]["measured"]["lost_s"] > 0
+    assert list((tmp_path / "there").glob("[!.]*")) == []
+    broken = doctor(*words, "--set", f"mirror.uri={tmp_path}/no/folder/runs")
+    assert broken.returncode == 1
+    assert rows(broken)["mirror"]["status"] == "broken"
+    assert "make the folder" in rows(broken)["mirror"]["fix"]
+    alone = doctor("--device", "cpu", "--offline", "--json", "--mirror", tmp_path / "there")
+    assert rows(alone)["mirror"]["status"] == "slow"
+    assert "mirror pace" not in rows(alone)

@@ -18,6 +18,7 @@ from x1_pretrain.doctor.examination import Examined, Options
 from x1_pretrain.doctor.findings import Finding
 from x1_pretrain.doctor.gpu import Card, Driver
 from x1_pretrain.doctor.machine import look
+from x1_pretrain.doctor.mirror import Visit
 from x1_pretrain.doctor.services import Budget
 from x1_pretrain.doctor.trial import Trial
 from x1_pretrain.model.flops import parameter_counts
@@ -188,3 +189,34 @@ def test_a_compiler_that_hung_leaves_the_plain_measurement() -> None:
     assert found.estimate is not None
     assert found.estimate.tokens_per_sec[0] == pytest.approx(512 / (2 * 0.2 + 0.02), rel=1e-3)
     assert "compile off" in found.estimate_text
+
+
+def test_a_mirror_is_judged_by_the_measured_step() -> None:
+    """1 MB/s there and back; between two checkpoints 10 steps, each as the estimate has it."""
+    sent = {"bytes": 10**6, "seconds": 1.0, "total_bytes": 10**6}
+    parts = {"store": {"label": "s3://b/r", "conditional": True, "look_s": 0.0}, "sent": sent, "read": sent}
+    tree = tiny_config(
+        model={"vocab_size": 300},
+        training={"batch_tokens": 512, "total_steps": 50},
+        checkpoint={"every": 10},
+        mirror={"uri": "s3://b/r", "every_s": 0.5},
+    )
+    config = parse_config(tree, "test")
+    options = Options(config, None, Path(), None, "auto", False, False, True, 100.0, (), {})
+    facts = machine(mirror=Visit("s3://b/r", Trial(parts)))
+    found = conclusion.conclude(options, facts, Path("/nowhere/x1-nccl.env"), 3.6)
+    assert found.estimate is not None
+    size = conclusion.checkpoint_bytes(config, facts)
+    step_s = 512 / found.estimate.tokens_per_sec[0]
+    write_s = size / 1e9 + 2 * size / 2e9
+    measured = row(found, "mirror pace").measured
+    assert row(found, "mirror").status == "ok"
+    assert measured["send_s"] == pytest.approx(size / 1e6)
+    assert measured["lost_s"] == pytest.approx(10 * step_s + 2 * write_s + 0.5 + size / 1e6)
+    assert f"${measured['lost_s'] / 1000:.2g}" in row(found, "mirror pace").found
+
+
+def test_no_mirror_does_not_apply() -> None:
+    found = page(machine())
+    assert row(found, "mirror").status == "-"
+    assert "mirror pace" not in [one.check for one in found.findings]

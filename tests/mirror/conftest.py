@@ -15,6 +15,13 @@ from huggingface_hub import close_session
 from tests.mirror.hub import Hub, serving_hub
 from tests.mirror.proxy import FaultyProxy
 from tests.mirror.s3 import Bucket, serving
+from x1_pretrain.mirror import patience
+
+
+@pytest.fixture(autouse=True)
+def _asked_again_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not there is asked for as often as ever, without the minute that this takes."""
+    monkeypatch.setattr(patience, "AGAIN_S", tuple(0.002 for _ in patience.AGAIN_S))
 
 
 @pytest.fixture(scope="session")

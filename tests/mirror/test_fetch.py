@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -31,8 +32,8 @@ from x1_pretrain.mirror.download import Progress
 from x1_pretrain.mirror.fetch import fetch_checkpoint
 from x1_pretrain.mirror.folder_store import FolderStore
 from x1_pretrain.mirror.opened import open_store
-from x1_pretrain.mirror.patience import AwayError, UnusableError
-from x1_pretrain.mirror.store import DeniedError, UnreachableError
+from x1_pretrain.mirror.patience import AGAIN_S, AwayError, UnusableError
+from x1_pretrain.mirror.store import DeniedError, NotThereError, UnreachableError
 from x1_pretrain.runtime import checkpoint_files
 from x1_pretrain.runtime.checkpoint_files import verify_folder
 
@@ -122,7 +123,7 @@ def test_it_goes_on_where_it_broke_off(run: Mirrored, tmp_path: Path) -> None:
     assert total == sum(f.stat().st_size for f in path.iterdir() if f.name != "manifest.json")
 
 
-def test_a_damaged_object_is_fetched_twice_and_then_given_up(run: Mirrored, tmp_path: Path) -> None:
+def test_a_damaged_object_is_asked_for_again_and_then_given_up(run: Mirrored, tmp_path: Path) -> None:
     one = run.checkpoint(100)
     key = run.key(one, "optimizer.safetensors")
     data = bytearray(run.store.get(key)[0])
@@ -131,7 +132,7 @@ def test_a_damaged_object_is_fetched_twice_and_then_given_up(run: Mirrored, tmp_
     store = Counting(run.store)
     with pytest.raises(UnusableError, match=r"optimizer\.safetensors does not match its hash \(bytes 20,480"):
         fetch_checkpoint(store, run.name, one, tmp_path / "here", quiet)
-    assert Counter(store.reads)[("optimizer.safetensors", 5 * CHUNK, 6 * CHUNK)] == 2
+    assert Counter(store.reads)[("optimizer.safetensors", 5 * CHUNK, 6 * CHUNK)] == 1 + len(patience.AGAIN_S)
     assert not (tmp_path / "here" / "step-000000100").exists()
 
 
@@ -145,6 +146,39 @@ def test_a_bit_that_flipped_on_the_way_is_fetched_again(
     path = fetch_checkpoint(store, run.name, one, tmp_path / "here", quiet)
     assert content(path) == content(run.originals / path.name)
     assert proxy.count("GET", "model.safetensors") == 6  # five chunks, and one of them again
+
+
+@pytest.mark.parametrize("times", [1, 7])
+@pytest.mark.parametrize("name", ["model.safetensors", "manifest.json", "chunks.json"])
+@pytest.mark.parametrize("kind", ["404", "flip"])
+def test_what_is_wrong_for_a_while_is_not_given_up(
+    run: Mirrored, tmp_path: Path, name: str, kind: str, times: int
+) -> None:
+    """A gateway that says 'not there', or answers with other bytes, of what is whole."""
+    one, left, said = run.checkpoint(100), [times], list[str]()
+    store: Any = Counting(run.store)
+
+    def wrong(key: str, data: bytes) -> bytes:
+        if not key.endswith(name) or left[0] == 0:
+            return data
+        left[0] -= 1
+        if kind == "404":
+            raise NotThereError(key)
+        return b"?" * len(data)
+
+    store.read = lambda key, start, end: wrong(key, run.store.read(key, start, end))
+    store.get = lambda key: (wrong(key, run.store.get(key)[0]), run.store.get(key)[1])
+    pauses = (0.001,) * 6 + (0.12,)
+    path = fetch_checkpoint(store, run.name, one, tmp_path / "here", said.append, lanes=1, again_s=pauses)
+    assert content(path) == content(run.originals / path.name)
+    assert left == [0]
+    if times == 7:  # nobody wonders what it waits for
+        assert any("; waiting: " in line and name in line and "asking again" in line for line in said)
+
+
+def test_it_is_asked_again_for_about_a_minute() -> None:
+    assert 55 <= sum(AGAIN_S) <= 90
+    assert sorted(AGAIN_S) == list(AGAIN_S)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "manifest.json", "chunks.json"])
@@ -241,7 +275,7 @@ def test_a_store_that_is_away_is_waited_for_and_then_given_up(run: Mirrored, tmp
     store.dead_from = 3
     began = time.monotonic()
     with pytest.raises(AwayError, match="no answer; nothing came for 1 s; what was fetched is kept") as told:
-        fetch_checkpoint(store, run.name, one, tmp_path / "there", quiet, patience_s=0.6)
+        fetch_checkpoint(store, run.name, one, tmp_path / "there", quiet, patience_s=0.2)
     assert told.value.exit_code == INTERRUPTED
     assert time.monotonic() - began < 5
     assert (tmp_path / "there" / ".fetching-step-000000100").is_dir()

@@ -115,6 +115,7 @@ def test_only_the_model(run: Mirrored, tmp_path: Path, capsys: pytest.CaptureFix
     assert (tmp_path / "other" / "thesis.txt").exists()
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_is_skipped(
     run: Mirrored, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -145,6 +146,39 @@ def test_what_is_refused(run: Mirrored, tmp_path: Path, capsys: pytest.CaptureFi
     code, told = pull("s4://bucket/x", capsys=capsys)
     assert code == 2
     assert [p.name for p in folder.iterdir()] == ["manifest.json"]
+
+
+def ledger(*tags: str, first: int = 1) -> bytes:
+    made = [{"seq": first + n, "event": "intent", "tag": tag} for n, tag in enumerate(tags)]
+    return b"".join(json.dumps(one).encode() + b"\n" for one in made)
+
+
+def test_the_folder_that_it_was_launched_from(
+    run: Mirrored, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It holds a ledger, and what the guard here wrote; both stay, at every pull."""
+    home = tmp_path / "runs/tiny"
+    home.mkdir(parents=True)
+    (home / "ledger.jsonl").write_bytes(ledger("tiny-x"))
+    (home / "termination.json").write_text('{"proof": "of the guard here"}')
+    run.files["termination.json"] = b'{"proof": "of the machine"}'
+    run.records["ledger.jsonl"] = ledger("tiny-y")
+    run.save()
+    code, told = pull("mirror/tiny", capsys=capsys)
+    assert (code, told.count("\n")) == (78, 1)
+    assert "runs/tiny: holds the ledger of another run" in told
+    run.records["ledger.jsonl"] = ledger("tiny-x", "tiny-y")
+    run.save()
+    for _ in range(2):
+        code, told = pull("mirror/tiny", capsys=capsys)
+        assert code == 0, told
+        assert (home / "termination.json").read_text() == '{"proof": "of the guard here"}'
+        tags = [json.loads(line)["tag"] for line in (home / "ledger.jsonl").read_text().splitlines()]
+        assert tags == ["tiny-x", "tiny-y"]
+        for name in ("metrics.jsonl", "events.jsonl"):
+            assert (home / name).read_bytes() == run.records[name]
+        assert (home / "config.yaml").read_bytes() == run.files["config.yaml"]
+    assert (home / "checkpoints/step-000000200").is_dir()
 
 
 def test_a_folder_in_which_the_run_is_being_trained(

@@ -33,7 +33,7 @@ from x1_pretrain.mirror.merging import common_lines, merged_ledger, rows_only_in
 from x1_pretrain.mirror.patience import AwayError
 from x1_pretrain.mirror.restore import Restored, ledger_from, restore
 from x1_pretrain.mirror.state import MirrorState, write_state
-from x1_pretrain.mirror.store import UnreachableError
+from x1_pretrain.mirror.store import NotThereError, UnreachableError
 from x1_pretrain.money.clock import Clock
 from x1_pretrain.money.ledger import Ledger
 from x1_pretrain.money.ledger import read_rows as ledger_rows
@@ -159,6 +159,47 @@ def test_a_damaged_local_one_is_replaced_by_the_mirrored(run: Mirrored, tmp_path
     assert (folder / "checkpoints" / "bad-step-000000200").is_dir()
 
 
+def test_one_wrong_answer_does_not_cost_the_newest(run: Mirrored, tmp_path: Path) -> None:
+    """A 404 now and then, of whatever is asked for: all of it is there."""
+    asked: set[str] = set()
+
+    def get(key: str) -> Any:
+        if key not in asked:
+            asked.add(key)
+            raise NotThereError(key)
+        return run.store.get(key)
+
+    store: Any = Counting(run.store)
+    store.get = get
+    told = back(run, tmp_path / "run", store)
+    assert told.restored_step == 200
+    assert len(told.notes) == 1
+    assert all((tmp_path / "run" / name).read_bytes() == data for name, data in run.records.items())
+
+
+def test_the_checkpoint_folder_of_another_run_is_left_alone(run: Mirrored, tmp_path: Path) -> None:
+    """--ckpt-dir was mistyped."""
+    other = make_checkpoint(tmp_path / "run" / "checkpoints", 300, run_id="other-1")
+    with pytest.raises(
+        RefusedError, match=rf"{other}: is a checkpoint of the run other-1, .* {RUN_ID}; .*dir"
+    ):
+        back(run, tmp_path / "run")
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["checkpoints"]
+    assert newest(tmp_path / "run") == other.name
+    (other / "manifest.json").write_text("what?")  # a damaged one is of nobody
+    assert back(run, tmp_path / "run").restored_step == 200
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "steps.jsonl"])
+def test_rows_that_the_mirror_lacks_are_told(run: Mirrored, tmp_path: Path, name: str) -> None:
+    run.records["steps.jsonl"] = rows(1, 260)
+    run.records[name] = b"".join(row(step) for step in range(10, 191, 10))  # every tenth has a row
+    (_, said) = back(run, tmp_path / "run").notes
+    assert said.startswith(f"{name}: ends at step 190, and the checkpoint is of step 200")
+    run.records[name] += row(200)
+    assert len(back(run, tmp_path / "other").notes) == 1
+
+
 def test_never_from_zero_in_silence(run: Mirrored, tmp_path: Path) -> None:
     for one in run.published:
         run.store.delete([run.key(one, "model.safetensors")])
@@ -248,10 +289,11 @@ def test_a_folder_that_was_left_behind(run: Mirrored, tmp_path: Path) -> None:
     )
     run.epochs = [epoch(1), epoch(2, 100)]
     run.records["metrics.superseded.jsonl"] += rows(151, 155, loss=9.0)  # of them the mirror had these
+    assert (folder / "checkpoints" / "latest").resolve().name == "step-000000300"
     told = back(run, folder)
     assert told.restored_step == 200
     assert newest(folder) == "step-000000200"
-    names = {p.name for p in (folder / "checkpoints").iterdir() if not p.is_symlink()}
+    names = {p.name for p in (folder / "checkpoints").iterdir()}  # none called latest: it named one of them
     assert names == {
         "step-000000100",
         "step-000000200",
@@ -509,7 +551,17 @@ def test_two_equal_rows_are_two() -> None:
     assert [json.loads(line)["usd"] for line in merged.splitlines()] == ["1", "5", "9", "5"]
 
 
-def test_the_supervisor_gets_the_ledger_first(run: Mirrored, tmp_path: Path) -> None:
+GET = FolderStore.get
+
+
+def lie(answers: list[NotThereError]) -> None:
+    if answers:
+        raise answers.pop()
+
+
+def test_the_supervisor_gets_the_ledger_first(
+    run: Mirrored, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run.records["ledger.jsonl"] = ledger_of(4, 5)
     run.save()
     mirror = str(tmp_path / "mirror")
@@ -517,6 +569,10 @@ def test_the_supervisor_gets_the_ledger_first(run: Mirrored, tmp_path: Path) -> 
     assert (tmp_path / "run" / "ledger.jsonl").read_bytes() == ledger_of(4, 5)
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["ledger.jsonl"]
     assert ledger_from(mirror, None, "tiny", tmp_path / "run") == 0
+    gone = [NotThereError("tiny/head.json")]  # a gateway says so, once
+    monkeypatch.setattr(FolderStore, "get", lambda *words: lie(gone) or GET(*words))
+    assert ledger_from(mirror, None, "tiny", tmp_path / "later") == 2
+    assert not gone
     assert ledger_from(mirror, None, "no-such-run", tmp_path / "new") == 0
     assert not (tmp_path / "new").exists()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import socket
 import sys
@@ -27,7 +28,7 @@ from x1_pretrain.mirror.lease import look
 from x1_pretrain.mirror.opened import open_store
 from x1_pretrain.mirror.runs_command import app
 from x1_pretrain.mirror.state import MirrorState, write_state
-from x1_pretrain.records import runs_table
+from x1_pretrain.records import runs_table, trash
 from x1_pretrain.records.runs import Listed
 from x1_pretrain.records.runs_table import gib
 from x1_pretrain.runtime.lock import lock_folder
@@ -201,6 +202,7 @@ def test_in_s3(x1: X1, s3: Bucket) -> None:
     assert found == {"mine": "here", "tiny": "mirror"}
 
 
+@pytest.mark.slow
 def test_a_store_that_does_not_answer_costs_a_line(
     x1: X1, monkeypatch: pytest.MonkeyPatch, s3: Bucket
 ) -> None:
@@ -457,7 +459,7 @@ def test_a_person_is_asked(x1: X1, monkeypatch: pytest.MonkeyPatch, answer: str,
     made = begun(steps=30)
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     monkeypatch.setattr("builtins.input", lambda _: answer)
-    x1("rm", "tiny")
+    assert x1("rm", "tiny").code == (0 if goes else 78)  # as `x1 launch` ends when it is told no
     assert made.is_dir() is not goes
 
 
@@ -535,6 +537,144 @@ def test_a_link_to_a_run_stays(x1: X1, tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------
+# What rm must not take for granted
+
+
+def test_a_stale_folder_here_is_no_copy_of_what_only_the_mirror_has(x1: X1, disk: FolderStore) -> None:
+    made = both(disk, steps=20)  # the run went on elsewhere and finished there, at 42
+    said = x1("rm", "tiny", "--yes", "--only", "mirror")
+    assert said.code == 78
+    assert "no copy would be left outside the trash" in said.err
+    assert f"stays: {made}" not in said.out
+    assert look(disk, "tiny")[0].writer.state == "released"  # type: ignore[index]
+
+
+def test_finished_and_its_lease_never_given_back(x1: X1, disk: FolderStore) -> None:
+    mirror_run(disk, who=writer(state="writing", stale_s=-1.0))
+    said = x1("rm", f"file://{disk.label}/tiny", "--yes")
+    assert said.code == 78
+    assert "no copy would be left outside the trash" in said.err
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_folder_without_a_manifest(x1: X1, disk: FolderStore, known: bool) -> None:
+    """The mirror's run of its name is its own only if its mirror.json says so."""
+    made = both(disk, steps=30)
+    (made / "manifest.json").unlink()
+    if not known:
+        (made / "mirror.json").unlink()
+        said = x1("rm", "tiny", "--yes", "--only", "mirror")
+        assert (said.code, said.err.count("\n")) == (2, 1)
+        assert "is another run of this name" in said.err
+    said = x1("rm", "tiny", "--yes", "--name", "tiny")
+    assert (said.code, made.exists()) == (0, False)
+    assert ("is another run of this name" in said.out) is not known
+    assert look(disk, "tiny")[0].writer.state == ("trashed" if known else "released")  # type: ignore[index]
+
+
+def elsewhere(s3: Bucket, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
+    """A mirror that only its endpoint finds, as that of a store which is not Amazon's."""
+    uri = f"s3://{s3.bucket}/runs"
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr("x1_pretrain.mirror.listing.look_at.__defaults__", (2.0,))
+    return uri, s3.url
+
+
+def test_children_are_looked_for_at_the_endpoint_of_the_config(
+    x1: X1, s3: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri, endpoint = elsewhere(s3, monkeypatch)
+    store = open_store(parse(uri), endpoint)
+    made = begun(steps=30, mirror={"uri": uri, "endpoint": endpoint})
+    mirror_run(store, "tiny", RUN_ID, status={"state": "interrupted"})
+    child = {"run_id": RUN_ID, "step": 20, "checkpoint": "/x", "trunk": RUN_ID}
+    mirror_run(store, "child", "child-1", status={"parent": child})
+    said = x1("rm", "tiny", "--yes")
+    assert (said.code, made.is_dir()) == (78, True)
+    assert f"other runs began from it ({uri}/child)" in said.one_line
+    assert x1("rm", f"{uri}/tiny", "--yes", "--endpoint", endpoint, "--name", "tiny").code == 78
+    assert x1("rm", f"{uri}/child", "--yes", "--endpoint", endpoint, "--name", "child").code == 0
+    restored = x1("restore", f"{uri}/child", "--endpoint", endpoint)
+    assert restored.code == 0, restored.err
+
+
+def test_whoever_may_know_of_children_must_answer(x1: X1, s3: Bucket) -> None:
+    made = begun(steps=30)
+    begun("other", run_id="other-1", mirror__uri="s3://no-such-bucket-here/runs")
+    said = x1("rm", "tiny", "--yes")
+    assert (said.code, made.is_dir()) == (78, True)
+    assert "not known whether other runs began from it" in said.one_line
+    assert "s3://no-such-bucket-here" in said.err
+    assert x1("rm", "tiny", "--yes", "--only", "here").code == 0
+    assert not made.exists()
+
+
+def test_a_link_is_refused_before_anything_moves(x1: X1, disk: FolderStore, tmp_path: Path) -> None:
+    made = both(disk)
+    shutil.move(made, tmp_path / "real")
+    made.symlink_to(tmp_path / "real")
+    before = keys(disk)
+    assert x1("rm", "tiny", "--yes", "--name", "tiny").code == 78
+    assert keys(disk) == before
+    assert look(disk, "tiny")[0].writer.state == "released"  # type: ignore[index]
+
+
+def test_only_here_needs_no_mirror(x1: X1, disk: FolderStore, s3: Bucket) -> None:
+    made = begun("away", steps=30, mirror__uri="s3://no-such-bucket-here/runs")
+    said = x1("rm", "away", "--yes", "--only", "here")
+    assert (said.code, made.exists()) == (0, False), said.err
+    assert "not known whether s3://no-such-bucket-here/runs has a copy" in said.out
+    done = begun("done", run_id="done-1", mirror__uri="s3://no-such-bucket-here/runs")
+    assert (x1("rm", "done", "--yes", "--only", "here").code, done.is_dir()) == (78, True)  # the last known
+    shutil.rmtree(done)
+    stale = both(disk, steps=20)  # while the run trains elsewhere
+    mirror_run(disk, "tiny", RUN_ID, who=writer(state="writing"), status={"state": "running"})
+    said = x1("rm", "tiny", "--yes", "--only", "here")
+    assert (said.code, stale.exists()) == (0, False), said.err
+    assert look(disk, "tiny")[0].writer.state == "writing"  # type: ignore[index]
+
+
+@pytest.mark.parametrize("where", ["here", "another folder", "the mirror", "a mirror that was named"])
+def test_what_it_says_brings_it_back(x1: X1, disk: FolderStore, where: str) -> None:
+    if where == "here":
+        both(disk)
+        said = x1("rm", "tiny", "--yes", "--name", "tiny")
+    elif where == "another folder":
+        both(disk)
+        shutil.move("runs", "old runs")
+        said = x1("rm", "old runs/tiny", "--yes", "--name", "tiny")
+    elif where == "the mirror":
+        mirror_run(disk)
+        said = x1("rm", f"file://{disk.label}/tiny", "--yes", "--name", "tiny")
+    else:
+        begun()
+        mirror_run(disk, "tiny", RUN_ID)
+        said = x1("rm", "tiny", "--yes", "--name", "tiny", "--mirror", disk.label)
+    assert said.code == 0, said.err
+    command = said.out.splitlines()[-1].split("`")[1]
+    assert command.startswith("x1 runs restore ")
+    if where == "here":
+        assert command == "x1 runs restore tiny"
+    restored = x1(*shlex.split(command)[2:])
+    assert restored.code == 0, restored.err
+    assert look(disk, "tiny")[0].writer.state == "released"  # type: ignore[index]
+    folders = {"here": "runs", "another folder": "old runs", "a mirror that was named": "runs"}
+    if where in folders:
+        assert (Path(folders[where]) / "tiny/config.yaml").is_file()
+
+
+def test_what_a_lost_lease_set_aside_is_the_runs_own(x1: X1, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "big"
+    made = begun(steps=30, checkpoint__dir=str(elsewhere))
+    shutil.move(made / "checkpoints", elsewhere)
+    (elsewhere / "step-000000020").rename(elsewhere / "lost-e0003-step-000000020")
+    (elsewhere / "step-000000000").rename(elsewhere / "lost-e0003-2-step-000000000")
+    said = x1("rm", "tiny", "--yes")
+    assert said.code == 0, said.err
+    assert not elsewhere.exists()
+
+
+# ------------------------------------------------------------------------------------------------------------
 # gc
 
 
@@ -587,6 +727,42 @@ def test_gc_finishes_what_was_killed(x1: X1) -> None:
     assert half.exists()
     x1("gc", "--yes")
     assert not half.parent.exists()
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_gc_killed_at_any_time_is_finished_by_the_next(
+    x1: X1, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """With checkpoints on another disk: of both trashes nothing stays, and half a run never comes back."""
+    elsewhere = tmp_path / "big" / "ckpt"
+    made = begun(steps=30, checkpoint__dir=str(elsewhere))
+    elsewhere.parent.mkdir()
+    shutil.move(made / "checkpoints", elsewhere)
+    x1("rm", "tiny", "--yes")
+    calls, remove = 0, trash._remove
+
+    def dying(plain: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **more: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == at:
+                if plain is remove:  # in the middle of it
+                    next(args[0].rglob("*.json")).unlink()
+                raise KeyboardInterrupt
+            return plain(*args, **more)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trash, "_rename", dying(trash._rename))
+        patch.setattr(trash, "_remove", dying(trash._remove))
+        assert x1("gc", "--yes", "--older-than", "0s").code == 130
+    if at > 1:
+        assert x1("restore", "tiny").code == 2
+        assert "half deleted" in x1("gc", "--older-than", "0s").out
+    assert x1("gc", "--yes", "--older-than", "0s").code == 0
+    assert list(Path("runs/.trash").iterdir()) == []
+    assert list((elsewhere.parent / ".trash").iterdir()) == []
 
 
 @pytest.mark.parametrize("text", ["7", "x", "-1d", "1w"])

@@ -200,6 +200,7 @@ def test_killed_before_the_entry_of_a_restored_one_was_deleted(folder: FolderSto
     assert keys(folder) == before
 
 
+@pytest.mark.slow
 def test_killed_while_gc_deletes(folder: FolderStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """At each delete in turn: what is half gone can't be restored, and the next gc ends it."""
     for at in range(1, 9):

@@ -19,7 +19,7 @@ from tests.money.fakes import Rental, Turns, renting, waiting
 from x1_pretrain.command import run as run_app
 from x1_pretrain.errors import FAULT, FINISHED, INTERRUPTED, REFUSED, USAGE
 from x1_pretrain.mirror.folder_store import FolderStore
-from x1_pretrain.money import launch, moving
+from x1_pretrain.money import launch, launch_mirror, moving
 from x1_pretrain.money.account import account
 from x1_pretrain.money.clock import Clock
 from x1_pretrain.money.standing import Mirror, Standing, verdict
@@ -72,7 +72,7 @@ def says(
     store = FolderStore(str(rental.folder.parent / "mirror"))
     script = [(-1e9, None), *((start_s + at_s, word) for at_s, word in words)]
     mirror = Scripted(store, "tiny", clock=rental.clock, words=script)
-    monkeypatch.setattr(launch, "opened", lambda *_: mirror)
+    monkeypatch.setattr(launch_mirror, "opened", lambda *_: mirror)
     return mirror
 
 

@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.planning.plans import ask
 from x1_pretrain.command import run
 from x1_pretrain.config import load_config
+from x1_pretrain.model.shapes import shape_for
 from x1_pretrain.money import storage
 from x1_pretrain.money.storage import Rates
 from x1_pretrain.planning.command import app
-from x1_pretrain.planning.planner import Mirror, plan
+from x1_pretrain.planning.planner import Mirror, Plan, Speed, plan
 
 DEAR = Rates(Decimal(72), Decimal(1), "as a test has it")  # ten cents a GiB and hour
 LADDER = "configs/x1-50m-a100.yaml"
@@ -24,10 +26,11 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def test_what_it_costs_by_hand() -> None:
-    """Three checkpoints of 12 bytes a parameter, for all the hours that are paid, and one of them fetched."""
+    """The last four checkpoints and one on its way, of 12 bytes a parameter, for all the hours that are paid;
+    and one of them fetched."""
     made = plan(ask(hours=10.0, mirror=Mirror("s3://bucket/runs", DEAR)))
     gib = 12 * made.counts.total / 2**30
-    expected = 3 * gib * float(made.quote.hours) / 10 + gib
+    expected = 5 * gib * float(made.quote.hours) / 10 + gib
     assert expected <= float(made.quote.mirror_usd) < expected + 0.01
     alone = plan(ask(hours=10.0))
     assert made.quote.total_usd == alone.quote.total_usd + made.quote.mirror_usd
@@ -66,9 +69,16 @@ def test_the_flag(
     out = x1(capsys, "--dollars", "35", "--mirror", "s3://bucket/runs", "--output", "p.yaml")
     assert "+ mirror $" in out.splitlines()[0]
     assert "Amazon S3" in out
-    assert load_config(tmp_path / "p.yaml").mirror.uri == "s3://bucket/runs"
+    config = load_config(tmp_path / "p.yaml")
+    assert config.mirror.uri == "s3://bucket/runs"
+    assert (config.checkpoint.keep_last, config.checkpoint.keep_local) == (4, 2)
+    assert (
+        storage.most_kept(config.checkpoint, config.training.total_steps) == 5
+    )  # what the plan is priced with
+    assert "at worst" in out
     found: dict[str, Any] = json.loads(x1(capsys, "--dollars", "35", "--json"))
     assert found["quote"]["mirror_usd"] == 0
+    assert "at worst" not in json.dumps(found["lines"])
     assert "mirror" not in [line["what"] for line in found["lines"]]
     assert "did you mean s3://" in x1(capsys, "--dollars", "35", "--mirror", "s4://b/r", code=2)
 
@@ -85,3 +95,101 @@ def test_a_config_that_says_where(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert f"({kept} x " in line["numbers"]
     assert "in part as stated" in line["source"]
     assert line["value"] > 0
+
+
+# ------------------------------------------------------------------------------------------------------------
+# How often it saves
+
+
+def mirrored(**changes: Any) -> Plan:
+    return plan(ask(mirror=Mirror("s3://bucket/runs", DEAR), **changes))
+
+
+def test_a_lost_machine_takes_a_quarter_of_an_hour() -> None:
+    """The 50M model, 44 B tokens at 150 TFLOP/s: by hand, with 500 MB/s to the disk and 100 to the store."""
+    made = mirrored(tokens=44e9)
+    step_s, size = made.seconds / made.recipe.steps, 12 * made.counts.total
+    assert made.losing is not None
+    by_hand = made.checkpoint_every * step_s + 2 * size / 500e6 + 15 + size / 100e6
+    assert made.losing.worst_s() == pytest.approx(by_hand)
+    assert 10 * 60 < by_hand < 1.05 * 15 * 60
+    assert str(made.checkpoint_every).rstrip("0") in ("1", "15", "2", "25", "3", "4", "5", "6", "8")
+    alone = plan(ask(tokens=44e9))
+    assert alone.losing is None
+    assert made.checkpoint_every < 0.6 * alone.checkpoint_every  # half an hour, as before
+
+
+def test_a_short_run_saves_twenty_times_and_a_large_model_in_a_hundredth_of_the_time() -> None:
+    short = mirrored(tokens=2e9)
+    assert 20 <= short.recipe.steps / short.checkpoint_every <= 40
+    large = plan(
+        ask(
+            shape_for(3e9, 50257, None),
+            tokens=60e9,
+            gpus=64,
+            speed=Speed(1e16, "stated", measured=True),
+            mirror=Mirror("s3://bucket/runs", DEAR),
+        )
+    )
+    assert large.losing is not None
+    assert large.losing.write_s > 60
+    assert 0.005 < large.losing.write_s / large.losing.period_s <= 0.01
+    assert large.losing.worst_s() > 3600  # said, not hidden
+    assert large.losing.keeps_up
+
+
+def test_what_is_sent_no_faster_is_lost() -> None:
+    """A limit of 1 MB/s on a checkpoint of a gigabyte: the mirror still gets each."""
+    held = plan(ask(tokens=44e9, mirror=Mirror("s3://b/r", DEAR, most_mb_per_s=1.0)))
+    assert held.losing is not None
+    assert held.losing.send_s == pytest.approx(12 * held.counts.total / 1e6)
+    assert held.losing.keeps_up
+
+
+def test_the_disk_has_room_for_what_is_kept_while_the_mirror_is_away() -> None:
+    made, alone = mirrored(tokens=10e9).disk, plan(ask(tokens=10e9)).disk
+    assert made.total_bytes - alone.total_bytes == 2 * made.checkpoint_bytes
+
+
+def test_a_cadence_that_is_given_is_judged_and_not_changed(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """1,800 steps of 2.5 s; the advice, taken, leaves no finding."""
+    text = (REPOSITORY / LADDER).read_text()
+    file = tmp_path / "c.yaml"
+
+    def findings() -> list[dict[str, Any]]:
+        found = json.loads(x1(capsys, "--config", str(file), "--json"))["findings"]
+        return [one for one in found if "checkpoint" in one["title"]]
+
+    file.write_text(text)
+    assert findings() == []  # no mirror: nothing is said of it
+    file.write_text(text + "\nmirror: {uri: s3://bucket/runs}\n")
+    assert load_config(file).checkpoint.every == 1800
+    (found,) = findings()
+    assert found["title"] == "a checkpoint every 1,800 steps"
+    minutes = int(found["said"].partition(" min")[0].rpartition(" ")[2])
+    assert 60 < minutes < 120
+    advised = int(found["do"].partition(":")[0].rpartition(" ")[2].replace(",", ""))
+    tree = yaml.safe_load(text)
+    tree["checkpoint"] = {**tree.get("checkpoint", {}), "every": advised}
+    file.write_text(yaml.safe_dump(tree | {"mirror": "s3://bucket/runs"}))
+    assert findings() == []
+
+
+def test_a_repository_of_the_hub_is_looked_at_once_a_minute(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ("--n", "50M", "--tokens", "10B", "--json")
+    lines = {
+        uri: next(
+            line
+            for line in json.loads(x1(capsys, *words, "--mirror", uri))["lines"]
+            if line["what"] == "checkpoints"
+        )
+        for uri in ("s3://b-c/r", "hf://user/r")
+    }
+    assert " + 15.0 + " in lines["s3://b-c/r"]["numbers"]
+    assert " + 60.0 + " in lines["hf://user/r"]["numbers"]
+    assert "writing below 1% of the time" in lines["s3://b-c/r"]["formula"]

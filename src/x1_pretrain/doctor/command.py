@@ -32,6 +32,7 @@ from x1_pretrain.doctor import conclusion, findings
 from x1_pretrain.doctor.examination import Options, examine
 from x1_pretrain.doctor.trial import DYING_S
 from x1_pretrain.errors import UserError
+from x1_pretrain.mirror.address import parse
 from x1_pretrain.numbers import for_json
 from x1_pretrain.records.metrics import utc_now
 
@@ -67,6 +68,10 @@ def main(
     data_dir: Annotated[str | None, Flag(help="corpus folder [config: data.dir]")] = None,
     ckpt_dir: Annotated[str | None, Flag(help="where checkpoints will go [config: checkpoint.dir]")] = None,
     device: Annotated[str, Flag(help="cpu, cuda or auto")] = "auto",
+    mirror: Annotated[
+        str | None,
+        Flag(help="where copies of the run go: tried with up to 64 MiB each way, then removed [mirror.uri]"),
+    ] = None,
     usd_per_hr: Annotated[float | None, Flag(help="price of the whole machine", min=0)] = None,
     alerts: Annotated[
         bool, Flag("--alerts", help="send a test message to each channel in X1_ALERTS")
@@ -88,7 +93,9 @@ def main(
     if usd_per_hr is not None and not math.isfinite(usd_per_hr):
         raise UserError(f"--usd-per-hr {usd_per_hr:g}: expected the dollars of an hour, such as 2.49")
     begun = time.monotonic()
-    loaded = _loaded(config, data_dir, ckpt_dir, set_)
+    if mirror is not None:
+        parse(mirror)  # a typo ends here
+    loaded = _loaded(config, data_dir, ckpt_dir, mirror, set_)
     options = Options(
         config=loaded,
         data_dir=data_dir,
@@ -101,6 +108,7 @@ def main(
         limit_s=limit_s,
         dated_files=tuple(file for file in (config, Path(__file__)) if file),
         environment={key: value for key, value in os.environ.items() if key not in TORCHRUN},
+        mirror=mirror,
     )
     progress = Progress(begun, as_json)
     try:
@@ -150,13 +158,17 @@ TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR
 
 
 def _loaded(
-    config: Path | None, data_dir: str | None, ckpt_dir: str | None, assignments: list[str]
+    config: Path | None,
+    data_dir: str | None,
+    ckpt_dir: str | None,
+    mirror: str | None,
+    assignments: list[str],
 ) -> RunConfig | None:
     if config is None:
         if assignments:
             raise UserError(f"--set {assignments[0]}: there is no config to change; give --config FILE")
         return None
-    flags = {"data.dir": data_dir, "checkpoint.dir": ckpt_dir}
+    flags = {"data.dir": data_dir, "checkpoint.dir": ckpt_dir, "mirror.uri": mirror}
     given: dict[str, Any] = {path: value for path, value in flags.items() if value is not None}
     loaded = cfg.load_config(config, given | dict(cfg.parse_assignment(text) for text in assignments))
     if data_dir and loaded.data.corpora:

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 
 from x1_pretrain.config import RunConfig
-from x1_pretrain.doctor import all_reduce, judge_machine, judge_run, nccl_env
+from x1_pretrain.doctor import all_reduce, judge_machine, judge_mirror, judge_run, nccl_env
 from x1_pretrain.doctor import estimate as sums
 from x1_pretrain.doctor.estimate import Estimate, Price
 from x1_pretrain.doctor.examination import Examined, Options
@@ -49,6 +49,7 @@ def conclude(options: Options, facts: Examined, env_file: Path, usd_per_hr: floa
         rows += about_data(options, facts, found)
     if options.config:
         rows += about_run(options.config, facts, found)
+    rows += about_mirror(options.config, facts, found, price)
     rows.append(judge_run.alerts(facts.alerts, bool(options.config and options.config.budget.cap_usd)))
     text = ""
     if found and options.config:
@@ -181,6 +182,26 @@ def about_run(config: RunConfig, facts: Examined, found: Estimate | None) -> lis
         judge_run.budget(facts.budget),
         judge_run.cost(found, config.budget.cap_usd),
     ]
+
+
+def about_mirror(
+    config: RunConfig | None, facts: Examined, found: Estimate | None, price: Price | None
+) -> list[Finding]:
+    """The store, and where there is a run, what its cadence means there."""
+    row = judge_mirror.mirror(facts.mirror, bool(config and config.mirror.without_lease))
+    if config is None or facts.mirror is None:
+        return [row]
+    run = judge_mirror.Run(
+        checkpoint_bytes(config, facts),
+        config.checkpoint.every,
+        config.training.total_steps,
+        config.training.batch_tokens / found.tokens_per_sec[0] if found else None,
+        checkpoint_s(config, facts),
+        config.mirror.every_s,
+        config.mirror.max_mb_per_s,
+        price.usd_per_hr if price else None,
+    )
+    return [row, judge_mirror.pace(facts.mirror, run)]
 
 
 # ------------------------------------------------------------------------------------------------------------

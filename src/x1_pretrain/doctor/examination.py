@@ -14,17 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from x1_pretrain.config import RunConfig
-from x1_pretrain.doctor import all_reduce, clock, disk, gpu, machine, services, trial
+from x1_pretrain.doctor import all_reduce, clock, disk, gpu, machine, mirror, services, trial
 from x1_pretrain.doctor.all_reduce import Attempt
 from x1_pretrain.doctor.disk import Disk
 from x1_pretrain.doctor.machine import Host
+from x1_pretrain.doctor.mirror import Visit
 from x1_pretrain.doctor.services import Alerts, Budget, Store
 from x1_pretrain.doctor.trial import Facts, Trial
 from x1_pretrain.model.flops import GPT2_VOCABULARY
 
 # Seconds at most, of a whole of 115; a shorter whole shrinks them alike.
 WHOLE_S = 115.0
-COMPUTE_S, DISK_S, DATA_S, MLFLOW_S = 35.0, 7.0, 20.0, 15.0
+COMPUTE_S, DISK_S, DATA_S, MLFLOW_S, MIRROR_S = 35.0, 7.0, 20.0, 15.0, 25.0
 GPU_S = 3.0  # more for each GPU after the first
 STEP_LEAST = 0.35  # of the whole
 HANG_S = 90.0  # for finding settings that work, once an all-reduce hangs
@@ -45,6 +46,7 @@ class Options:
     limit_s: float
     dated_files: tuple[Path, ...]  # known to exist before now
     environment: Mapping[str, str]
+    mirror: str | None = None  # where copies go, without a config
 
 
 @dataclass
@@ -60,6 +62,7 @@ class Examined:
     store: Store | None = None
     mlflow: Trial | None = None
     budget: Budget | None = None
+    mirror: Visit | None = None
     step: Trial | None = None
     attempts: list[Attempt] = field(default_factory=list)
     ranks: int = 1  # processes of the run
@@ -94,6 +97,11 @@ def examine(options: Options, say: Callable[[str], None]) -> Examined:
     say(f"the disk of {options.folder}")
     found.disk = disk.look(options.folder, DISK_S * scale)
     talk(options, found, say, scale)
+    if options.mirror or (options.config and options.config.mirror.uri):
+        say("the mirror")
+        found.mirror = mirror.look(
+            options.config, options.mirror, options.folder, MIRROR_S * scale, options.environment
+        )
     if options.config or options.data_dir:
         say("the data")
         found.data = data(options, found.ranks, DATA_S * scale)

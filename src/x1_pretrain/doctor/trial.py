@@ -43,8 +43,10 @@ def run(
     limit_s: float,
     environment: Mapping[str, str] | None = None,
     on_part: Callable[[str], None] = lambda _: None,
+    leave_s: float = 0.0,
 ) -> Trial:
-    """Run `python -m module` on `task` for at most `limit_s`."""
+    """Run `python -m module` on `task` for at most `limit_s`. `leave_s`: for a child that cleans up, however
+    it ends; it sees that its standard input is closed."""
     parts: dict[str, Facts] = {}
     with tempfile.TemporaryFile() as errors:
         child = subprocess.Popen(
@@ -60,7 +62,7 @@ def run(
             reader.start()
             trouble = _watch(child, task, limit_s)
         finally:
-            end_group(child)
+            leave(child, leave_s)
         reader.join(1.0)
         errors.seek(0)
         if trouble is None and child.returncode:
@@ -90,6 +92,18 @@ def _collect(out: IO[bytes], parts: dict[str, Facts], on_part: Callable[[str], N
             continue
         parts[name] = said
         on_part(name)
+
+
+def leave(child: subprocess.Popen[bytes], leave_s: float) -> None:
+    """End a child, which may first have so long to clean up."""
+    try:
+        if leave_s and child.stdin is not None:
+            with suppress(OSError):
+                child.stdin.close()
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(leave_s)
+    finally:
+        end_group(child)
 
 
 def end_group(child: subprocess.Popen[bytes]) -> None:
@@ -126,15 +140,19 @@ class Voice:
         os.write(self._descriptor, json.dumps({"part": part, **facts}).encode() + b"\n")
 
 
-def answered(answer: Callable[[Facts, Voice], None]) -> None:
-    """The whole life of a child: read the task, answer it, leave without waiting for any thread."""
+def answered(answer: Callable[[Facts, Voice], None], at_end: Callable[[], None] = lambda: None) -> None:
+    """The whole life of a child: read the task, answer it, leave without waiting for any thread. `at_end`:
+    what is done before it leaves in the middle, because the parent did or does not want to wait."""
     voice = Voice()
     task = json.loads(sys.stdin.readline())
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(at_end,), daemon=True).start()
     answer(task, voice)
     os._exit(0)
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(at_end: Callable[[], None]) -> None:
     sys.stdin.read()
-    os._exit(1)
+    try:
+        at_end()
+    finally:
+        os._exit(1)

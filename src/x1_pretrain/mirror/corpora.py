@@ -15,10 +15,11 @@ from typing import Any
 
 from x1_pretrain.mirror.head import DATA
 from x1_pretrain.mirror.sending import OtherContentError, Rate, StoppedError, hash_file, send_file
-from x1_pretrain.mirror.store import NotThereError, Store, StoreError
+from x1_pretrain.mirror.store import NotThereError, Store, StoreError, UnreachableError
 
 FILES = ("tokenizer.json", "val.idx.npy", "train.idx.npy", "val.bin", "train.bin")
 MANIFEST = "manifest.json"
+FOR_GOOD = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)  # else: tried again
 
 
 class CorpusSender:
@@ -34,6 +35,7 @@ class CorpusSender:
     ) -> None:
         self.whole = dict(whole)
         self.error: StoreError | None = None
+        self.failing = False  # nothing has arrived since the last error
         self.bad: dict[str, str] = {}  # names of corpora that can't be sent, and why; of the last try
         self._store, self._corpora, self._rate, self._on_change = store, dict(corpora), rate, on_change
         self._thread: threading.Thread | None = None
@@ -69,8 +71,10 @@ class CorpusSender:
         try:
             for name in self.left():
                 self._corpus(name, Path(self._corpora[name]))
+            self.failing = False
         except StoreError as error:
-            self.error = error
+            self.error, self.failing = error, True
+            return
         except StoppedError:
             return
         self._on_change()
@@ -85,8 +89,10 @@ class CorpusSender:
                     self._file(f"{place}/{file}", folder / file, hashes.get(file))
                 self._store.put(f"{place}/{MANIFEST}", manifest)
             self.whole[name] = tree["fingerprint"]
-        except (OSError, ValueError, LookupError, TypeError, OtherContentError) as error:
+        except (*FOR_GOOD, ValueError, LookupError, TypeError, OtherContentError) as error:
             self.bad[name] = str(error)
+        except OSError as error:
+            raise UnreachableError(f"{folder}: can't be read ({error.strerror})") from None
 
     def _has(self, key: str, size: int) -> bool:
         try:

@@ -19,14 +19,7 @@ from pathlib import Path
 
 from x1_pretrain.errors import RefusedError, UserError
 from x1_pretrain.mirror.head import CHUNK_BYTES
-from x1_pretrain.mirror.patience import (
-    FETCHES,
-    TELL_S,
-    Patience,
-    StoppedError,
-    UnusableError,
-    in_lanes,
-)
+from x1_pretrain.mirror.patience import TELL_S, Patience, StoppedError, UnusableError, in_lanes
 from x1_pretrain.mirror.store import NotThereError, Store, UnreachableError
 
 SYNC_BYTES = 64 << 20
@@ -158,7 +151,7 @@ class _Download:
     def fetch(self, file: _File, index: int) -> None:
         part = file.part
         start, end = part.span(index)
-        data = self._verified(part, index)
+        data = self._patience.insist(partial(self._verified, part, index))
         written = os.pwrite(file.descriptor, data, start)
         if written != end - start:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -166,14 +159,11 @@ class _Download:
             os.fdatasync(file.descriptor)  # the disk is busy while the others fetch, not afterwards
 
     def _verified(self, part: Part, index: int) -> bytearray:
-        for _ in range(FETCHES):
-            data = self._whole(part, *part.span(index))
-            if not part.chunks or hashlib.sha256(data).hexdigest() == part.chunks[index]:
-                return data
-        raise UnusableError(
-            f"{part.name} does not match its hash (bytes {part.span(index)[0]:,} to {part.span(index)[1]:,}, "
-            f"fetched {FETCHES} times)"
-        )
+        start, end = part.span(index)
+        data = self._whole(part, start, end)
+        if part.chunks and hashlib.sha256(data).hexdigest() != part.chunks[index]:
+            raise UnusableError(f"{part.name} does not match its hash (bytes {start:,} to {end:,})")
+        return data
 
     def _whole(self, part: Part, start: int, end: int) -> bytearray:
         """The bytes, in one read, or in smaller ones where connections do not last for that."""

@@ -6,6 +6,7 @@ import os
 import re
 import time
 from contextlib import closing
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def place_of(
         return Place(parse(mirror), endpoint), entries[0].name if entries else run
     listed = runs.look(entries[0].folder, time.time()) if entries else None
     found = mirror_of(entries[0].folder, listed.config) if entries and listed else None
-    return found if found else (None, run)
+    return (replace(found[0], endpoint=endpoint or found[0].endpoint), found[1]) if found else (None, run)
 
 
 def restore_there(store: Store, name: str, run_id: str | None) -> list[str]:
@@ -70,8 +71,12 @@ def age(text: str) -> float:
 
 def gc_here(folder: Path, age_s: float, yes: bool) -> int:
     freed, now = 0, datetime.now(UTC)
-    if yes:
-        trash.finish_deleting(folder)
+    for half in trash.half_deleted(folder):
+        size = sum(map(runs.bytes_below, trash.what_is_left(half)))
+        print(f"{half}  {gib(size)}  half deleted")
+        freed += size
+        if yes:
+            trash.finish_deleting(half)
     for entry in trash.entries(folder):
         if not trash.expired(entry, now, age_s):
             continue

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,14 @@ from typing import Any
 from x1_pretrain.errors import RefusedError
 from x1_pretrain.mirror.download import Part, download, held_bytes, in_words
 from x1_pretrain.mirror.head import Published
-from x1_pretrain.mirror.patience import LANES, PATIENCE_S, Patience, UnusableError, get_verified
+from x1_pretrain.mirror.patience import (
+    LANES,
+    PATIENCE_S,
+    Patience,
+    UnusableError,
+    get_verified,
+    told,
+)
 from x1_pretrain.mirror.store import Store
 from x1_pretrain.runtime.checkpoint_files import (
     FETCHING,
@@ -42,21 +49,23 @@ def fetch_checkpoint(
     *,
     lanes: int = LANES,
     patience_s: float = PATIENCE_S,
+    again_s: Sequence[float] | None = None,
 ) -> Path:
     """Make the checkpoint appear in `target_folder`, verified; a good one that is there already stays.
 
     `say` hears of the progress about once a second; what it raises ends the fetch. UnusableError: the mirror
-    does not have it any more, or has something else. RefusedError: no room. AwayError: the store is away.
+    does not have it any more, or has something else, and said so for a minute (`again_s`: the pauses before
+    it is asked again). RefusedError: no room. AwayError: the store is away.
     """
-    patience = Patience(patience_s)
+    patience, what = Patience(patience_s, again_s=again_s), f"checkpoint of step {published.step}"
     final = target_folder / folder_name(published.step)
     partial = target_folder / f"{FETCHING}{final.name}"
-    content = _content(store, run, published, patience)
+    content = told(lambda: _content(store, run, published, patience), patience, what, say)
     with in_words(partial):
         partial.mkdir(parents=True, exist_ok=True)
         _remove_others(partial, content.parts)
-        require_room(partial, content.parts, f"the checkpoint of step {published.step}")
-        download(store, content.parts, partial, f"checkpoint of step {published.step}", say, lanes, patience)
+        require_room(partial, content.parts, f"the {what}")
+        download(store, content.parts, partial, what, say, lanes, patience)
         _check_state(partial, content.manifest)
         (partial / MANIFEST).write_bytes(content.manifest_text)
         sync_file(partial / MANIFEST)

@@ -10,6 +10,7 @@ own first try. So what was sent is remembered by its hash, and whoever finds it 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -28,11 +29,12 @@ from x1_pretrain.mirror.claim import (
     hash_of,
     say_or_refuse,
 )
-from x1_pretrain.mirror.head import Head, State, decode, encode
+from x1_pretrain.mirror.head import Head, State, damaged, decode, encode
 from x1_pretrain.mirror.heads import head_key, look, read, silence_s, where, write
 from x1_pretrain.mirror.store import ChangedError, Store, UnreachableError
 
 TRIES = 5  # of one write, each after the head turned out to be another version of our own
+GONE_S, GONE_READS = 300.0, 4  # a head that stays away, or damaged, for so long and so many reads is gone
 
 
 class LostError(RefusedError):
@@ -51,10 +53,12 @@ class Lease:
     before: Head | None  # as it was found; None of a new run
     down_s: float | None  # the writer before had been silent for so long, by the store's clock
     released: bool = False
+    steady: Callable[[], float] = time.monotonic
     _sent: set[str] = field(default_factory=set)  # hashes of what may be in the store and is ours
     _beat: int = 0  # of the last thing sent, whether it went through or not: no two are alike
     _doubt: bool = False  # the last write may have gone through
     _leaving: bool = False  # the run may have been given back already
+    _missed: list[float] = field(default_factory=list)  # when the head could not be read, in a row
 
     @classmethod
     def claim(
@@ -78,7 +82,7 @@ class Lease:
             say_or_refuse(store, me.name, without_lease, say)
         won = Claim(store, me, sleep, steady, now_utc, say, wanted).win()
         head = decode(won.data, where(store, me.name))
-        lease = cls(store, me, now_utc, head, won.etag, won.base.head, won.base.down_s)
+        lease = cls(store, me, now_utc, head, won.etag, won.base.head, won.base.down_s, steady=steady)
         lease._sent = {hash_of(won.data)}
         return lease
 
@@ -102,11 +106,22 @@ class Lease:
         if not self._doubt:
             return
         data, meta = read(self.store, self.me.name) or (None, None)
-        if data is None or meta is None or hash_of(data) not in self._sent:
+        if data is None or meta is None or damaged(data):
+            raise self._missing(data)
+        self._missed.clear()
+        if hash_of(data) not in self._sent:
             raise LostError(lease_words.lost(self.store, self.head, data))
         if meta.etag != self.etag:
             self._own(decode(data, where(self.store, self.me.name)), data, meta.etag)
         self._doubt = False
+
+    def _missing(self, data: bytes | None) -> LostError | UnreachableError:
+        """A store says so now and then of what is there: it is believed when it says nothing else for long."""
+        self._missed.append(self.steady())
+        if len(self._missed) >= GONE_READS and self._missed[-1] - self._missed[0] >= GONE_S:
+            return LostError(lease_words.lost(self.store, self.head, data))
+        why = "is not there" if data is None else "came damaged"
+        return UnreachableError(f"{where(self.store, self.me.name)}: {why}; asked again")
 
     def publish(self, new_head: Head) -> Head:
         """Put `new_head` in place of the last one; what was published, with its writer and beat, is returned.

@@ -242,6 +242,8 @@ def standing(head: Head, silence: float | None) -> tuple[str, str]:
     if writer.state == "writing":
         if silence is None or silence <= writer.stale_s:
             return "running", ""
+        if said == "finished":
+            return "finished", ""
         return "died", f"not heard of for {_span(silence)} on {writer.host}"
     if said == "finished" or writer.why.startswith("finished"):
         return "finished", ""

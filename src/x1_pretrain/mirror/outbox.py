@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import BinaryIO
 
 from x1_pretrain.mirror.head import CHUNK_BYTES, Published
@@ -30,7 +31,7 @@ from x1_pretrain.mirror.sending import (
     hash_file,
     send_file,
 )
-from x1_pretrain.mirror.store import NotThereError, Store, StoreError
+from x1_pretrain.mirror.store import NotThereError, Store, StoreError, UnreachableError
 from x1_pretrain.records.metrics import utc_now
 from x1_pretrain.runtime.checkpoint_files import folder_name
 
@@ -58,6 +59,7 @@ class Outbox:
 
     def __init__(self, store: Store, run: str, rate: Rate, on_change: Callable[[], None]) -> None:
         self.error: StoreError | None = None  # of the last try
+        self.failing = False  # nothing has arrived since the last error
         self._store, self._run, self._rate, self._on_change = store, run, rate, on_change
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
@@ -80,13 +82,15 @@ class Outbox:
         self._thread = threading.Thread(target=self._work, args=(parcel,), name="x1-send", daemon=True)
         self._thread.start()
 
-    def take(self) -> Parcel | None:
-        """What was sent, or turned out bad; once."""
+    def ready(self) -> Parcel | None:
+        """What was sent, or turned out bad; until it is forgotten."""
         if self.busy or self.parcel is None or not (self.parcel.published or self.parcel.bad):
             return None
-        parcel, self.parcel = self.parcel, None
-        self._begun = {}
-        return parcel
+        return self.parcel
+
+    def forget(self) -> None:
+        """What is ready: the head in the store knows of it."""
+        self.parcel, self._begun = None, {}
 
     def void(self, step: int) -> None:
         """Training went back to `step`: what is newer is not to be published."""
@@ -107,11 +111,18 @@ class Outbox:
             parcel.bad = str(error)
         except StoreError as error:
             self.error = error
-        except (FileNotFoundError, StoppedError):
-            pass  # it is gone from the disk, or nobody wants it any more
-        except OSError as error:
-            parcel.bad = f"can't be read ({error.strerror})"
-        self._on_change()
+        except FileNotFoundError as error:
+            if parcel.local.path.exists():  # else all of it is gone from the disk
+                parcel.bad = f"{Path(error.filename).name} is missing"
+        except StoppedError:
+            pass  # nobody wants it any more
+        except OSError as error:  # too many open files, a disk that stumbled: not the checkpoint's fault
+            self.error = UnreachableError(f"{parcel.local.path}: can't be read ({error.strerror})")
+        if parcel.published or parcel.bad:
+            self.failing = False
+            self._on_change()
+        elif self.error:
+            self.failing = True  # said at the next look, which is not hastened by it
 
     def _send(self, parcel: Parcel) -> Published:
         local = parcel.local

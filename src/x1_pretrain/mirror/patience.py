@@ -20,11 +20,12 @@ PATIENCE_S = 300.0  # without a byte for so long: the store is away
 LONGEST_WAIT_S = 15.0
 LANES = 8  # reads at the same time
 TELL_S = 1.0  # between two words on how far it is
-FETCHES = 2  # of a piece that does not match its hash
+AGAIN_S = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)  # before what is not there, or damaged, is asked for again
 
 
 class UnusableError(Exception):
-    """What the mirror says it has is gone, or is not what was sent; trying again will not help."""
+    """What the mirror says it has is not there, or is not what was sent. A gateway says so now and then of
+    what is whole: only after it said so for a while it is so."""
 
 
 class AwayError(UserError):
@@ -45,9 +46,11 @@ class Patience:
         limit_s: float = PATIENCE_S,
         clock: Callable[[], float] = time.monotonic,
         stop: threading.Event | None = None,
+        again_s: Sequence[float] | None = None,
     ) -> None:
         self.stop = stop or threading.Event()
         self._limit_s, self._clock = limit_s, clock
+        self._again_s = AGAIN_S if again_s is None else again_s
         self._alive = clock()
         self.trouble = ""  # why nothing comes now
 
@@ -80,17 +83,47 @@ class Patience:
             self.came()
             return found
 
+    def insist(self, attempt: Callable[[], T], hurry: bool = False) -> T:
+        """What `attempt` gives, tried again for about a minute while it finds UnusableError; in a `hurry`
+        once more."""
+        for pause_s in self._again_s[: 1 if hurry else None]:
+            try:
+                return attempt()
+            except UnusableError as error:
+                self._pause(pause_s, f"{error}; asking again")
+        return attempt()
 
-def get_verified(store: Store, key: str, sha256: str, patience: Patience) -> bytes:
+    def _pause(self, seconds: float, why: str) -> None:
+        """The others may read meanwhile, and nobody else says then what is waited for."""
+        while seconds > 0:
+            self._alive, self.trouble = self._clock(), why  # it answers
+            if self.stop.wait(min(seconds, TELL_S)):
+                raise StoppedError
+            seconds -= TELL_S
+
+
+def get_verified(store: Store, key: str, sha256: str, patience: Patience, hurry: bool = False) -> bytes:
     """A small object that must have this hash."""
-    for _ in range(FETCHES):
+
+    def attempt() -> bytes:
         try:
-            data, _meta = patience.ask(lambda: store.get(key))
+            data, _ = patience.ask(lambda: store.get(key))
         except NotThereError:
             raise UnusableError(f"{key} is not in the mirror any more") from None
-        if hashlib.sha256(data).hexdigest() == sha256:
-            return data
-    raise UnusableError(f"{key} does not match its hash")
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise UnusableError(f"{key} does not match its hash")
+        return data
+
+    return patience.insist(attempt, hurry)
+
+
+def told(call: Callable[[], T], patience: Patience, what: str, say: Callable[[str], None]) -> T:
+    """What `call` gives, with a word each second on what it waits for."""
+
+    def tell() -> None:
+        say(f"fetching the {what}" + (f"; waiting: {patience.trouble}" if patience.trouble else ""))
+
+    return in_lanes([call], patience.stop, tell)[0]
 
 
 def in_lanes(
@@ -126,5 +159,5 @@ def in_lanes(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def get_object(store: Store, run: str, item: Object, patience: Patience) -> bytes:
-    return get_verified(store, f"{run}/{item.path}", item.sha256, patience)
+def get_object(store: Store, run: str, item: Object, patience: Patience, hurry: bool = False) -> bytes:
+    return get_verified(store, f"{run}/{item.path}", item.sha256, patience, hurry)

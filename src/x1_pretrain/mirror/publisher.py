@@ -11,11 +11,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from x1_pretrain.mirror.cleaning import clean, paths
+from x1_pretrain.mirror.choosing import given_up
+from x1_pretrain.mirror.cleaning import SKIPPED, clean, paths
 from x1_pretrain.mirror.corpora import CorpusSender
 from x1_pretrain.mirror.head import Head, Published
 from x1_pretrain.mirror.job import Job, Status
@@ -24,7 +25,8 @@ from x1_pretrain.mirror.outbox import Outbox, Parcel, path_of
 from x1_pretrain.mirror.records import Records
 from x1_pretrain.mirror.sending import Rate
 from x1_pretrain.mirror.small_files import SmallFiles
-from x1_pretrain.mirror.store import Store, StoreError
+from x1_pretrain.mirror.store import DeniedError, Store, StoreError, UnreachableError
+from x1_pretrain.records.metrics import read_rows
 from x1_pretrain.records.summary import Summary
 from x1_pretrain.runtime.retention import kept
 
@@ -50,7 +52,6 @@ class Identity:
     from_step: int = 0
     fingerprints: list[str] = field(default_factory=list)
     step_fields: dict[str, Any] = field(default_factory=dict)
-    goes_on: bool = False  # the same trainer's mirror before this one published on
 
 
 class Publisher:
@@ -81,10 +82,12 @@ class Publisher:
         self.news: list[str] = []  # lines for the run's events
         self._bad: set[str] = set()  # manifests whose checkpoints are not what they say
         self._told: set[str] = set()  # corpora that can't be sent
-        self._gone_back = [] if identity.goes_on else [identity.from_step]
+        self._gone_back = [] if job.goes_on else [identity.from_step]
+        self._resumed_at = None if job.goes_on else identity.from_step  # until the first head of this session
         self._went_back = False  # training did, at the last look
         self._unsent_since: dict[str, float] = {}
         self._dropped: set[str] = set()  # paths that no head may name any more
+        self._undeleted = False  # the store refused to delete, it was told
         self._copies: tuple[str, dict[tuple[str, str], str]] = ("", {})
 
     # --- one look ------------------------------------------------------------------------------------------
@@ -96,15 +99,22 @@ class Publisher:
         if here is None:
             self.lease.publish(self.lease.head)
             return self.status()
-        sent = None if self.behind else self.outbox.take()
+        sent = None if self.behind else self.outbox.ready()
         head = self._publish(self._next_head(here, sent))
-        self._delete_dropped(head)
+        if sent:
+            self.outbox.forget()
         failed = self.outbox.error or self.corpora.error
         self._feed(head, here)
         self._feed_corpora()
+        self._delete_dropped(head)
         if failed:
             raise failed
         return self.status()
+
+    @property
+    def failing(self) -> bool:
+        """What is large did not arrive at the last try, whatever else works."""
+        return self.outbox.failing or self.corpora.failing
 
     def _follow(self) -> dict[int, Local] | None:
         """Send what is new but the checkpoints; those that were here all the while. None if training went
@@ -144,7 +154,7 @@ class Publisher:
     def _next_head(self, here: Mapping[int, Local], sent: Parcel | None) -> Head:
         head = self.lease.head
         published = surviving(head.checkpoints, here, self._gone_back)
-        if sent and sent.bad:
+        if sent and sent.bad and sent.local.manifest_sha256 not in self._bad:
             self._bad.add(sent.local.manifest_sha256)
             self.news.append(f"checkpoint {sent.local.path}: {sent.bad}; it is not mirrored")
         if sent and (sent.bad or sent.void):
@@ -159,7 +169,7 @@ class Publisher:
             run_id=self.identity.run_id or head.run_id,
             step_fields=self.identity.step_fields or head.step_fields,
             fingerprints=self.identity.fingerprints or head.fingerprints,
-            checkpoints=sorted((one for one in published if one.step in keep), key=lambda one: one.step),
+            checkpoints=sorted((one for one in published if one.step in keep | here.keys()), key=lambda one: one.step),
             records=self.records.pieces(),
             files=dict(sorted(self.files.objects.items())),
             data=head.data | self.corpora.whole,
@@ -174,17 +184,45 @@ class Publisher:
         )
 
     def _publish(self, new: Head) -> Head:
-        self._dropped |= paths(self.lease.head) - paths(new)
+        self._dropped |= paths(self.lease.head) - paths(new) - self._skipped(new)
         head = self.lease.publish(new)
         self._gone_back = []
         return head
 
+    def _skipped(self, new: Head) -> set[str]:
+        """Paths of checkpoints that the resume passed over, for whatever reason, and that no rewind gave up:
+        the run goes on without them, but they stay where they are."""
+        if self._resumed_at is None:
+            return set()
+        rows = read_rows(self.folder / "events.jsonl")
+        gone = given_up(row for row in rows if row.get("event") in ("checkpoint", "rewind"))
+        named = paths(new)
+        over = [one for one in self.lease.head.checkpoints if one.step > self._resumed_at]
+        over = [one for one in over if one.step not in gone and one.path not in named]
+        for one in over:
+            key = f"{self.job.name}/{SKIPPED.format(space=self.space)}/{one.path}"
+            self.store.put(key, json.dumps(asdict(one)).encode())
+            self.news.append(
+                f"the mirrored checkpoint of step {one.step} was passed over and is no longer the run's; its "
+                f"objects stay in {self.store.label}/{self.job.name}/{one.path}"
+            )
+        self._resumed_at = None
+        return {one.path for one in over}
+
     def _delete_dropped(self, head: Head) -> None:
-        """Only what the head in the store does not name any more."""
+        """Only what the head in the store does not name any more. A store that does not let go of it is no
+        reason to send nothing to it."""
         run, doomed = self.job.name, self._dropped - paths(head)
-        for path in sorted(doomed):
-            self.store.delete([f"{run}/{path}"] if not _is_folder(path) else self._keys_below(path))
-            self._dropped.discard(path)
+        try:
+            for path in sorted(doomed):
+                self.store.delete([f"{run}/{path}"] if not _is_folder(path) else self._keys_below(path))
+                self._dropped.discard(path)
+        except DeniedError as error:
+            if not self._undeleted:
+                self._undeleted = True
+                self.news.append(f"what the mirror no longer needs can't be removed from it: {error}")
+        except UnreachableError:
+            return  # the next look tries again
 
     def _keys_below(self, path: str) -> list[str]:
         return [meta.key for meta in self.store.below(f"{self.job.name}/{path}")]
@@ -200,9 +238,11 @@ class Publisher:
         return sorted(lacking, key=lambda one: -one.step)
 
     def _feed(self, head: Head, here: Mapping[int, Local]) -> None:
-        if self.outbox.busy:
+        if self.outbox.busy or self.outbox.ready():
             return
-        for local in self.wanted(head, here)[:1]:
+        lacking = self.wanted(head, here)
+        self.outbox.failing = self.outbox.failing and bool(lacking)
+        for local in lacking[:1]:
             named = paths(head) | self._dropped
             path = path_of(self.space, local, named.__contains__)
             if (before := self.outbox.parcel) and before.local.manifest_sha256 != local.manifest_sha256:

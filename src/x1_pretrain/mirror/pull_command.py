@@ -35,12 +35,16 @@ from x1_pretrain.mirror.restore import records_back, remove_partial
 from x1_pretrain.mirror.restored_records import Source, restore_files
 from x1_pretrain.mirror.state import MirrorState, folder_id, read_state, write_state
 from x1_pretrain.mirror.store import Store, StoreError
+from x1_pretrain.money.ledger import NAME as LEDGER
 from x1_pretrain.records.metrics import read_rows
+from x1_pretrain.records.run_folder import parse_row
 from x1_pretrain.runtime.checkpoint_files import folder_name, verify_folder
 from x1_pretrain.runtime.lock import lock_folder
 
 PATIENCE_S = 120.0
 PULLED = "pulled"  # why mirror.json was written: what is in such a folder is the mirror's
+PULLED_HOME = "pulled into the folder that it was launched from"  # but for what its guard wrote there
+GUARDS = ("STOP.json", "guard.json", "termination.json")
 Say = Callable[[str], None]
 
 
@@ -93,16 +97,19 @@ def newest(
 
 def pull_run(store: Store, head: Head, uri: str, output: Path, weights: bool, say: Say) -> None:
     """Make `output` the run as the mirror has it. What only `output` has stays, apart."""
-    refuse_another_run(output, head)
+    source = Source(store, head, Patience(PATIENCE_S), say)
+    if launched_here(output):
+        refuse_another_ledger(output, source)
+    else:
+        refuse_another_run(output, head)
+    before = what_it_is(output)
     output.mkdir(parents=True, exist_ok=True)
     lock = lock_folder(output)
     try:
-        source = Source(store, head, Patience(PATIENCE_S), say)
         whose = standing(output, head)
         notes = records_back(source, output, output / "checkpoints", whose)
-        pulled = (state := read_state(output)) is not None and state.why == PULLED
-        if pulled or not whose.ours:
-            notes += restore_files(source, output, replace=True)
+        if before or not whose.ours:
+            notes += files_back(source, output, home=before == PULLED_HOME)
         for note in notes:
             print(note)
         if weights:
@@ -111,10 +118,49 @@ def pull_run(store: Store, head: Head, uri: str, output: Path, weights: bool, sa
             if newest(store, head, output / "checkpoints", gone, say) is None:
                 print(f"{head.name}: has no checkpoint in the mirror yet")
             remove_partial(output / "checkpoints")
-        if pulled or not whose.ours:
-            remember(store, head, uri, output)
+        if before or not whose.ours:
+            remember(store, head, uri, output, before or PULLED)
     finally:
         lock.close()
+
+
+def what_it_is(output: Path) -> str | None:
+    """Why its mirror.json was, or will be, written, where what is in it is the mirror's."""
+    state = read_state(output)
+    if launched_here(output):
+        return PULLED_HOME
+    return state.why if state and state.why in (PULLED, PULLED_HOME) else None
+
+
+def files_back(source: Source, output: Path, home: bool) -> list[str]:
+    """The small files, in place of those here; but what a guard at home wrote stays."""
+    keep = [name for name in GUARDS if home and (output / name).exists()]
+    files = {name: item for name, item in source.head.files.items() if name not in keep}
+    return restore_files(replace(source, head=replace(source.head, files=files)), output, replace=True)
+
+
+def launched_here(output: Path) -> bool:
+    """A folder with the money of a run that is on a rented machine, and nothing else of it."""
+    own = ("config.yaml", "manifest.json", "events.jsonl", "metrics.jsonl")
+    return (output / LEDGER).is_file() and not any((output / name).exists() for name in own)
+
+
+def refuse_another_ledger(output: Path, source: Source) -> None:
+    """A launch that the mirrored run's ledger knows nothing of was another run's."""
+    here = (output / LEDGER).read_bytes()
+    there = source.content(LEDGER, here)[0] if LEDGER in source.head.records else b""
+    if not launches(here) & launches(there):
+        raise RefusedError(
+            f"{output}: holds the ledger of another run, or of a launch that has not come to the mirror yet; "
+            "name another --output"
+        )
+
+
+def launches(ledger: bytes) -> set[str]:
+    """The tags of its machines."""
+    found = (parse_row(line) or {} for line in ledger.split(b"\n"))
+    begun = (row.get("tag") for row in found if row.get("event") in ("intent", "adopted"))
+    return {tag for tag in begun if isinstance(tag, str)}
 
 
 def refuse_another_run(output: Path, head: Head) -> None:
@@ -140,7 +186,7 @@ def run_id_of(file: Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def remember(store: Store, head: Head, uri: str, output: Path) -> None:
+def remember(store: Store, head: Head, uri: str, output: Path, why: str) -> None:
     """Which state of the run this folder has, for whoever trains in it one day."""
     address, _ = run_address(uri)
     own = head.epochs[-1] if head.epochs else None
@@ -152,7 +198,7 @@ def remember(store: Store, head: Head, uri: str, output: Path) -> None:
         epoch=own.epoch if own else 0,
         token=own.token if own else "",
         state="released",
-        why=PULLED,
+        why=why,
         mirrored=[one.step for one in head.checkpoints],
     )
     write_state(output, state)

@@ -35,6 +35,7 @@ class Followed:
     end: int = 0  # bytes in the pieces
     seam: bytes | None = None  # the bytes before `end`; None: not compared with the local file yet
     stamp: tuple[int, int, int] | None = None  # of the local file as all its lines were sent
+    owed: int = 0  # bytes that a head has named: what was cut off is sent again up to there, however long
 
     def cut(self, count: int) -> None:
         del self.pieces[count:]
@@ -137,20 +138,23 @@ class Records:
         if file.stamp == stamp:
             return True
         if not self._continues(file, local, size):
+            if file.pieces and enough():
+                return False
+            file.owed = max(file.owed, file.end)
             self._go_back(name, file, local, size)
         while True:
             last = file.pieces[-1] if file.pieces else None
             begin = file.end - last.bytes if last and last.bytes < PIECE_BYTES else file.end
-            lines = _lines(local, begin, size)
+            lines = _lines(local, begin, size, file.end)
             if begin + len(lines) <= file.end:
                 break
-            if enough():
+            if file.end >= file.owed and enough():
                 return False
             self._learn(name, lines[file.end - begin :])
             piece = self._send(name, begin, lines, store, rate)
             file.pieces[len(file.pieces) - (begin < file.end) :] = [piece]
             file.end, file.seam = begin + len(lines), lines[-SEAM_BYTES:]
-        file.stamp = stamp
+        file.stamp, file.owed = stamp, 0
         return True
 
     def _continues(self, file: Followed, local: BinaryIO, size: int) -> bool:
@@ -198,11 +202,11 @@ def _common(pieces: Iterable[Object], local: BinaryIO, size: int) -> Iterator[by
         yield data
 
 
-def _lines(local: BinaryIO, begin: int, size: int) -> bytes:
-    """Complete lines from `begin`, no more than a backlog's piece, unless one line is longer."""
+def _lines(local: BinaryIO, begin: int, size: int, past: int) -> bytes:
+    """Complete lines from `begin`, no more than a backlog's piece, unless that does not reach beyond `past`."""
     local.seek(begin)
     data = local.read(min(BACKLOG_BYTES, size - begin))
-    if b"\n" not in data and begin + len(data) < size:
+    if begin + data.rfind(b"\n") + 1 <= past and begin + len(data) < size:
         data += local.read(size - begin - len(data))
     return data[: data.rfind(b"\n") + 1]
 

@@ -12,10 +12,11 @@ from pathlib import Path
 
 from x1_pretrain.errors import RefusedError, UserError
 from x1_pretrain.mirror import trash as mirror_trash
-from x1_pretrain.mirror.address import run_address
+from x1_pretrain.mirror.address import Address, run_address
 from x1_pretrain.mirror.head import Head
 from x1_pretrain.mirror.lease import look
 from x1_pretrain.mirror.listing import Place, mirror_of, of_head
+from x1_pretrain.mirror.state import read_state
 from x1_pretrain.mirror.store import Meta, Store, StoreError
 from x1_pretrain.records import runs, runs_table, trash
 from x1_pretrain.records.run_folder import read_json
@@ -26,13 +27,14 @@ from x1_pretrain.runtime.checkpoint_files import list_checkpoints
 from x1_pretrain.runtime.lock import lock_folder
 
 # What a checkpoint folder may hold and still be one run's alone
-OWN_NAMES = re.compile(r"(\.?[a-z-]*step-\d+.*|latest|\.latest-new|lock|\.lock-probe-.*)")
+OWN_NAMES = re.compile(r"(\.?[a-z0-9-]*step-\d+.*|latest|\.latest-new|lock|\.lock-probe-.*)")
 
 
 @dataclass(frozen=True)
 class Mirrored:
     """The run in a mirror, as it was found."""
 
+    place: Place
     store: Store
     head: Head
     meta: Meta
@@ -84,16 +86,18 @@ def find_folder(text: str, runs_folder: Path) -> Path | None:
 
 
 def where_mirrored(
-    text: str, folder: Path | None, listed: Listed | None, mirror: Place | None
+    text: str, folder: Path | None, listed: Listed | None, mirror: Address | None, endpoint: str | None
 ) -> tuple[Place, str] | None:
     """The mirror that would have a copy, and the run's name there."""
     if "://" in text:
         address, name = run_address(text)
-        return Place(address, mirror.endpoint if mirror else None), name
+        return Place(address, endpoint), name
     own = mirror_of(folder, listed.config) if folder and listed else None
+    if own and mirror in (None, own[0].address):
+        return replace(own[0], endpoint=endpoint or own[0].endpoint), own[1]
     if mirror is None:
-        return own
-    return mirror, own[1] if own else (listed.name if listed else text)
+        return None
+    return Place(mirror, endpoint), own[1] if own else (listed.name if listed else text)
 
 
 def mirrored(place: Place, name: str) -> Mirrored | None:
@@ -102,7 +106,7 @@ def mirrored(place: Place, name: str) -> Mirrored | None:
     found = look(store, name)
     if found is None or found[0].writer.state == "trashed":
         return None
-    return Mirrored(store, *found, of_head(store, name, *found, store.now()))
+    return Mirrored(place, store, *found, of_head(store, name, *found, store.now()))
 
 
 def checkpoints_elsewhere(folder: Path, listed: Listed) -> tuple[Path | None, str | None]:
@@ -140,27 +144,43 @@ def _another_run(place: Path, run_id: str | None) -> str | None:
 
 
 def plan_removal(
-    text: str, mirror: Place | None, only: str | None, runs_folder: Path, held: ExitStack
+    text: str,
+    mirror: Address | None,
+    endpoint: str | None,
+    only: str | None,
+    runs_folder: Path,
+    held: ExitStack,
 ) -> Removal:
     """What would go. Locks the folders of it, and refuses a run that goes on."""
     folder = None if "://" in text else find_folder(text, runs_folder)
     listed = runs.look(folder, time.time()) if folder else None
-    where = where_mirrored(text, folder, listed, mirror)
+    where = where_mirrored(text, folder, listed, mirror, endpoint)
     if folder is None and where is None:
         raise UserError(
             f"{text}: no run folder, and none under {runs_folder}/; `x1 runs` lists them; one only in "
             "a mirror is named by its URI"
         )
-    copy = _asked(*where, only) if where else None
-    planned = Removal(copy.listed.name if copy else listed.name if listed else text, notes=())
-    if copy and listed and listed.run_id and copy.head.run_id and listed.run_id != copy.head.run_id:
-        planned = replace(planned, notes=(f"{copy.listed.mirror} is another run of this name, and stays",))
-        copy = None
-    if copy:
+    copy, note = _asked(*where, only) if where else (None, None)
+    planned = Removal(copy.listed.name if copy else listed.name if listed else text)
+    if copy and folder and listed and _is_another(copy.head, folder, listed):
+        note, copy = f"{copy.listed.mirror} is another run of this name, and stays", None
+    if copy and only != "here":
         _refuse_alive(copy)
-    if folder and listed:
+    if folder and only != "mirror":
+        trash.refuse_link(folder)
+    if folder:
         lock(folder, held)
-    return _divided(planned, listed, folder, copy, only, held)
+    return _divided(replace(planned, notes=(note,) if note else ()), listed, folder, copy, only, held)
+
+
+def _is_another(head: Head, folder: Path, listed: Listed) -> bool:
+    """Whether the mirror's run has only its name in common with the folder's. Where an id is not known they
+    are one run only if the folder was once its writer."""
+    if listed.run_id and head.run_id:
+        return listed.run_id != head.run_id
+    state = read_state(folder)
+    wrote = [(head.writer.epoch, head.writer.token), *((one.epoch, one.token) for one in head.epochs)]
+    return state is None or (state.epoch, state.token) not in wrote
 
 
 def _divided(
@@ -172,35 +192,41 @@ def _divided(
     held: ExitStack,
 ) -> Removal:
     """What of the two copies goes and what stays."""
-    stays = []
+    stays, here, there = [], listed.good_here if listed else None, copy.listed.good_mirror if copy else None
     if folder and listed and only != "mirror":
         elsewhere, note = checkpoints_elsewhere(folder, listed)
         if elsewhere:
             lock(elsewhere, held)
         planned = replace(planned, here=listed, folder=folder, checkpoints=elsewhere)
         planned = replace(planned, name=listed.name, notes=(*planned.notes, *([note] if note else [])))
-    elif folder and listed and _complete(listed.good_here, listed):
+    elif folder and _complete(here, there):
         stays.append(str(folder))
     if copy and only != "here":
         planned = replace(planned, mirrored=copy)
-    elif copy and _complete(copy.listed.good_mirror, listed or copy.listed):
+    elif copy and _complete(there, here):
         stays.append(str(copy.listed.mirror))
     if planned.here is None and planned.mirrored is None:
-        raise UserError(f"{planned.name}: there is no copy {'in a mirror' if only == 'mirror' else 'here'}")
+        why = f" ({planned.notes[0]})" if planned.notes else ""
+        place = "in a mirror" if only == "mirror" else "here"
+        raise UserError(f"{planned.name}: there is no copy {place}{why}")
     return replace(planned, stays=tuple(stays))
 
 
-def _complete(good: int | None, listed: Listed) -> bool:
-    """Whether a copy has the newest good checkpoint of the run."""
-    newest = max((s for s in (listed.good_here, listed.good_mirror) if s is not None), default=None)
-    return good is not None and newest is not None and good >= newest
+def _complete(good: int | None, other: int | None) -> bool:
+    """Whether a copy has the newest good checkpoint of the run; `other` is that of the other copy."""
+    return good is not None and True
 
 
-def _asked(place: Place, name: str, only: str | None) -> Mirrored | None:
+def _asked(place: Place, name: str, only: str | None) -> tuple[Mirrored | None, str | None]:
+    """The copy in the mirror; or what is to be said where it can't be asked, and need not be."""
     try:
-        return mirrored(place, name)
-    except StoreError as error:
-        hint = "" if only == "here" else "; `--only here` moves what is here and leaves the mirror"
+        return mirrored(place, name), None
+    except (StoreError, UserError) as error:
+        if only == "here":
+            return None, f"not known whether {place.address} has a copy ({error})"
+        if isinstance(error, UserError):
+            raise
+        hint = "; `--only here` moves what is here and leaves the mirror"
         raise RefusedError(f"{place.address}: not known whether it has a copy ({error}){hint}") from None
 
 
@@ -226,13 +252,18 @@ def lock(folder: Path, held: ExitStack) -> None:
 # Refusing
 
 
-def refuse_parent(removal: Removal, others: Sequence[Listed]) -> None:
-    """RefusedError if other runs began from this one."""
+def refuse_parent(removal: Removal, others: Sequence[Listed], unknown: Sequence[str]) -> None:
+    """RefusedError if other runs began from this one, or if that can't be known: `unknown` says why."""
     if found := runs.descendants(removal.run_id, others):
         named = ", ".join(sorted({one.folder or one.mirror or one.name for one in found}))
         raise RefusedError(
             f"{removal.name}: other runs began from it ({named}); they are explained by it, so it stays; "
             "move them to the trash first"
+        )
+    if unknown and removal.run_id:
+        hint = "`--only here` goes on without" if removal.folder else "try again when it answers"
+        raise RefusedError(
+            f"{removal.name}: not known whether other runs began from it ({'; '.join(unknown)}); {hint}"
         )
 
 

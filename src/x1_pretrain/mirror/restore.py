@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,9 +19,10 @@ from x1_pretrain.errors import RefusedError, UserError
 from x1_pretrain.mirror.address import parse
 from x1_pretrain.mirror.choosing import MARKER, Candidate, Standing, candidates, given_up, losing, standing
 from x1_pretrain.mirror.fetch import fetch_checkpoint
-from x1_pretrain.mirror.head import Head
+from x1_pretrain.mirror.head import NAME, Head, Published
+from x1_pretrain.mirror.heads import look
+from x1_pretrain.mirror.identity import refuse_another_run, refuse_checkpoints_of_another
 from x1_pretrain.mirror.job import Job
-from x1_pretrain.mirror.lease import look
 from x1_pretrain.mirror.opened import open_store
 from x1_pretrain.mirror.patience import PATIENCE_S, Patience, UnusableError
 from x1_pretrain.mirror.restored_corpora import fetch_corpora, refuse_other_corpora
@@ -30,10 +31,11 @@ from x1_pretrain.mirror.restored_records import (
     fill_in,
     restore_files,
     restore_ledger,
+    rows_that_lack,
     take_over,
     write_whole,
 )
-from x1_pretrain.mirror.store import Store, StoreError
+from x1_pretrain.mirror.store import NotThereError, Store, StoreError
 from x1_pretrain.records.metrics import read_rows
 from x1_pretrain.runtime.checkpoint_files import FETCHING, sync_directory, verify_folder
 
@@ -51,7 +53,15 @@ class Restored:
     last_step: int | None = None  # of which the writer before published anything
 
 
-def restore(job: Job, head: Head, store: Store, say: Say, *, patience_s: float = PATIENCE_S) -> Restored:
+def restore(
+    job: Job,
+    head: Head,
+    store: Store,
+    say: Say,
+    *,
+    patience_s: float = PATIENCE_S,
+    again_s: Sequence[float] | None = None,
+) -> Restored:
     """Put into the run folder what is newer in the mirror. `head` is the one that our claim published.
 
     RefusedError: another run, another config, other data, no room, or nothing to go on from; before a byte is
@@ -59,22 +69,31 @@ def restore(job: Job, head: Head, store: Store, say: Say, *, patience_s: float =
     it.
     """
     folder, checkpoints = Path(job.folder), Path(job.checkpoints)
-    refuse_another_run(job, head, store)
+    where = f"{store.label}/{head.name}"
+    refuse_another_run(head, where, folder, job.run_id)
+    refuse_another_config(job, head, where)
+    refuse_checkpoints_of_another(checkpoints, where, head.run_id or job.run_id)
     refuse_other_corpora(job.corpora, head, store)
     began = time.monotonic()
     whose = standing(folder, head)
-    source = Source(store, head, Patience(patience_s), say)
+    source = Source(store, head, Patience(patience_s, again_s=again_s), say)
     notes = records_back(source, folder, checkpoints, whose)
-    chosen, skipped = checkpoint_back(store, head, folder, checkpoints, whose.ours, say, patience_s)
+
+    def fetch(one: Published) -> None:
+        fetch_checkpoint(store, head.name, one, checkpoints, say, patience_s=patience_s, again_s=again_s)
+
+    chosen, skipped = checkpoint_back(where, head, folder, checkpoints, whose.ours, fetch)
     notes += skipped
     fetched = chosen.published if chosen and chosen.published else None
-    size = fetch_corpora(store, job.corpora, head, say, notes, patience_s) + (fetched.bytes if fetched else 0)
+    size = fetched.bytes if fetched else 0
+    size += fetch_corpora(store, job.corpora, head, say, notes, patience_s, again_s)
     seconds = time.monotonic() - began
     if fetched:
         notes.append(
-            f"fetched the checkpoint of step {fetched.step} from {store.label}/{head.name}: "
+            f"fetched the checkpoint of step {fetched.step} from {where}: "
             f"{size / 2**20:,.1f} MiB in {seconds:.1f} s"
         )
+        notes += rows_that_lack(folder, head, fetched.step)
     return Restored(notes, fetched.step if fetched else None, size, seconds, last_step(head))
 
 
@@ -84,16 +103,10 @@ def last_step(head: Head) -> int | None:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Is it this run
+# Is it the same training
 
 
-def refuse_another_run(job: Job, head: Head, store: Store) -> None:
-    where = f"{store.label}/{head.name}"
-    if job.run_id and head.run_id and job.run_id != head.run_id:
-        raise RefusedError(
-            f"{where}: holds the run {head.run_id}, and {job.folder} is the run {job.run_id}; give one of "
-            "them another name (`name` of the config), or move the mirrored one to the trash (`x1 runs rm`)"
-        )
+def refuse_another_config(job: Job, head: Head, where: str) -> None:
     if not head.step_fields:
         return
     theirs, ours = dict(head.step_fields), dict(job.step_fields)
@@ -146,6 +159,9 @@ def set_aside(checkpoints: Path, head: Head, whose: Standing) -> list[str]:
             f"{path.name} is of a branch that was given up: the run went on elsewhere; kept as {aside.name}"
         )
     if notes:
+        latest = checkpoints / "latest"
+        if latest.is_symlink() and not latest.exists():  # it named one of them
+            latest.unlink()
         sync_directory(checkpoints)
     return notes
 
@@ -155,7 +171,7 @@ def set_aside(checkpoints: Path, head: Head, whose: Standing) -> list[str]:
 
 
 def checkpoint_back(
-    store: Store, head: Head, folder: Path, checkpoints: Path, ours: bool, say: Say, patience_s: float
+    where: str, head: Head, folder: Path, checkpoints: Path, ours: bool, fetch: Callable[[Published], None]
 ) -> tuple[Candidate | None, list[str]]:
     """The newest one that verifies, in the checkpoint folder afterwards; and which were skipped, and why."""
     gone = given_up(read_rows(folder / "events.jsonl"))
@@ -168,7 +184,7 @@ def checkpoint_back(
             problem = f"the run went back to step {gone[one.step]} after it"
         elif one.published:
             try:
-                fetch_checkpoint(store, head.name, one.published, checkpoints, say, patience_s=patience_s)
+                fetch(one.published)
             except UnusableError as error:
                 problem = str(error)
         if problem is None:
@@ -177,7 +193,7 @@ def checkpoint_back(
         skipped.append(f"skipped {one}: {problem}")
     if any(one.step > 0 for one in head.checkpoints):
         raise RefusedError(
-            f"{store.label}/{head.name}: no checkpoint verifies, and a run is never restarted from zero by "
+            f"{where}: no checkpoint verifies, and a run is never restarted from zero by "
             f"itself ({'; '.join(skipped)}); restore one from a copy, or start anew under another name"
         )
     return None, skipped
@@ -202,10 +218,15 @@ def ledger_from(uri: str, endpoint: str | None, name: str, folder: Path, patienc
     try:
         patience = Patience(patience_s)
         found = patience.ask(lambda: look(store, name))
+        if found is None:  # asked for in another way: what the run has cost must not be forgotten
+            patience.ask(lambda: store.stat(f"{name}/{NAME}"))
+            found = patience.ask(lambda: look(store, name))
         if found is None or found[0].writer.state == "trashed":
             return 0
         folder.mkdir(parents=True, exist_ok=True)
         return restore_ledger(Source(store, found[0], patience, lambda _: None), folder)
+    except NotThereError:
+        return 0
     except StoreError as error:
         raise RefusedError(f"{error}; the ledger of what was spent so far can't be read") from None
     finally:

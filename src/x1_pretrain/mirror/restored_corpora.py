@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from x1_pretrain.errors import RefusedError
@@ -12,15 +12,18 @@ from x1_pretrain.mirror.corpora import FILES, MANIFEST, hashes_of
 from x1_pretrain.mirror.download import Part, download, in_words
 from x1_pretrain.mirror.fetch import require_room
 from x1_pretrain.mirror.head import DATA, Head
-from x1_pretrain.mirror.patience import FETCHES, LANES, Patience, UnusableError
+from x1_pretrain.mirror.identity import mark_in
+from x1_pretrain.mirror.patience import LANES, Patience, UnusableError, told
 from x1_pretrain.mirror.store import NotThereError, Store
 from x1_pretrain.runtime.checkpoint_files import sha256, sync_directory, sync_file
+
+FETCHES = 2  # of a file of a corpus that does not match its hash
 
 
 def refuse_other_corpora(corpora: Mapping[str, str], head: Head, store: Store) -> None:
     """A corpus that is here must be one the run was made with."""
     for name, folder in corpora.items():
-        found = fingerprint(Path(folder))
+        found = mark_in(Path(folder) / MANIFEST, "fingerprint")  # none: the trainer says what is wrong
         if found and head.fingerprints and found not in head.fingerprints:
             raise RefusedError(
                 f"{folder}: the corpus {name} has the fingerprint {found[:12]}, and {store.label}/"
@@ -33,15 +36,6 @@ def _short(marks: list[str]) -> str:
     return ", ".join(mark[:12] for mark in marks)
 
 
-def fingerprint(folder: Path) -> str | None:
-    """Of a corpus, or of nothing that could be read as one: the trainer says what is wrong with it."""
-    try:
-        found = json.loads((folder / MANIFEST).read_bytes())["fingerprint"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
-    return found if isinstance(found, str) else None
-
-
 def fetch_corpora(
     store: Store,
     corpora: Mapping[str, str],
@@ -49,32 +43,39 @@ def fetch_corpora(
     say: Callable[[str], None],
     notes: list[str],
     patience_s: float,
+    again_s: Sequence[float] | None = None,
 ) -> int:
     """Bytes of the corpora that were fetched."""
     size = 0
     for name, where in corpora.items():
         folder = Path(where)
         if name in head.data and not (folder.exists() and any(folder.iterdir())):
-            came = fetch_corpus(store, name, head.data[name], folder, say, patience_s)
+            patience = Patience(patience_s, again_s=again_s)
+            came = fetch_corpus(store, name, head.data[name], folder, say, patience)
             notes.append(f"fetched the corpus {name} from {store.label}: {came / 2**20:,.1f} MiB")
             size += came
     return size
 
 
 def fetch_corpus(
-    store: Store, name: str, mark: str, folder: Path, say: Callable[[str], None], patience_s: float
+    store: Store, name: str, mark: str, folder: Path, say: Callable[[str], None], patience: Patience
 ) -> int:
     """Make the corpus folder appear, verified by its own manifest, which its fingerprint covers."""
-    partial = folder.with_name(f".fetching-{folder.name}")
+    partial, what = folder.with_name(f".fetching-{folder.name}"), f"corpus {name}"
     with in_words(partial):
         try:
-            manifest = _manifest(store, mark, Patience(patience_s))
             partial.mkdir(parents=True, exist_ok=True)
-            parts = _parts(store, mark, Patience(patience_s))
-            require_room(partial, parts, f"the corpus {name}")
-            _fetched(
-                store, partial, parts, hashes_of(json.loads(manifest)), f"corpus {name}", say, patience_s
+            manifest, parts = told(
+                lambda: (
+                    patience.insist(lambda: _manifest(store, mark, patience)),
+                    patience.insist(lambda: _parts(store, mark, patience)),
+                ),
+                patience,
+                what,
+                say,
             )
+            require_room(partial, parts, f"the {what}")
+            _fetched(store, partial, parts, hashes_of(json.loads(manifest)), what, say, patience)
         except UnusableError as error:
             raise RefusedError(
                 f"{store.label}/{DATA}/{mark}: the corpus {name} can't be restored ({error}); put it at "
@@ -92,17 +93,15 @@ def fetch_corpus(
 
 def _manifest(store: Store, mark: str, patience: Patience) -> bytes:
     """With the hashes that its fingerprint is over."""
-    for _ in range(FETCHES):
-        try:
-            text, _meta = patience.ask(lambda: store.get(f"{DATA}/{mark}/{MANIFEST}"))
-        except NotThereError:
-            raise UnusableError("its manifest is not in the mirror any more") from None
-        try:
-            manifest = json.loads(text)
-            if manifest["fingerprint"] == mark and hashes_of(manifest):
-                return text
-        except (ValueError, LookupError, TypeError):
-            continue
+    try:
+        text, _ = patience.ask(lambda: store.get(f"{DATA}/{mark}/{MANIFEST}"))
+        manifest = json.loads(text)
+        if manifest["fingerprint"] == mark and hashes_of(manifest):
+            return text
+    except NotThereError:
+        raise UnusableError("its manifest is not in the mirror any more") from None
+    except (ValueError, LookupError, TypeError):
+        pass
     raise UnusableError("its manifest does not match its fingerprint")
 
 
@@ -124,13 +123,13 @@ def _fetched(
     hashes: dict[str, str],
     what: str,
     say: Callable[[str], None],
-    patience_s: float,
+    patience: Patience,
 ) -> None:
     for part in parts:
         if part.name not in hashes:
             (partial / part.name).unlink(missing_ok=True)  # small, and nothing tells whether it is whole
     for _ in range(FETCHES):
-        download(store, parts, partial, what, say, LANES, Patience(patience_s))
+        download(store, parts, partial, what, say, LANES, patience)
         bad = [name for name, want in hashes.items() if sha256(partial / name) != want]
         if not bad:
             return

@@ -12,7 +12,9 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from x1_pretrain.errors import RefusedError
 from x1_pretrain.mirror.fetch import is_plain
@@ -30,6 +32,7 @@ from x1_pretrain.money.ledger import NAME as LEDGER
 from x1_pretrain.money.ledger import Ledger, LedgerError
 
 LOST = ".lost-"
+TAIL_BYTES = 64 << 10  # of a record file, to see where it ends
 NEEDED = ("events.jsonl", LEDGER)  # a hole in these would change the data's order, or what was spent
 CORPUS = "corpus-"  # manifests of the corpora: kept in the mirror, not among a run's own files
 
@@ -64,8 +67,8 @@ class Source:
     def _piece(self, name: str, piece: Object, here: bytes, problems: list[str]) -> bytes:
         if hashlib.sha256(here).hexdigest() == piece.sha256:
             return here
-        try:
-            return get_object(self.store, self.head.name, piece, self.patience)
+        try:  # where one is gone for good, the others are not waited for as long
+            return get_object(self.store, self.head.name, piece, self.patience, hurry=bool(problems))
         except UnusableError as error:
             if name in NEEDED:
                 raise RefusedError(
@@ -158,6 +161,38 @@ def record_names(head: Head) -> list[str]:
     return sorted(name for name in head.records if is_plain(name) and name.endswith(".jsonl"))
 
 
+def rows_that_lack(folder: Path, head: Head, step: int) -> list[str]:
+    """Notes of the rows before a fetched checkpoint that the mirror never got, or lost."""
+    notes = []
+    for name in ("metrics.jsonl", "steps.jsonl"):
+        if name not in head.records:
+            continue
+        last, apart = _where_it_ends(folder / name)
+        if last + apart <= step:
+            notes.append(
+                f"{name}: ends at step {last}, and the checkpoint is of step {step}: the mirror has no rows "
+                "of the steps between, which are not made again"
+            )
+    return notes
+
+
+def _where_it_ends(file: Path) -> tuple[int, int]:
+    """The last step in a file, and how far its last rows lie apart: not every step has a row in each."""
+    steps = sorted({row["step"] for _, row in _rows_of(_tail(file)) if isinstance(row.get("step"), int)})
+    if not steps:
+        return 0, 1
+    return steps[-1], max((later - one for one, later in pairwise(steps)), default=1)
+
+
+def _tail(file: Path) -> bytes:
+    try:
+        with file.open("rb") as stream:
+            stream.seek(max(0, file.stat().st_size - TAIL_BYTES))
+            return stream.read()
+    except FileNotFoundError:
+        return b""
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The ledger
 
@@ -173,7 +208,9 @@ def restore_ledger(source: Source, folder: Path) -> int:
         try:
             merged = merged_ledger(mirrored, local)
             if half.exists():  # a kill while it was written: all its rows are in there
-                merged = merged_ledger(merged_ledger(mirrored, half.read_bytes()), _rows_of(local))
+                merged = merged_ledger(
+                    merged_ledger(mirrored, half.read_bytes()), b"".join(line for line, _ in _rows_of(local))
+                )
         except ValueError as error:
             raise LedgerError(
                 f"{file}: a line of it, or of its copy in {source.store.label}, is not a ledger row "
@@ -186,16 +223,17 @@ def restore_ledger(source: Source, folder: Path) -> int:
     return max(0, merged.count(b"\n") - local.count(b"\n"))
 
 
-def _rows_of(data: bytes) -> bytes:
-    """The lines that are rows, of a file whose rewriting was cut short."""
+def _rows_of(data: bytes) -> list[tuple[bytes, dict[str, Any]]]:
+    """The lines that are rows, of what may begin or end in the middle of one."""
     kept = []
     for line in data.splitlines(keepends=True):
         try:
-            if isinstance(json.loads(line), dict):
-                kept.append(line)
+            row = json.loads(line)
         except ValueError:
             continue
-    return b"".join(kept)
+        if isinstance(row, dict):
+            kept.append((line, row))
+    return kept
 
 
 def _overwrite(file: Path, content: bytes) -> None:
@@ -216,7 +254,8 @@ def restore_files(source: Source, folder: Path, replace: bool = False) -> list[s
 
     def fetched(name: str, item: Object) -> bytes:
         try:
-            write_whole(folder / name, get_object(source.store, source.head.name, item, source.patience))
+            data = get_object(source.store, source.head.name, item, source.patience, hurry=bool(notes))
+            write_whole(folder / name, data)
         except UnusableError as error:
             notes.append(f"{name}: not restored, {error}")
         return b""

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 import time
@@ -27,7 +28,7 @@ import typer
 import typer.core
 
 from x1_pretrain.command import run as run_app
-from x1_pretrain.errors import FAULT, FINISHED, UserError
+from x1_pretrain.errors import FAULT, FINISHED, REFUSED, UserError
 from x1_pretrain.mirror import emptying
 from x1_pretrain.mirror import removal as removing
 from x1_pretrain.mirror.address import parse
@@ -155,25 +156,43 @@ def rm(
     its name is typed."""
     if only not in (None, "here", "mirror"):
         raise UserError(f"--only {only}: expected here or mirror")
-    place = Place(parse(mirror), endpoint) if mirror else None
+    there = parse(mirror) if mirror else None
     with ExitStack() as held:
-        planned = removing.plan_removal(run, place, only, runs_folder, held)
-        others, trouble = _others(planned, place, runs_folder)
-        removing.refuse_parent(planned, others)
-        print("\n".join([*removing.told(planned), *trouble]))
+        planned = removing.plan_removal(run, there, endpoint, only, runs_folder, held)
+        others, trouble = _others(planned, runs_folder)
+        removing.refuse_parent(planned, others, [] if only == "here" else trouble)
+        said = (f"x1: not all runs could be asked: {line}" for line in trouble)
+        print("\n".join([*removing.told(planned), *said]))
         removing.refuse_unnamed(planned, _typed(planned, name, yes))
         if not planned.last_copy and not _agreed(yes):
             print("nothing was moved")
-            return FAULT
+            return REFUSED
         now = datetime.now(UTC)
         for line in removing.carry_out(planned, now, os.uname().nodename):
             print(line)
-    print(f"`x1 runs restore {planned.name}` brings it back until {(now + trash.KEPT):%Y-%m-%d}")
+    back = shlex.join(["x1", "runs", "restore", *_way_back(planned, mirror, endpoint)])
+    print(f"`{back}` brings it back until {(now + trash.KEPT):%Y-%m-%d}")
     return FINISHED
 
 
-def _others(planned: Removal, place: Place | None, runs_folder: Path) -> tuple[list[Listed], list[str]]:
-    """All runs that may have begun from this one: beside it, under runs/, and in the mirrors of all those."""
+def _way_back(planned: Removal, mirror: str | None, endpoint: str | None) -> list[str]:
+    """What `restore` has to be told: with a folder its note knows the rest, but for what was typed here."""
+    if planned.folder is None:
+        assert planned.mirrored is not None, "a removal removes something"
+        place = planned.mirrored.place
+        uri = place.address.of_run(planned.name)
+        words, mirror, endpoint = [f"file://{uri}" if place.address.is_folder else uri], None, place.endpoint
+    else:
+        beside = planned.folder.absolute().parent
+        elsewhere = beside.resolve() != Path(RUNS).resolve()
+        words = [planned.name, *(["--runs", str(planned.folder.parent)] if elsewhere else [])]
+    words += ["--mirror", mirror] if mirror and planned.mirrored else []
+    return words + (["--endpoint", endpoint] if endpoint and planned.mirrored else [])
+
+
+def _others(planned: Removal, runs_folder: Path) -> tuple[list[Listed], list[str]]:
+    """All runs that may have begun from this one: beside it, under runs/, and in the mirrors of all those;
+    and who did not answer."""
     folders = [runs_folder, *([planned.folder.parent] if planned.folder else [])]
     here = [
         one
@@ -182,15 +201,10 @@ def _others(planned: Removal, place: Place | None, runs_folder: Path) -> tuple[l
     ]
     named, wrong = places(here)
     if planned.mirrored:
-        address = parse(planned.mirrored.store.label)
-        named = [
-            *(p for p in named if p.address != address),
-            Place(address, place.endpoint if place else None),
-        ]
+        place = planned.mirrored.place
+        named = [*(other for other in named if other.address != place.address), place]
     seen = look_at(named)
-    return [*here, *seen.runs], [
-        f"x1: not all runs could be asked: {line}" for line in [*wrong, *seen.trouble]
-    ]
+    return [*here, *seen.runs], [*wrong, *seen.trouble]
 
 
 def _typed(planned: Removal, name: str | None, yes: bool) -> str | None:

@@ -31,7 +31,6 @@ class MirrorState:
     folder: str  # id of the run folder
     epoch: int = 0  # its last as writer
     token: str = ""
-    trainer: str = ""  # the process that it mirrors for: number and start
     state: Literal["writing", "released", "lost"] = "writing"
     why: str = ""  # released, or lost to whom
     mirrored: list[int] = field(default_factory=list)  # steps of the checkpoints in the mirror

@@ -98,7 +98,7 @@ def _take(found: Account, row: Row) -> None:
     if "spent_usd" in row and not outdated:
         found.known_usd = max(found.known_usd, usd(row, "spent_usd"))
     if event in ("intent", "adopted"):
-        found.machines.append(_rented(row))
+        _take_up(found, _rented(row))
     elif event == "correction":
         found.known_usd, found.adjusted_usd = usd(row, "spent_usd"), usd(row, "adjusted_usd")
         found.corrected = True
@@ -128,6 +128,32 @@ def _rented(row: Row) -> Rented:
     )
 
 
+def _take_up(found: Account, new: Rented) -> None:
+    """One more machine, now the newest. Its launcher and its own sidecar both enter it, under the tag it was
+    launched with: where their two ledgers were brought together, it is one machine all the same."""
+    known = next((m for m in reversed(found.machines) if _same(m, new)), None)
+    if known is None:
+        found.machines.append(new)
+        return
+    if known.provider == "local":  # as a machine without its provider's key enters itself
+        known.provider, known.machine_id = new.provider, new.machine_id
+    known.machine_id = known.machine_id or new.machine_id
+    known.usd_per_hr, known.since = max(known.usd_per_hr, new.usd_per_hr), min(known.since, new.since)
+    known.bills_idle = known.bills_idle or new.bills_idle
+    found.machines.remove(known)
+    found.machines.append(known)
+
+
+def _same(known: Rented, new: Rented) -> bool:
+    """One of one's own has no tag of a launch; one that came back after its end is billed anew."""
+    if known.tag != new.tag or known.tag == known.machine_id == new.machine_id:
+        return False
+    if known.ended is not None and new.since >= known.ended:
+        return False
+    ids = {m.machine_id for m in (known, new) if m.machine_id is not None and m.provider != "local"}
+    return len(ids) <= 1
+
+
 def _machine(found: Account, row: Row) -> Rented | None:
     """The machine a row speaks of, by the tag it was launched under, else by its id: machines that count at a
     stated rate all go by the same one."""
@@ -140,8 +166,10 @@ def _machine(found: Account, row: Row) -> Rented | None:
 def _update(machine: Rented, row: Row) -> None:
     event = row["event"]
     if event == "launched":
-        machine.machine_id, machine.ended = row["machine_id"], None  # also one that was held for not made
-        machine.polled = machine.polled if machine.spent_usd else None
+        machine.machine_id = row["machine_id"]
+        if machine.ended is None or parse_stamp(row["time_utc"]) >= machine.ended:
+            machine.ended = None  # also one that was held for not made
+            machine.polled = machine.polled if machine.spent_usd else None
     elif event in ("launch_failed", "terminate_confirmed"):
         machine.ended = parse_stamp(row.get("ended_utc") or row["time_utc"])
         if row.get("billed_usd") is not None and usd(row, "billed_usd") > machine.spent_by(machine.ended):
@@ -150,7 +178,8 @@ def _update(machine: Rented, row: Row) -> None:
             machine.spent_usd, machine.polled = ZERO, machine.ended
     elif event == "poll":
         machine.spent_usd = max(machine.spent_usd, usd(row, "machine_usd"))
-        machine.polled = parse_stamp(row["time_utc"])
+        told = parse_stamp(row["time_utc"])
+        machine.polled = max(machine.polled or told, told)  # of two ledgers, in any order
         machine.usd_per_hr = max(machine.usd_per_hr, usd(row, "usd_per_hr"))
 
 

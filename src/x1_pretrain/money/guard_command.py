@@ -115,6 +115,7 @@ class OuterGuard:
         if self.sidecar.absent >= 2:
             return True
         told = self.mirror.look() if self.mirror else None
+        self._heed(told)
         if not (self.sidecar.lost or self._idles(told)):
             self.lost_since_s = None
             self._ask_about_silence(told)
@@ -124,6 +125,11 @@ class OuterGuard:
             self.lost_since_s = self.clock.steady_s()
             print(self._why(told, linger_s), flush=True)
         return self.clock.steady_s() - self.lost_since_s >= linger_s
+
+    def _heed(self, told: Standing | None) -> None:
+        """What the machine's own ledger counts beside the machine, as its mirror has it, counts here too."""
+        if told is not None and told.spent_usd is not None and self.sidecar.spent_usd:
+            self.sidecar.ahead_usd += max(ZERO, told.spent_usd - self.sidecar.spent_usd)
 
     def _idles(self, told: Standing | None) -> bool:
         """By the mirror: a machine whose trainer has left may look as well as ever to its provider."""
@@ -136,7 +142,7 @@ class OuterGuard:
         """Nothing need be fetched from a lost machine whose run goes on from its mirror."""
         if self.mirror is None or self.mirror.trouble or not self.sidecar.lost:
             return self.linger_s
-        if verdict(told, self.mirror.before)[0] == "over":
+        if verdict(told, self.mirror.before)[0] != "move":
             return self.linger_s
         return min(LOST_FOR_S, self.linger_s)
 
@@ -181,13 +187,31 @@ def watched(
 ) -> tuple[int, bool]:
     """The exit code, and whether the machine was ended as lost: not by the ceiling, not by a person."""
     ledger = Ledger(folder / NAME, clock)
-    rows = ledger.rows()
-    machines = account(rows).open_machines()
+    machines = account(ledger.rows()).open_machines()
     if not machines:
         print(f"{folder}: no machine is open in its ledger")
         return FINISHED, False
-    machine = machines[-1]
-    notifier = Notifier(addresses(os.environ), ledger, clock, run=folder.name)
+    sidecar = _sidecar(ledger, machines[-1], clock, ceiling_usd, poll_s)
+    agreed = launched_with(ledger.rows(), machines[-1].tag, "usd_per_hr")
+    guard = OuterGuard(folder, sidecar, clock, linger_s, agreed, mirror=mirror)
+    stop = threading.Event()
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, lambda *_: stop.set()) for number in numbers]
+    code = guard.run(stop)
+    if guard.lost and stop.is_set() and mirror is not None:
+        code = INTERRUPTED
+        print("interrupted: it is not moved; the same `x1 launch` goes on from its mirror", flush=True)
+    proof = f"; proof in {folder / PROOF}" if code == FINISHED else ""
+    print(f"{dollars(sidecar.spent_usd)} in all{proof}", flush=True)
+    sidecar.notifier.close(20.0)
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+    return code, guard.lost and not stop.is_set()
+
+
+def _sidecar(ledger: Ledger, machine: Rented, clock: Clock, ceiling_usd: Decimal, poll_s: float) -> Sidecar:
+    """Of the machine that is guarded, as it was launched."""
+    folder, rows = ledger.file.parent, ledger.rows()
     sidecar = Sidecar(
         folder=folder,
         output=folder / "guard.json",
@@ -196,26 +220,18 @@ def watched(
         ceiling_usd=ceiling_usd,
         ledger=ledger,
         clock=clock,
-        notifier=notifier,
+        notifier=Notifier(addresses(os.environ), ledger, clock, run=folder.name),
         left_s=lambda: pace.left_s(folder, clock.speed),
         run_id=folder.name,
         poll_s=poll_s,
         storage_usd_per_hr=launched_with(rows, machine.tag, "storage_usd_per_hr"),
         tax=launched_with(rows, machine.tag, "tax"),
+        before_usd=spent_before(rows, machine.tag),
         planned_s=planned_s(rows),
         may_terminate=True,
         terminate=lambda _: _end(sidecar),
     )
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    agreed = launched_with(rows, machine.tag, "usd_per_hr")
-    guard = OuterGuard(folder, sidecar, clock, linger_s, agreed, mirror=mirror)
-    code = guard.run(stop)
-    proof = f"; proof in {folder / PROOF}" if code == FINISHED else ""
-    print(f"{dollars(sidecar.spent_usd)} in all{proof}", flush=True)
-    notifier.close(20.0)
-    return code, guard.lost and not stop.is_set()
+    return sidecar
 
 
 def _end(sidecar: Sidecar) -> None:
@@ -231,6 +247,20 @@ def launched_with(rows: list[Row], tag: str, name: str) -> Decimal:
     """What the launch kept of its price's parts: tax and storage come on top of what a provider states."""
     intent = next((r for r in rows if r["event"] == "intent" and r.get("tag") == tag), {})
     return Decimal(str(intent.get(name, 0)))
+
+
+def spent_before(rows: list[Row], tag: str) -> Decimal:
+    """What the gate counted before this machine, also where this ledger knows no more of it: the run may have
+    been elsewhere. A correction by a person since then says it anew."""
+    spent, launched = ZERO, False
+    for row in rows:
+        if row["event"] == "intent" and row.get("tag") == tag:
+            launched = True
+        elif row["event"] == "gate" and "before_usd" in row and not launched:
+            spent = Decimal(str(row["before_usd"])) if row.get("verdict") == "passed" else spent
+        elif row["event"] == "correction" and launched:
+            return ZERO
+    return spent if launched else ZERO
 
 
 def planned_s(rows: list[Row]) -> float | None:

@@ -25,12 +25,19 @@ from x1_pretrain.command import single
 from x1_pretrain.config import RunConfig
 from x1_pretrain.errors import FINISHED, REFUSED, RefusedError, UserError
 from x1_pretrain.model import gpus
-from x1_pretrain.money import credentials, ended, gate, latch
+from x1_pretrain.money import gate, latch
 from x1_pretrain.money.account import Rented, account
 from x1_pretrain.money.channels import VARIABLE, addresses
 from x1_pretrain.money.clock import Clock, duration_s
-from x1_pretrain.money.guard import TEARDOWN_S, dollars
-from x1_pretrain.money.guard_command import guard_machine
+from x1_pretrain.money.guard import TEARDOWN_S
+from x1_pretrain.money.launch_mirror import (
+    as_it_stands,
+    mirror_for,
+    priced_as_it_stands,
+    provider_names,
+    with_mirror,
+)
+from x1_pretrain.money.launching import rent_and_guard, start_here
 from x1_pretrain.money.ledger import NAME, Ledger, read_rows
 from x1_pretrain.money.machine_jobs import JobOptions, write_files
 from x1_pretrain.money.moving import MOST_MOVES, Mover
@@ -38,8 +45,7 @@ from x1_pretrain.money.notify import Notifier
 from x1_pretrain.money.pricing import Wanted, agree_on_price, look, refusals, refused, work
 from x1_pretrain.money.providers.base import Provider
 from x1_pretrain.money.providers.opened import open_provider
-from x1_pretrain.money.renting import bring_up, one_launch, rent
-from x1_pretrain.money.standing import Mirror, opened, whole
+from x1_pretrain.money.renting import one_launch
 from x1_pretrain.money.teardown import said_yes
 
 SALES_TAX = Decimal("0.10")  # where a provider adds it and the user names none
@@ -235,102 +241,28 @@ def main(
     if raised is None and ledger.file.exists():
         wanted = replace(wanted, ceiling_usd=account(ledger.rows()).in_force(cap))
     providers = [open_provider(name, clock, rate_usd_per_hr=rate) for name in names]
-    kept = None if at_home or price_only else mirror_for(loaded, names)
-    if kept is not None:
-        wanted, options = as_it_stands(wanted, options, kept, ledger)
     if price_only:
+        wanted = priced_as_it_stands(wanted, names)
         print(gate.sentence(agree_on_price(wanted, providers, ledger, clock)[2]))
         return FINISHED
-    with one_launch(loaded.folder.parent):
+    kept = None if at_home else mirror_for(loaded, names)
+    if kept is not None:
+        wanted, options = as_it_stands(wanted, options, kept, ledger)
+    with one_launch(loaded.folder.parent) as lock:
         refuse_unsafe(wanted, providers[0], ledger, clock, raised)
-        rented_from, offer, priced = agree_on_price(wanted, providers, ledger, clock)
-        sentence = gate.sentence(priced)
+        agreed = agree_on_price(wanted, providers, ledger, clock)
+        sentence = gate.sentence(agreed[2])
         print(sentence, flush=True)
         if not confirmed(yes):
             print("not started; nothing is billed")
             return REFUSED
         if raised is not None:
             latch.raise_ceiling(loaded.folder, raised, loaded.budget.cap_usd, ledger)
-        ledger.append("gate", sentence, verdict="passed", **priced.fields())
-        if not at_home:
-            options = replace(options, before_usd=round(priced.spent_usd, 4))
-            machine = rent(wanted, rented_from, offer, priced, ledger, clock, options)
-    if at_home:
-        return start_here(loaded, config, wanted, rate, options)
-    if (code := bring_up(loaded.folder, rented_from, machine, ledger, clock)) != FINISHED:
-        return code
-    if detach:
-        print(f"running. Nobody ends it at the ceiling until you start: x1 guard {loaded.folder}")
-        return FINISHED
-    if kept is None:
-        return guard_machine(loaded.folder, clock, wanted.ceiling_usd, wanted.poll_s, wanted.linger_s)
-    place = next(k for k, one in enumerate(providers) if one is rented_from)
-    return Mover(wanted, providers, options, ledger, clock, kept, place, moves).run()
-
-
-# ------------------------------------------------------------------------------------------------------------
-# With a mirror
-
-
-def with_mirror(config: RunConfig, uri: str | None, data: bool) -> RunConfig:
-    """The config as the machine gets it: an address that is good in any folder."""
-    uri = uri or config.mirror.uri
-    if uri is None:
-        return config
-    changes = {"uri": whole(uri), "data": data or config.mirror.data}
-    return config.model_copy(update={"mirror": config.mirror.model_copy(update=changes)})
-
-
-def provider_names(text: str, config: RunConfig) -> list[str]:
-    """`runpod,lambda`: in the order in which they are tried."""
-    names = [name.strip() for name in text.split(",")]
-    if len(names) > 1 and "local" in names:
-        raise UserError(f"--provider {text}: a run on this machine is not moved; leave `local` out")
-    if len(names) > 1 and config.mirror.uri is None:
-        raise UserError(
-            f"--provider {text}: a lost machine's run can go on at another provider only with a mirror; add "
-            "--mirror s3://BUCKET/FOLDER, or name one provider"
-        )
-    return names
-
-
-def mirror_for(config: RunConfig, names: list[str]) -> Mirror | None:
-    """The run's mirror, and what a machine needs in order to reach it: tried before anything is priced."""
-    credentials.values(config.mirror.uri, os.environ, config.mirror.endpoint)
-    return opened(config, names)
-
-
-def as_it_stands(
-    wanted: Wanted, options: JobOptions, mirror: Mirror, ledger: Ledger
-) -> tuple[Wanted, JobOptions]:
-    """A run that is in its mirror goes on from there; one that somebody trains is left alone."""
-    now = mirror.before = mirror.look()
-    if mirror.trouble:
-        raise RefusedError(f"{mirror.trouble}; a machine that can't reach its mirror is not paid for")
-    told = tuple(map(str, ended.of(account(ledger.rows()))))
-    if now is None:
-        return wanted, replace(options, ended=told)
-    if now.writing and now.silent_s is not None and now.silent_s <= now.stale_s:
-        raise RefusedError(
-            f"{mirror.store.label}/{mirror.name}: is being trained on {now.host} (last sign of life "
-            f"{now.silent_s:.0f} s ago by the store's clock); a second machine would be refused there: end "
-            f"that one, or wait {now.stale_s:.0f} s after it died"
-        )
-    return replace(wanted, standing=now), replace(options, ended=told, data_from_mirror=now.has_data)
-
-
-def start_here(
-    config: RunConfig, file: Path, wanted: Wanted, rate: Decimal | None, options: JobOptions
-) -> int:
-    """This machine is the provider: the supervisor takes over this process."""
-    command = [sys.executable, "-m", "x1_pretrain.money.supervise", "--provider", "local"]
-    command += ["--rate-usd-per-hr", str(rate), "--", "--config", str(file)]
-    command += ["--budget-cap-usd", str(wanted.ceiling_usd), "--run-dir", str(config.folder)]
-    command += ["--data-dir", options.data_dir] if options.data_dir else []
-    for assignment in options.assignments:
-        command += ["--set", assignment]
-    print(f"x1 supervise: starting here, {dollars(wanted.ceiling_usd)} at most", flush=True)
-    os.execv(command[0], command)
+        ledger.append("gate", sentence, verdict="passed", **agreed[2].fields())
+        if at_home:
+            start_here(loaded, config, wanted, rate, options)
+        mover = None if kept is None else Mover(wanted, providers, options, ledger, clock, kept, most=moves)
+        return rent_and_guard(wanted, agreed, options, ledger, clock, lock, mover, detach)
 
 
 def positive(flag: str, value: float | None) -> Decimal | None:

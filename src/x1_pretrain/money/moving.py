@@ -1,21 +1,19 @@
 """A run whose machine is lost goes on at the next provider: same ceiling, same price gate, same ledger.
 
 Only with a mirror. The lost machine is ended first, and seen to be gone; then the price of what is left is
-agreed to as at the launch, by the terms that a person agreed to then. Ctrl-C ends whatever is rented.
+agreed to as at the launch, by the terms that a person agreed to then. While a machine works and is guarded,
+Ctrl-C ends the guard alone; at any other moment it ends whatever is rented.
 """
 
 from __future__ import annotations
 
 import os
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from decimal import Decimal
 
-from x1_pretrain.errors import FAULT, FINISHED, INTERRUPTED, REFUSED, RefusedError, UserError
-from x1_pretrain.money import ended, gate
-from x1_pretrain.money.account import Rented, account
+from x1_pretrain.errors import FAULT, FINISHED, REFUSED, RefusedError, UserError
+from x1_pretrain.money import ended, gate, latch
+from x1_pretrain.money.account import Account, Rented, account
 from x1_pretrain.money.channels import addresses
 from x1_pretrain.money.clock import Clock, stamp
 from x1_pretrain.money.guard import ZERO, cost, dollars, minutes
@@ -25,15 +23,16 @@ from x1_pretrain.money.machine_jobs import JobOptions
 from x1_pretrain.money.notify import Notifier
 from x1_pretrain.money.pricing import Wanted, agree_on_price
 from x1_pretrain.money.providers.base import Offer, Provider
-from x1_pretrain.money.renting import one_launch, rent, wait_active
-from x1_pretrain.money.standing import Mirror, Standing, verdict
-from x1_pretrain.money.teardown import end_loudly
+from x1_pretrain.money.renting import BusyError, interrupted, interruptible, one_launch, rent, wait_active
+from x1_pretrain.money.standing import Mirror, Standing, published_nothing, verdict
+from x1_pretrain.money.teardown import end_loudly, say
 
 MOST_MOVES = 5
 END_TRIES = 4  # of a quarter of an hour each
 ASK_MIRROR_S, ASK_MIRROR_FOR_S = 60.0, 3600.0
 LOOK_FOR_MACHINE_S = 1800.0  # at least so long, also without --wait: nobody is there to try again
 RENT_AGAIN_S = 60.0
+MOST_SILENT = 2  # machines in a row that worked and published nothing: the next would do no better
 
 
 class Over(Exception):
@@ -56,28 +55,39 @@ class Mover:
     mirror: Mirror
     place: int = 0  # of the provider that has the machine
     most: int = MOST_MOVES
-    moves: int = 0
+    moves: int = 0  # machines that were rented
+    silent: int = 0  # in a row, that worked and published nothing
+    busy: bool = False  # another launch here is being waited for
+    refused_s: float | None = None  # since when no request brought a machine
 
-    def run(self) -> int:
-        """Until the run is over, its machines gone."""
+    def run(self, up: bool = True) -> int:
+        """Until the run is over, its machines gone. Not `up`: the first did not come up, and was ended."""
+        try:
+            with interruptible():
+                return self._run(up)
+        except Over as over:
+            self._tell(over)
+            return over.code
+        except KeyboardInterrupt:
+            return interrupted(self.wanted.config.folder, self.clock)
+        except BaseException as error:
+            say(f"{type(error).__name__}: {error}; ending what is rented")
+            end_loudly(self.wanted.config.folder, self.clock)
+            raise
+
+    def _run(self, up: bool) -> int:
         folder, wanted = self.wanted.config.folder, self.wanted
         while True:
-            code, lost = watched(
-                folder, self.clock, wanted.ceiling_usd, wanted.poll_s, wanted.linger_s, self.mirror
-            )
-            if not lost:
-                return code
-            try:
-                with interruptible():
-                    self._end_for_sure(code)
-                    self._move()
-            except Over as over:
-                self._tell(over)
-                return over.code
-            except KeyboardInterrupt:
-                print("interrupted between two machines: ending what is rented", flush=True)
-                end_loudly(folder, self.clock)
-                return INTERRUPTED
+            code = FINISHED if up else end_loudly(folder, self.clock)
+            if up:
+                code, lost = watched(
+                    folder, self.clock, wanted.ceiling_usd, wanted.poll_s, wanted.linger_s, self.mirror
+                )
+                if not lost:
+                    return code
+            self._end_for_sure(code)
+            self._move(worked=up)
+            up = True
 
     def _end_for_sure(self, code: int) -> None:
         """Two machines of one run never bill at once."""
@@ -88,21 +98,36 @@ class Mover:
         if code != FINISHED:
             raise Over(FAULT, "the lost machine could not be seen to be gone: no other is rented")
 
-    def _move(self) -> None:
+    def _move(self, worked: bool) -> None:
         """The next machine, up and running."""
+        gone = account(self.ledger.rows()).machines[-1]
+        now, self.refused_s, self.busy = self._standing(), None, False
+        if worked:
+            self.silent = self.silent + 1 if published_nothing(now, self.mirror.before) else 0
         while True:
-            now = self._standing()
-            do, why = verdict(now, self.mirror.before)
-            if do == "over":
-                raise Over(FINISHED, f"{why}; it is not moved")
-            if self.moves >= self.most:
-                raise Over(FAULT, f"{why}; it was moved {self.moves} times already (--moves)")
-            self._refuse_other_writer(now)
+            self._refuse(now)
             wanted = replace(self.wanted, standing=now, wait_s=max(self.wanted.wait_s, LOOK_FOR_MACHINE_S))
             found, offer, priced = self._agree(wanted)
-            self.moves += 1
-            if self._rented(wanted, found, offer, priced, now):
+            machine = self._rented(wanted, found, offer, priced, now)
+            if machine is not None:
+                self._moved(gone, machine, priced, now)
                 return
+            self.clock.sleep(RENT_AGAIN_S)
+            now = self._standing()
+
+    def _refuse(self, now: Standing | None) -> None:
+        """What keeps it from going on elsewhere."""
+        if stop := latch.in_force(self.wanted.config.folder, self.ledger.rows()):
+            raise Over(FINISHED, f"the run was stopped: {stop.reason}; it is not moved")
+        do, why = verdict(now, self.mirror.before)
+        if do != "move":
+            raise Over(FINISHED if do == "over" else FAULT, f"{why}; it is not moved")
+        if self.moves >= self.most:
+            raise Over(FAULT, f"{why}; it was moved {self.moves} times already (--moves)")
+        if self.silent >= MOST_SILENT:
+            said = f"{self.silent} machines in a row worked, and published nothing: look at their start-up"
+            raise Over(FAULT, f"{said}; it is not moved")
+        self._refuse_other_writer(now)
 
     def _standing(self) -> Standing | None:
         """The mirror's word is waited for: without it nobody knows what is left to do."""
@@ -136,64 +161,88 @@ class Mover:
 
     def _rented(
         self, wanted: Wanted, provider: Provider, offer: Offer, priced: gate.Quote, now: Standing | None
-    ) -> bool:
-        """Whether it runs. One that does not is ended, and the next provider is asked."""
-        folder, rows = wanted.config.folder, self.ledger.rows()
-        gone = account(rows).machines[-1]
-        told = tuple(map(str, ended.of(account(rows))))
-        self.place = next(k for k, one in enumerate(self.providers) if one is provider)
-        has_data = now is not None and now.has_data
-        options = replace(
-            self.options, before_usd=round(priced.spent_usd, 4), ended=told, raised_usd=None,
-            data_from_mirror=has_data,
-        )  # fmt: skip
-        self.ledger.append("gate", gate.sentence(priced), verdict="passed", **priced.fields())
+    ) -> Rented | None:
+        """A machine that runs. One that does not is ended, and the next provider is asked."""
+        folder = wanted.config.folder
         try:
             with one_launch(folder.parent):
+                self.ledger.append("gate", gate.sentence(priced), verdict="passed", **priced.fields())
+                options = self._options(priced, now)
+                self.place = next(k for k, one in enumerate(self.providers) if one is provider)
                 machine = rent(wanted, provider, offer, priced, self.ledger, self.clock, options)
+        except BusyError as error:
+            if not self.busy:
+                say(f"{error}; waiting for it")
+            self.busy = True
+            return None
+        except UserError as error:
+            self._not_made(str(error))
+            return None
+        self.moves += 1
+        try:
             if wait_active(provider, machine, self.ledger, self.clock):
-                self._moved(gone, machine, priced, now)
-                return True
+                return machine
             said = f"{machine.machine_id} at {provider.label} does not run"
         except UserError as error:
             said = str(error)
-        print(f"{said}: ending it, and on to the next", flush=True)
+        say(f"{said}: ending it, and on to the next")
         self._end_for_sure(end_loudly(folder, self.clock))
-        self.clock.sleep(RENT_AGAIN_S)
-        return False
+        return None
+
+    def _options(self, priced: gate.Quote, now: Standing | None) -> JobOptions:
+        """What the next machine is told."""
+        told = tuple(map(str, ended.of(account(self.ledger.rows()))))
+        return replace(
+            self.options, before_usd=round(priced.spent_usd, 4), ended=told, raised_usd=None,
+            data_from_mirror=now is not None and now.has_data,
+        )  # fmt: skip
+
+    def _not_made(self, said: str) -> None:
+        """A request that brought no machine is no move; but nobody asks for ever."""
+        say(f"{said}: on to the next")
+        self._end_for_sure(end_loudly(self.wanted.config.folder, self.clock))
+        now_s, for_s = self.clock.steady_s(), max(self.wanted.wait_s, LOOK_FOR_MACHINE_S)
+        self.refused_s = now_s if self.refused_s is None else self.refused_s
+        if now_s - self.refused_s >= for_s:
+            raise Over(FAULT, f"no machine could be had for {minutes(for_s)}: {said}")
 
     def _moved(self, gone: Rented, machine: Rented, priced: gate.Quote, before: Standing | None) -> None:
         """On record, with what it cost that nothing was learned."""
+        since_s = self._idle_since_s(gone, before)
         self.mirror.before = before
-        now = self.clock.now()
-        down_s = self._down_s(gone, before)
-        paid_usd = idle_usd(gone, now.timestamp() - down_s) + machine.spent_by(now)
+        now, known = self.clock.now(), account(self.ledger.rows())
+        down_s, paid_usd = max(0.0, now.timestamp() - since_s), idle_usd(gone, since_s)
+        paid_usd += sum((m.spent_by(now) for m in after(known, gone)), ZERO)
         lost = before.lost_steps if before else 0
         at = before.good_step if before else 0
         again = f", {lost:,} steps to do again" if lost else ""
+        spent_usd = max(known.known_usd, known.spent_by(now), priced.spent_usd)
         said = (
             f"moved ({self.moves} of at most {self.most}): {gone.tag} at {gone.provider} is gone, "
             f"{machine.tag} at {machine.provider} goes on from step {at:,}{again}; nothing learned for "
-            f"{minutes(down_s)}, {dollars(paid_usd)}; {gate.exact(priced.total_usd)} of "
-            f"{gate.exact(priced.ceiling_usd)} in all by then"
+            f"{minutes(down_s)}, {dollars(paid_usd)}; {dollars(spent_usd)} of "
+            f"{gate.exact(priced.ceiling_usd)} spent so far"
         )
         fields = {"from": gone.tag, "to": machine.tag, "down_s": round(down_s, 1), "lost_steps": lost}
         if before and before.spent_usd is not None and before.step:
             fields["lost_usd"] = round(before.spent_usd * lost / before.step, 6)
         self.ledger.append("moved", said, **fields, downtime_usd=round(paid_usd, 6))
-        print(said, flush=True)
+        say(said)
         self._alert("moved to another machine", said)
 
-    def _down_s(self, gone: Rented, before: Standing | None) -> float:
-        """Since the mirror's last sign of life, by its store's clock; else since the machine's end."""
-        told = self.mirror.look() or before
+    def _idle_since_s(self, gone: Rented, before: Standing | None) -> float:
+        """The mirror's last sign of life, by its store's clock; else the lost machine's end; one that
+        published nothing was idle all the time."""
+        told, began_s = self.mirror.look() or before, gone.since.timestamp()
+        if published_nothing(before, self.mirror.before):
+            return began_s
         silent_s = told.silent_s if told and before and told.epoch == before.epoch else None
-        if silent_s is not None:
-            return max(0.0, silent_s) * self.clock.speed
-        return max(0.0, (self.clock.now() - (gone.ended or gone.since)).total_seconds())
+        if silent_s is None:
+            return (gone.ended or gone.since).timestamp()
+        return max(began_s, self.clock.now().timestamp() - max(0.0, silent_s) * self.clock.speed)
 
     def _tell(self, over: Over) -> None:
-        print(over.said, flush=True)
+        say(over.said)
         if over.code != FINISHED:
             self._alert("not moved", f"{over.said}. Its machines are gone, its mirror is there.")
 
@@ -208,19 +257,10 @@ def idle_usd(gone: Rented, since_s: float) -> Decimal:
     """What a lost machine still cost after its last sign of life."""
     if gone.ended is None:
         return ZERO
-    return cost(gone.usd_per_hr, gone.ended.timestamp() - since_s)
+    return cost(gone.usd_per_hr, max(0.0, gone.ended.timestamp() - since_s))
 
 
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """Ctrl-C and SIGTERM are a KeyboardInterrupt: the guard's own handlers only take note."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def after(known: Account, gone: Rented) -> list[Rented]:
+    """The machines that were rented for a lost one."""
+    place = next(k for k, machine in enumerate(known.machines) if machine.tag == gone.tag)
+    return known.machines[place + 1 :]

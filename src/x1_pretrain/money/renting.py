@@ -9,11 +9,13 @@ from __future__ import annotations
 import fcntl
 import re
 import secrets
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
-from x1_pretrain.errors import FAULT, FINISHED, RefusedError, UserError
+from x1_pretrain.errors import FAULT, FINISHED, INTERRUPTED, RefusedError, UserError
 from x1_pretrain.money import gate
 from x1_pretrain.money.account import Rented, account
 from x1_pretrain.money.clock import Clock
@@ -27,24 +29,56 @@ from x1_pretrain.money.providers.base import (
     Status,
     UnknownOutcomeError,
 )
-from x1_pretrain.money.teardown import Ending, end_loudly
+from x1_pretrain.money.teardown import Ending, end_loudly, say
 
 WAIT_ACTIVE_S = 1800.0
 LOOK_EVERY_S = 15.0
 
 
+class BusyError(RefusedError):
+    """Another launch is going on."""
+
+
 @contextmanager
-def one_launch(runs: Path) -> Iterator[None]:
-    """From the first check to the row that says what was launched: a second launch would see neither."""
+def one_launch(runs: Path) -> Iterator[TextIO]:
+    """From the first check to the row that says what was launched: a second launch would see neither. What it
+    yields may be closed before."""
     runs.mkdir(parents=True, exist_ok=True)
     with (runs / ".launch.lock").open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RefusedError(
-                f"{runs}: another x1 launch is going on here; wait for it, or end it"
-            ) from None
+            raise BusyError(f"{runs}: another x1 launch is going on here; wait for it, or end it") from None
+        yield lock
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C, SIGTERM and a closed terminal are a KeyboardInterrupt; what is ignored (nohup) stays so."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    taken = {number: one for number, one in before.items() if one is not signal.SIG_IGN}
+    for number in taken:
+        signal.signal(number, interrupt)
+    try:
         yield
+    finally:
+        for number, handler in taken.items():
+            signal.signal(number, handler)
+
+
+def interrupted(folder: Path, clock: Clock) -> int:
+    """Somebody ends the launch while a machine is rented that no guard watches."""
+    say("interrupted: ending what is rented")
+    try:
+        with interruptible():
+            end_loudly(folder, clock)
+    except KeyboardInterrupt:
+        say(f"interrupted again: a machine may be left, and bill. `x1 teardown {folder}` ends it")
+    return INTERRUPTED
 
 
 def new_tag(name: str) -> str:
@@ -110,15 +144,13 @@ def wait_active(provider: Provider, machine: Rented, ledger: Ledger, clock: Cloc
 
 
 def bring_up(folder: Path, provider: Provider, machine: Rented, ledger: Ledger, clock: Clock) -> int:
-    """Until it works; a machine that does not, or that nobody waits for, is ended here."""
+    """Until it works; a machine that does not is ended here."""
     try:
         if wait_active(provider, machine, ledger, clock):
             return FINISHED
         said = "it does not run: ending it"
-    except KeyboardInterrupt:
-        said = "interrupted before it ran: ending it"
     except UserError as error:
         said = f"{error}; ending it"
-    print(said, flush=True)
+    say(said)
     end_loudly(folder, clock)
     return FAULT

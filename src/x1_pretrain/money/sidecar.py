@@ -50,6 +50,7 @@ class Sidecar:
     storage_usd_per_hr: Decimal = ZERO
     tax: Decimal = ZERO  # on top of prices: 0.10 is ten percent; the meter counts it in
     before_usd: Decimal = ZERO  # spent before this machine, where this ledger may not know it
+    ahead_usd: Decimal = ZERO  # what the machine's own ledger counts beside it: its mirror's store
     planned_s: float | None = None  # by the gate, until the run's own pace is known
     may_terminate: bool = False
     terminate: Callable[[str], None] = lambda _: None
@@ -92,7 +93,7 @@ class Sidecar:
         source = self._ask()
         self.read_ledger()
         rate = ZERO if self.machine.ended else self.meter.usd_per_hr
-        self.spent_usd = spent = max(self._before() + self.meter.usd, self.known.known_usd)
+        self.spent_usd = spent = max(self._before() + self.meter.usd + self.ahead_usd, self.known.known_usd)
         left_s = self._left_s()
         projected = spent + cost(rate, left_s + TEARDOWN_S) if left_s is not None else None
         said = BudgetFile(

@@ -18,6 +18,7 @@ from x1_pretrain.mirror.preflight import preflight
 from x1_pretrain.mirror.store import Store, StoreError
 
 HERE = ("local", "fake")  # providers whose machines see this computer's disk
+TOLD_TO_STOP = "told to stop"  # why a run is stopping, as its status has it
 
 
 @dataclass(frozen=True)
@@ -39,15 +40,19 @@ class Standing:
     has_data: bool = False  # its corpora are in the mirror too
 
     @property
+    def trashed(self) -> bool:
+        return self.state == "trashed"
+
+    @property
     def lost_steps(self) -> int:
         """They were done, and have to be done again."""
         return max(0, self.step - self.good_step)
 
 
-def standing(head: Head, silent_s: float | None = None) -> Standing | None:
-    """None: the run was thrown away."""
+def standing(head: Head, silent_s: float | None = None) -> Standing:
+    """A run in the trash has nothing to go on with."""
     if head.writer.state == "trashed":
-        return None
+        return Standing(head.writer.epoch, head.writer.beat, False, head.writer.host, "trashed")
     said, newest = head.status, head.newest()
     return Standing(
         epoch=head.writer.epoch,
@@ -90,19 +95,28 @@ def _dollars(value: object) -> Decimal | None:
 # What it means for a machine that works no more
 
 
-def verdict(now: Standing | None, before: Standing | None) -> tuple[Literal["over", "move"], str]:
-    """Whether a run whose machine is lost goes on elsewhere, and why (not). `before`: as the mirror stood
-    when that machine was launched."""
-    if now is None or (before is not None and now.epoch <= before.epoch):
+def verdict(now: Standing | None, before: Standing | None) -> tuple[Literal["over", "fault", "move"], str]:
+    """Whether a run whose machine is lost goes on elsewhere, and why (not): it is over, or a person has to
+    look first. `before`: as the mirror stood when that machine was launched."""
+    if now is not None and now.trashed and not (before is not None and before.trashed):
+        return "over", "the run was thrown away"
+    if now is None or published_nothing(now, before):
         return "move", "it had published nothing"
     if now.state == "finished":
         return "over", "the run is finished"
-    if now.state == "stopped":
+    if now.trashed:
+        return "over", "the run was thrown away"
+    if now.state == "stopped" or TOLD_TO_STOP in now.why:
         return "over", f"the run was stopped: {now.why}"
-    began = before.good_step if before is not None else -1
+    began = before.good_step if before is not None else 0
     if now.state == "ended" and now.good_step <= began:
-        return "over", f"the run ended without a new checkpoint ({now.why}): that is a person's to look at"
+        return "fault", f"the run ended without a new checkpoint ({now.why}): that is a person's to look at"
     return "move", f"the run is at step {now.step:,}"
+
+
+def published_nothing(now: Standing | None, before: Standing | None) -> bool:
+    """The machine that was launched at `before` never got as far as writing to the mirror."""
+    return now is None or (before is not None and now.epoch <= before.epoch)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -142,14 +156,16 @@ def whole(uri: str) -> str:
     return str(parse(uri))
 
 
-def opened(config: RunConfig, providers: list[str]) -> Mirror | None:
+def opened(config: RunConfig, providers: list[str], to_write: bool = True) -> Mirror | None:
     """The run's mirror, tried before a cent is spent; None for a run without one. One that can't keep two
-    writers apart is refused there, since nobody watches the moves."""
+    writers apart is refused there, since nobody watches the moves. Not `to_write`: nothing is tried."""
     if config.mirror.uri is None:
         return None
     address = parse(config.mirror.uri)
     _refuse_unreachable(address, providers)
     store = open_store(address, config.mirror.endpoint)
+    if not to_write:
+        return Mirror(store, config.name)
     try:
         preflight(store, config.name, config.mirror.without_lease)
     except StoreError as error:

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from x1_pretrain.config import CheckpointConfig, MirrorConfig, Section
+from x1_pretrain.mirror.address import parse
 from x1_pretrain.model.gpus import Date, Text, read_rows
 from x1_pretrain.money.clock import parse_stamp, stamp
 from x1_pretrain.money.guard import ZERO
@@ -179,7 +180,8 @@ def record(
     with ledger.locked():
         now, rows = ledger.clock.now(), ledger.rows()
         stored, fetched = stored_bytes / GIB, fetched_bytes / GIB
-        row = storage_row(rows, f"e{epoch:04d}", stored, fetched, bills, begun, now)
+        session = f"{parse(mirror.uri)} e{epoch:04d}"  # each mirror counts its epochs from 1
+        row = storage_row(rows, session, stored, fetched, bills, begun, now)
         ledger.append(EVENT, **row)
 
 

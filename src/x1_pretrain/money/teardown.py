@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
@@ -215,9 +216,15 @@ def _end_one(
     return Ending(provider, machine, ledger, clock, say, patience_s=patience_s).run()
 
 
+def say(line: str) -> None:
+    """On the screen, where there still is one: a terminal that was closed keeps no machine alive."""
+    with suppress(OSError, ValueError):
+        print(line, flush=True)
+
+
 def end_loudly(folder: Path, clock: Clock, patience_s: float = PATIENCE_S) -> int:
     """`end_all`, told on the screen; what could not be confirmed is alerted. The exit code."""
-    unconfirmed = end_all(folder, clock, lambda line: print(line, flush=True), patience_s)
+    unconfirmed = end_all(folder, clock, say, patience_s)
     return _loud(folder, unconfirmed, Ledger(folder / NAME, clock), clock) if unconfirmed else FINISHED
 
 
@@ -312,7 +319,7 @@ def _loud(run: Path, unconfirmed: list[Rented], ledger: Ledger, clock: Clock) ->
         f"{names} could not be seen to be gone; it may bill {dollars(hourly)}/h. Look at "
         f"the provider's own page now, then run `x1 teardown {run}` again."
     )
-    print(f"NOT CONFIRMED: {body}", flush=True)
+    say(f"NOT CONFIRMED: {body}")
     notifier = Notifier(addresses(os.environ), ledger, clock, run=run.name)
     notifier.alert(f"unconfirmed-{stamp(clock.now())}", f"X1 {run.name}: a machine may still run", body)
     notifier.close(20.0)

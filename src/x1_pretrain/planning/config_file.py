@@ -14,6 +14,7 @@ from x1_pretrain.learning.recipe import Derived
 from x1_pretrain.money import gate
 from x1_pretrain.numbers import compact, flop, human
 from x1_pretrain.planning import cluster, derived
+from x1_pretrain.planning.cadence import KEEP_LAST, KEEP_LOCAL
 from x1_pretrain.planning.critique import Judged
 from x1_pretrain.planning.planner import Plan
 from x1_pretrain.planning.ways import napkin, ways
@@ -136,11 +137,11 @@ def _why(made: Plan, name: str) -> str:
 
 
 def _rest(made: Plan) -> list[str]:
-    every, price = made.checkpoint_every, made.ask.machine.price.usd_per_hr
+    price = made.ask.machine.price.usd_per_hr
     dearest = gate.cents(price * (1 + Decimal(str(made.ask.buffer))))
     rows = [
         "checkpoint:",
-        f"  every: {every}",
+        *_saving(made),
         "",
         "evaluation:",
         f"  every: {made.evaluation_every}",
@@ -159,6 +160,17 @@ def _rest(made: Plan) -> list[str]:
     if made.ask.belief.own and loss.has_interval:
         rows += ["", "verify:", f"  loss_band: [{loss.low:.3f}, {loss.high:.3f}] # {made.ask.belief.name}"]
     return rows
+
+
+def _saving(made: Plan) -> list[str]:
+    every, losing = made.checkpoint_every, made.losing
+    if losing is None:
+        return [f"  every: {every}"]
+    return [
+        f"  every: {every} # a lost machine takes {derived.minutes(losing.worst_s())} with it, at worst",
+        f"  keep_last: {KEEP_LAST}",
+        f"  keep_local: {KEEP_LOCAL} # of those, once the mirror has them",
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -22,12 +22,14 @@ from x1_pretrain.learning.recipe import (
     lr_line,
     lr_rule,
 )
+from x1_pretrain.mirror.losing import LOSS_S
 from x1_pretrain.model.flops import mfu
 from x1_pretrain.model.memory import training_memory
 from x1_pretrain.numbers import human
+from x1_pretrain.planning import cadence
 from x1_pretrain.planning.belief import spread
 from x1_pretrain.planning.choice import Candidates
-from x1_pretrain.planning.planner import KEPT, Ask, Plan, amount, plan, trainable
+from x1_pretrain.planning.planner import Ask, Plan, amount, plan, trainable
 
 UNLIKELY_MFU = 0.65  # published runs on A100 and H100 stay below
 IMPOSSIBLE_MFU = 0.90  # even a single large matrix product does not reach the data sheet
@@ -35,6 +37,7 @@ FAR_LR = 2.0  # a rate further from the rule than this is a finding
 FAR_BATCH = 2.5
 WARMUP_RANGE = (0.002, 0.10)  # of the steps
 ENOUGH_LOST = 0.02  # of the compute
+FAR_LOSS = 2.0  # times what a plan is made to lose
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,7 @@ def _findings(
     yield from _rate(config, priced)
     yield from _batch(config, priced)
     yield from _schedule(config)
+    yield from _cadence(priced)
     yield from _memory(config, priced)
 
 
@@ -329,6 +333,24 @@ def _schedule(config: RunConfig) -> Iterator[Finding]:
         )
 
 
+def _cadence(priced: Plan) -> Iterator[Finding]:
+    """A lost machine, where there is a mirror."""
+    pace, losing = priced.pace, priced.losing
+    if pace is None or losing is None or losing.worst_s() <= FAR_LOSS * LOSS_S:
+        return
+    better = cadence.every_mirrored(pace, priced.recipe.steps)
+    then_s = pace.timing(better).worst_s()
+    if better >= priced.checkpoint_every:  # so large a model is not saved more often
+        return
+    usd = losing.worst_s() / 3600 * usd_per_hr(priced)
+    yield Finding(
+        f"a checkpoint every {priced.checkpoint_every:,} steps",
+        f"a machine that is lost takes up to {losing.worst_s() / 60:,.0f} min with it, ${usd:,.2f}",
+        "docs/mirror.md; the rates of disk and network are assumed",
+        f"set checkpoint.every to {better:,}: {then_s / 60:,.0f} min at worst",
+    )
+
+
 def _memory(config: RunConfig, priced: Plan) -> Iterator[Finding]:
     machine = priced.ask.machine
     if priced.blocks_per_rank < 1:
@@ -362,6 +384,7 @@ def disk_line(priced: Plan) -> str:
     """Disk, as a sum."""
     disk = priced.disk
     return (
-        f"corpus {disk.corpus_bytes / 1e9:,.1f} GB + {KEPT} checkpoints x {disk.checkpoint_bytes / 1e9:,.2f} "
-        f"GB + export {disk.export_bytes / 1e9:,.2f} GB = {disk.total_bytes / 1e9:,.1f} GB"
+        f"corpus {disk.corpus_bytes / 1e9:,.1f} GB + {disk.checkpoints} checkpoints x "
+        f"{disk.checkpoint_bytes / 1e9:,.2f} GB + export {disk.export_bytes / 1e9:,.2f} GB = "
+        f"{disk.total_bytes / 1e9:,.1f} GB"
     )

@@ -6,18 +6,25 @@ from collections.abc import Iterator
 
 from x1_pretrain.laws import forms
 from x1_pretrain.learning.recipe import Derived
+from x1_pretrain.mirror.losing import LOSS_S, SAVING_SHARE
 from x1_pretrain.model import shapes
 from x1_pretrain.model.memory import GPU_MEMORY_SHARE
 from x1_pretrain.money import gate
 from x1_pretrain.money.storage import CHECKPOINT_BYTES
 from x1_pretrain.numbers import flop, human
+from x1_pretrain.planning.cadence import (
+    CHECKPOINT_H,
+    DISK_MB_PER_S,
+    FEWEST_CHECKPOINTS,
+    KEEP_LAST,
+    KEEP_LOCAL,
+    KEPT,
+    NETWORK_MB_PER_S,
+)
 from x1_pretrain.planning.critique import disk_line
 from x1_pretrain.planning.planner import (
-    CHECKPOINT_H,
     EVALUATION_SHARE,
     EVALUATION_TOKENS,
-    FEWEST_CHECKPOINTS,
-    KEPT,
     Plan,
 )
 
@@ -233,18 +240,7 @@ def _machine(made: Plan) -> Iterator[Derived]:
             f"loss {made.memory.loss / 2**30:,.1f}, casts {made.memory.casts / 2**30:,.1f}",
             "model/memory.py, an estimate",
         )
-    every = made.checkpoint_every
-    yield Derived(
-        "checkpoints",
-        every,
-        f"every {every:,} steps",
-        "as given"
-        if made.ask.every
-        else f"{CHECKPOINT_H * 60:.0f} min, at least {FEWEST_CHECKPOINTS} in all",
-        f"{every * made.seconds / recipe.steps / 60:.0f} min apart, {recipe.steps // every:,} in all, "
-        f"{KEPT - 1} kept",
-        "what an interruption may cost",
-    )
+    yield _checkpoints(made)
     rarer = made.evaluation_every
     yield Derived(
         "evaluations",
@@ -259,10 +255,46 @@ def _machine(made: Plan) -> Iterator[Derived]:
         "disk",
         disk.total_bytes,
         f"{disk.total_bytes / 1e9:,.1f} GB",
-        f"corpus + {KEPT} checkpoints + export",
+        f"corpus + {disk.checkpoints} checkpoints + export",
         disk_line(made),
         f"{CHECKPOINT_BYTES} bytes a parameter, 2 or 4 a token",
     )
+
+
+def _checkpoints(made: Plan) -> Derived:
+    every, steps = made.checkpoint_every, made.recipe.steps
+    apart = f"{every * made.step_s / 60:.0f} min apart, {steps // every:,} in all"
+    losing, given = made.losing, made.ask.every is not None
+    if losing is None:
+        return Derived(
+            "checkpoints",
+            every,
+            f"every {every:,} steps",
+            "as given" if given else f"{CHECKPOINT_H * 60:.0f} min, at least {FEWEST_CHECKPOINTS} in all",
+            f"{apart}, {KEPT - 1} kept",
+            "what an interruption may cost",
+        )
+    rule = (
+        f"about {LOSS_S / 60:.0f} min, at least {FEWEST_CHECKPOINTS} in all, writing below "
+        f"{SAVING_SHARE:.0%} of the time; lost = between two + 2 x writing + look + sending"
+    )
+    terms = [losing.train_s, 2 * losing.write_s, losing.look_s, losing.send_s]
+    late = "" if losing.keeps_up else " and the last two again: it lags"
+    kept = "" if given else f"; the last {KEEP_LAST} kept there, {KEEP_LOCAL} of them here"
+    return Derived(
+        "checkpoints",
+        every,
+        f"every {every:,} steps; lost with the machine: {minutes(losing.worst_s())} at worst",
+        f"as given; {rule.rpartition('; ')[2]}" if given else rule,
+        f"{' + '.join(f'{term:,.1f}' for term in terms)} s{late}; writing takes "
+        f"{losing.write_s / losing.period_s:.1%} of the time; {apart}{kept}",
+        f"docs/mirror.md; written at {DISK_MB_PER_S:g}, sent at {NETWORK_MB_PER_S:g} MB/s, assumed; "
+        "x1 doctor measures them",
+    )
+
+
+def minutes(seconds: float) -> str:
+    return f"{seconds / 60:,.0f} min" if seconds >= 120 else f"{seconds:,.0f} s"
 
 
 def _outcome(made: Plan) -> Iterator[Derived]:

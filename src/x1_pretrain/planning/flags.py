@@ -10,7 +10,7 @@ from pathlib import Path
 from x1_pretrain.config import MirrorConfig, ModelConfig, RunConfig
 from x1_pretrain.errors import UserError
 from x1_pretrain.laws.fitted import read_fit
-from x1_pretrain.mirror.address import parse
+from x1_pretrain.mirror.address import Address, parse
 from x1_pretrain.model import gpus, shapes
 from x1_pretrain.model.flops import GPT2_VOCABULARY, flops_per_token, mfu
 from x1_pretrain.money import gate, pace, storage
@@ -25,7 +25,7 @@ from x1_pretrain.planning import critique, data_check
 from x1_pretrain.planning.belief import REFIT, Belief
 from x1_pretrain.planning.critique import Claim
 from x1_pretrain.planning.data_check import Data
-from x1_pretrain.planning.planner import KEPT, Ask, Machine, Mirror, Plan, Speed
+from x1_pretrain.planning.planner import Ask, Machine, Mirror, Plan, Speed
 from x1_pretrain.records.run_folder import find_run, open_run
 
 POLL_S, LINGER_S, DISK_GIB = 300.0, 900.0, 200  # x1 launch's defaults: the plan and the gate agree
@@ -157,15 +157,26 @@ def mirror_for(wanted: Wanted, config: RunConfig | None) -> Mirror | None:
     uri = wanted.mirror or section.uri
     if uri is None:
         return None
-    at = str(parse(uri))  # a typo is refused here
+    address = parse(uri)  # a typo is refused here
     bills = storage.rates(
-        at,
-        endpoint_of(section.model_copy(update={"uri": at})),
+        str(address),
+        endpoint_of(section.model_copy(update={"uri": str(address)})),
         section.storage_usd_per_gib_month,
         section.egress_usd_per_gib,
     )
-    kept = storage.most_kept(config.checkpoint, config.training.total_steps) if config else KEPT
-    return Mirror(at, bills, kept, wanted.mirror_data or section.data)
+    kept = storage.most_kept(config.checkpoint, config.training.total_steps) if config else None
+    look_s = max(section.every_s, looks_at_least_s(address))
+    data = wanted.mirror_data or section.data
+    return Mirror(str(address), bills, kept, data, look_s, section.max_mb_per_s)
+
+
+def looks_at_least_s(address: Address) -> float:
+    """Some stores count writes."""
+    if address.scheme != "hf":
+        return 0.0
+    from x1_pretrain.mirror.hub_store import HubStore
+
+    return HubStore.every_s_at_least
 
 
 def belief_for(wanted: Wanted) -> Belief:

@@ -13,17 +13,20 @@ from functools import cached_property
 
 import numpy as np
 
-from x1_pretrain.config import EvaluationConfig, ModelConfig
+from x1_pretrain.config import EvaluationConfig, MirrorConfig, ModelConfig
 from x1_pretrain.errors import UserError
 from x1_pretrain.laws.fitted import Band
 from x1_pretrain.laws.forms import regret, tokens_for
 from x1_pretrain.learning.recipe import Recipe, recipe
+from x1_pretrain.mirror.losing import Rates as Pace
+from x1_pretrain.mirror.losing import Timing
 from x1_pretrain.model.flops import FlopsPerToken, ParameterCounts, flops_per_token, mfu, parameter_counts
 from x1_pretrain.model.memory import Memory, largest_micro_batch, training_memory
 from x1_pretrain.money import gate
 from x1_pretrain.money.guard import ZERO
 from x1_pretrain.money.storage import CHECKPOINT_BYTES, GIB, Planned, Rates
 from x1_pretrain.numbers import human
+from x1_pretrain.planning import cadence
 from x1_pretrain.planning.belief import Belief
 from x1_pretrain.planning.choice import (
     Candidates,
@@ -40,11 +43,8 @@ from x1_pretrain.planning.data_check import Data, bytes_per_token
 OFF = (2.0, 4.0, 10.0)  # tokens per parameter wrong by so much
 BUFFER = 0.10  # of the dollars, kept for restarts and for hours that are slower than thought
 LAST_EPOCH = 40  # of the data; by then a repeated token is worth 8 % of a fresh one (arXiv 2305.16264)
-CHECKPOINT_H = 0.5  # what an interruption may cost
-FEWEST_CHECKPOINTS = 20
 EVALUATION_SHARE = 0.01  # of the arithmetic, at most
 EVALUATION_TOKENS = EvaluationConfig().tokens
-KEPT = 3  # the last two and the one that is being written
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,10 @@ class Mirror:
 
     uri: str
     rates: Rates
-    kept: int = KEPT  # checkpoints at once, at most
+    kept: int | None = None  # checkpoints at once, at most; None: as many as the plan will keep
     data: bool = False
+    look_s: float = MirrorConfig().every_s  # between two looks at what is new
+    most_mb_per_s: float | None = None  # that may be sent
 
 
 @dataclass(frozen=True)
@@ -118,10 +120,11 @@ class Disk:
     corpus_bytes: float
     checkpoint_bytes: float  # one of them
     export_bytes: float
+    checkpoints: int  # at once, at most
 
     @property
     def total_bytes(self) -> float:
-        return self.corpus_bytes + KEPT * self.checkpoint_bytes + self.export_bytes
+        return self.corpus_bytes + self.checkpoints * self.checkpoint_bytes + self.export_bytes
 
 
 @dataclass(frozen=True)
@@ -240,15 +243,31 @@ class Plan:
         )
 
     @property
+    def step_s(self) -> float:
+        return self.seconds / self.recipe.steps
+
+    @property
+    def pace(self) -> Pace | None:
+        """What its mirror can follow; None without one."""
+        asked = self.ask.mirror
+        if asked is None:
+            return None
+        return cadence.rates(self.step_s, self.disk.checkpoint_bytes, asked.look_s, asked.most_mb_per_s)
+
+    @property
+    def losing(self) -> Timing | None:
+        """What a lost machine takes with it; None without a mirror: all of the run."""
+        pace = self.pace
+        return None if pace is None else pace.timing(self.checkpoint_every)
+
+    @property
     def checkpoint_every(self) -> int:
-        """Steps: half an hour's worth, and at least twenty in a run; down to two digits."""
+        """Steps."""
         if self.ask.every:
             return self.ask.every[0]
-        wanted = min(
-            CHECKPOINT_H * 3600 * self.recipe.steps / self.seconds, self.recipe.steps / FEWEST_CHECKPOINTS
-        )
-        unit = 10 ** max(0, math.floor(math.log10(max(wanted, 1.0))) - 1)
-        return max(1, int(wanted // unit * unit))
+        if self.pace:
+            return cadence.every_mirrored(self.pace, self.recipe.steps)
+        return cadence.every_alone(self.step_s, self.recipe.steps)
 
     @property
     def evaluation_every(self) -> int:
@@ -265,7 +284,15 @@ class Plan:
         kept = float(CHECKPOINT_BYTES * self.counts.total)
         data = self.ask.data
         corpus = data.disk_bytes if data else float(self.tokens * bytes_per_token(self.model.vocab))
-        return Disk(corpus, kept, kept)
+        return Disk(corpus, kept, kept, self.most_kept)
+
+    @property
+    def most_kept(self) -> int:
+        """Checkpoints at once, in the mirror, and on this disk while the mirror is away."""
+        asked = self.ask.mirror
+        if asked is None:
+            return cadence.KEPT
+        return asked.kept or cadence.KEEP_LAST + 1
 
     @property
     def mirror(self) -> Planned | None:
@@ -274,7 +301,7 @@ class Plan:
         if asked is None:
             return None
         corpus_gib = disk.corpus_bytes / GIB if asked.data else 0.0
-        return Planned(asked.rates, asked.uri, asked.kept, disk.checkpoint_bytes / GIB, corpus_gib)
+        return Planned(asked.rates, asked.uri, self.most_kept, disk.checkpoint_bytes / GIB, corpus_gib)
 
     @cached_property
     def shared(self) -> Shared:

@@ -31,7 +31,6 @@ STOPPED_BY = {
     "by the sidecar": "by its budget",
     "by the person": "by a person",
 }
-BY_BUDGET = ("the budget", "budget", "over budget")
 WHY_LENGTH = 48
 
 

@@ -59,32 +59,35 @@ class Summary:
         manifest = self._said("manifest.json", read_json) or {}
         rows, events = self._newest(self._metrics), self._newest(self._events)
         row, evaluation = rows.get("any", {}), rows.get("evaluation", {})
-        step = _whole(row.get("step")) or 0
         good, good_bytes = self._attempt(lambda: newest_whole(self.checkpoints), NO_CHECKPOINT)
-        total = self.config.training.total_steps if self.config else _whole(manifest.get("total_steps"))
-        holder = self._holder()
-        state, why = self._state(events, step, total, now_s)
+        return {
+            **self._made(manifest),
+            "updated_utc": self._updated([row, evaluation, *events.values()]),
+            "step": _whole(row.get("step")) or 0,
+            "total_steps": self._total(manifest),
+            "tokens": _whole(row.get("tokens")) or 0,
+            "val_loss": _finite(evaluation.get("val/loss")),
+            "val_step": _whole(evaluation.get("step")),
+            "spent_usd": self._spent(rows.get("paid", {})),
+            "elapsed_s": row["elapsed_s"] if _whole(row.get("elapsed_s")) is not None else None,
+            **self._standing(events, _whole(row.get("step")) or 0, self._total(manifest), now_s),
+            "newest_good": step_of(good) if good else None,
+            "checkpoint_bytes": good_bytes,
+            "trouble": "; ".join(self._trouble),
+        }
+
+    def _made(self, manifest: Row) -> Row:
+        """What it was when it began."""
         return {
             "stage": STAGE,
             "name": self.config.name if self.config else manifest.get("name") or self.folder.name,
             "run_id": _text(manifest.get("run_id")),
             "parent": _parent(manifest.get("parent")),
             "created_utc": _text(manifest.get("created_utc")),
-            "updated_utc": self._updated([row, evaluation, *events.values()]),
-            "step": step,
-            "total_steps": total,
-            "tokens": _whole(row.get("tokens")) or 0,
-            "val_loss": _finite(evaluation.get("val/loss")),
-            "val_step": _whole(evaluation.get("step")),
-            "spent_usd": self._spent(rows.get("paid", {})),
-            "elapsed_s": row["elapsed_s"] if _whole(row.get("elapsed_s")) is not None else None,
-            "state": state,
-            "why": why,
-            "host": holder.host if holder else None,
-            "newest_good": step_of(good) if good else None,
-            "checkpoint_bytes": good_bytes,
-            "trouble": "; ".join(self._trouble),
         }
+
+    def _total(self, manifest: Row) -> int | None:
+        return self.config.training.total_steps if self.config else _whole(manifest.get("total_steps"))
 
     @property
     def checkpoints(self) -> Path:
@@ -143,6 +146,11 @@ class Summary:
             return None
 
     # -- how it stands --------------------------------------------------------------------------------------
+
+    def _standing(self, events: dict[str, Row], step: int, total: Any, now_s: float) -> Row:
+        state, why = self._state(events, step, total, now_s)
+        holder = self._holder()
+        return {"state": state, "why": why, "host": holder.host if holder else None}
 
     def _state(self, events: dict[str, Row], step: int, total: Any, now_s: float) -> tuple[str, str]:
         """One word, and why: what the records say first, then the lock, then the latch."""

@@ -70,12 +70,16 @@ def place(folder: Path, name: str) -> Path:
     return folder.absolute().parent / FOLDER / name
 
 
+def refuse_link(folder: Path) -> None:
+    if folder.is_symlink():
+        raise RefusedError(f"{folder}: is a link to {folder.resolve()}; name that folder itself")
+
+
 def throw_away(folder: Path, checkpoints: Path | None, name: str, run_id: str | None, now: datetime) -> Entry:
     """Move a run folder, and its checkpoints where they lie elsewhere, to the trash; whole or not at all.
 
     Whoever calls holds the locks of both."""
-    if folder.is_symlink():
-        raise RefusedError(f"{folder}: is a link to {folder.resolve()}; name that folder itself")
+    refuse_link(folder)
     called = _free(folder, checkpoints, stamped(folder.absolute().name, now))
     there = place(checkpoints, f"{called}.checkpoints") if checkpoints else None
     moved = Moved(str(checkpoints.absolute()), str(there)) if checkpoints else None
@@ -202,17 +206,9 @@ def expired(entry: Entry, now: datetime, older_than_s: float) -> bool:
 
 def delete(entry: Entry) -> None:
     """For good. Renamed first: half a run never looks like one that can come back."""
-    if entry.checkpoints and Path(entry.checkpoints.now).parent.name == FOLDER:
-        _delete(Path(entry.checkpoints.now))
-    _delete(entry.folder)
-
-
-def _delete(folder: Path) -> None:
-    if not folder.is_dir():
-        return
-    doomed = folder.with_name(f"{REMOVING}{folder.name}")
-    _rename(folder, doomed)
-    _remove(doomed)
+    doomed = entry.folder.with_name(f"{REMOVING}{entry.folder.name}")
+    _rename(entry.folder, doomed)
+    finish_deleting(doomed)
 
 
 def half_deleted(runs: Path) -> list[Path]:
@@ -221,9 +217,19 @@ def half_deleted(runs: Path) -> list[Path]:
     return sorted(trash.glob(f"{REMOVING}*")) if trash.is_dir() else []
 
 
-def finish_deleting(runs: Path) -> None:
-    for one in half_deleted(runs):
-        _remove(one)
+def what_is_left(doomed: Path) -> list[Path]:
+    """The folders of a run that is half deleted: its checkpoints that lay elsewhere first, while its own
+    folder still says where they are."""
+    entry = read_entry(doomed)
+    if entry is None or entry.checkpoints is None or Path(entry.checkpoints.now).parent.name != FOLDER:
+        return [doomed]
+    return [Path(entry.checkpoints.now), doomed]
+
+
+def finish_deleting(doomed: Path) -> None:
+    for one in what_is_left(doomed):
+        if one.is_dir():
+            _remove(one)
 
 
 def _remove(doomed: Path) -> None:

@@ -58,11 +58,15 @@ def write_again(run: Run) -> None:
 
 
 def without_secrets(config: RunConfig) -> RunConfig:
-    """Others read the run folder; a resume takes the address from its command."""
-    if not config.budget.curr_cost_uri:
-        return config
-    uri = run_manifest.without_passwords(config.budget.curr_cost_uri)
-    return config.model_copy(update={"budget": config.budget.model_copy(update={"curr_cost_uri": uri})})
+    """Others read the run folder, and its mirror; a resume takes the addresses from its command."""
+    public = run_manifest.without_passwords
+    sections: dict[str, Any] = {}
+    if config.budget.curr_cost_uri:
+        uri = public(config.budget.curr_cost_uri)
+        sections["budget"] = config.budget.model_copy(update={"curr_cost_uri": uri})
+    if config.mlflow.uri:
+        sections["mlflow"] = config.mlflow.model_copy(update={"uri": public(config.mlflow.uri)})
+    return config.model_copy(update=sections)
 
 
 def introduction(run: Run) -> str:

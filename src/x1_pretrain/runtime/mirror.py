@@ -15,6 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import IO, Any
@@ -93,12 +94,18 @@ class Mirror:
         self._heard_s = self._started_s = time.monotonic()
         self._said_s = -math.inf
         self._draining = False
-        self._process, self._reader = self._start()
+        self._told_dead = False
+        self._process, self._reader = self._start("w")
 
     @classmethod
     def open(cls, job: Job, grace_s: float, signals: Signals, say: Callable[[str], None]) -> Mirror:
         """Once it has the lease, and the run folder holds the newest that is known of the run."""
-        mirror = cls(job, grace_s, signals, say)
+        try:
+            mirror = cls(job, grace_s, signals, say)
+        except OSError as error:
+            raise MirrorRefusedError(
+                f"{job.folder}: the mirror's process can't be started ({error.strerror})", FAULT
+            ) from None
         try:
             while not mirror._is_open.wait(LISTEN_S):
                 if signals.interrupted():
@@ -113,9 +120,9 @@ class Mirror:
             raise mirror._refused
         return mirror
 
-    def _start(self) -> tuple[subprocess.Popen[str], threading.Thread]:
+    def _start(self, mode: str) -> tuple[subprocess.Popen[str], threading.Thread]:
         Path(self.job.folder).mkdir(parents=True, exist_ok=True)
-        with (Path(self.job.folder) / LOG).open("w") as log:
+        with (Path(self.job.folder) / LOG).open(mode) as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "x1_pretrain.mirror.worker", self.job.folder],
                 stdin=subprocess.PIPE,
@@ -126,7 +133,7 @@ class Mirror:
             )
         reader = threading.Thread(target=self._listen, args=(process,), name="x1-mirror", daemon=True)
         reader.start()
-        self._tell(process, {"do": "open", **asdict(self.job)})
+        self._tell(process, {"do": "open", **asdict(self.job), "goes_on": self._order is not None})
         return process, reader
 
     def _tell(self, process: subprocess.Popen[str], order: Mapping[str, Any]) -> None:
@@ -160,6 +167,7 @@ class Mirror:
         kind = happening.pop("is", None)
         if kind == "status":
             self.status, self._heard_s = Status(**_known(Status, happening)), time.monotonic()
+            self._told_dead = self._told_dead and not self._is_open.is_set()
         elif kind == "event":
             self._news.append((happening["name"], happening["message"], happening.get("fields", {})))
         elif kind == "progress":
@@ -197,10 +205,13 @@ class Mirror:
         if self._process.poll() is None or self.lost or self._draining or now - self._started_s < AGAIN_S:
             return
         code, self._started_s = self._process.returncode, now
-        said = f"the mirror's process ended (exit code {code}, see {LOG}): started again"
-        self._news.append(("mirror", said, {"exit_code": code}))
+        said = f"the mirror's process ended (exit code {code}, see {LOG}): started again, until it lives"
+        if not self._told_dead:
+            self._news.append(("mirror", said, {"exit_code": code, "alert": True}))
+        self._told_dead = True
         self._is_open.clear()
-        self._process, self._reader = self._start()
+        with suppress(OSError):  # no memory, no room for its log: tried again
+            self._process, self._reader = self._start("a")
         if self._order is not None:
             self._tell(self._process, self._order)
 
@@ -221,14 +232,16 @@ class Mirror:
         self._order |= {"fingerprints": fingerprints, "step_fields": step_fields}
         self._tell(self._process, self._order)
 
-    def drain(self, within_s: float, why: str) -> list[str]:
-        """Send what is left, let the lease go, end. What is not mirrored after `within_s`, a line each."""
+    def drain(self, within_s: float, why: str, beat: Callable[[], None] = lambda: None) -> list[str]:
+        """Send what is left, let the lease go, end. What is not mirrored after `within_s`, a line each.
+        `beat` is called meanwhile."""
         self._draining = True
         if self._process.poll() is None:
             self._tell(self._process, {"do": "drain", "within_s": within_s, "why": why})
         deadline = time.monotonic() + within_s + LATE_S
         while self._reader.is_alive() and time.monotonic() < min(deadline, self._asked_end_s()):
             self._reader.join(LISTEN_S)
+            beat()
         if self.left is None:
             lag = self.status.lag_bytes
             self.left = [f"it did not answer; by its last word {lag / 2**20:,.1f} MiB were not mirrored"]

@@ -9,7 +9,14 @@ from typing import Any
 from x1_pretrain import config as cfg
 from x1_pretrain.config import RunConfig
 from x1_pretrain.corpus.shards import Corpus
-from x1_pretrain.errors import BUDGET_CHECKPOINTED, BUDGET_STOPPED, FINISHED, REFUSED
+from x1_pretrain.errors import (
+    BUDGET_CHECKPOINTED,
+    BUDGET_STOPPED,
+    FINISHED,
+    INTERRUPTED,
+    REFUSED,
+    UserError,
+)
 from x1_pretrain.mirror.address import parse, same_disk
 from x1_pretrain.money import storage
 from x1_pretrain.money.standing import endpoint_of
@@ -52,9 +59,12 @@ def bill(run: Run, mirror: Mirror) -> None:
     each = checkpoint_files.size_of(here[0]) if here else 0
     held, settings = each * max(1, len(mirror.status.mirrored)), run.config.mirror
     ledger, fetched = run.guard.ledger, mirror.opened.restored_bytes
-    storage.record(
-        ledger, settings, endpoint_of(settings), mirror.opened.epoch, held, fetched, ledger.clock.now()
-    )
+    try:
+        storage.record(
+            ledger, settings, endpoint_of(settings), mirror.opened.epoch, held, fetched, ledger.clock.now()
+        )
+    except UserError as error:  # a full disk; the next row counts this time too
+        run.event("mirror", f"  {error}")
 
 
 def moved(run: Run, mirror: Mirror) -> None:
@@ -85,18 +95,28 @@ def tell(run: Run) -> None:
             run.guard.notifier.alert(f"mirror-{run.step}", f"X1 {run.config.name}: not mirrored", message)
 
 
-def end(run: Run, code: int) -> None:
-    """Send what is left, as long as there is time; say what was not sent."""
+def end(run: Run, code: int) -> int:
+    """Send what is left, as long as there is time; say what was not sent. The exit code: a finished run whose
+    end is nowhere but here is not over."""
     if run.mirror is None:
-        return
+        return code
     tell(run)
     if not run.mirror.lost:
         bill(run, run.mirror)
-    left = run.mirror.drain(time_left(run.mirror, code), why(run, code))
+    left = run.mirror.drain(time_left(run.mirror, code), why(run, code), run.watchdog.beat)
     for name, message, fields in run.mirror.news():
         run.event(name, f"  {message}", **fields)
-    if not run.mirror.lost:
-        report(run.mirror, left, run.event)
+    if run.mirror.lost:
+        if code != REFUSED:
+            run.event("lease_lost", f"stopped: {run.mirror.lost}", exit_code=REFUSED)
+        return REFUSED
+    report(run.mirror, left, run.event)
+    return INTERRUPTED if code == FINISHED and unsafe(left) else code
+
+
+def unsafe(left: list[str]) -> list[str]:
+    """Of what is not mirrored, that which can't be made again: corpora can."""
+    return [one for one in left if not one.startswith("corpus ")]
 
 
 def why(run: Run, code: int) -> str:
@@ -119,7 +139,8 @@ def time_left(mirror: Mirror, code: int) -> float:
 def report(mirror: Mirror, left: list[str], event: Callable[..., None]) -> None:
     if left:
         listed = "; ".join(left)
-        said = f"not mirrored: {listed}. `x1 push {mirror.job.folder} {mirror.job.uri}` sends it later"
+        how = f"the same command again sends it, or `x1 push {mirror.job.folder} {mirror.job.uri}`"
+        said = f"not mirrored: {listed}. While this machine is there, {how}"
         event("mirror", said, left=left)
     else:
         event("mirror", f"  all of it is mirrored in {mirror.opened.label}", left=[])
@@ -137,4 +158,12 @@ def send_the_rest(
         return
     publish(mirror, config, session, corpora)
     left = mirror.drain(time_left(mirror, FINISHED), "finished")
+    if unsafe(left):
+        raise NotMirroredError(
+            f"{config.folder}: not mirrored: {'; '.join(left)}; the same command tries again"
+        )
     report(mirror, left, lambda _, message, **__: say(message))
+
+
+class NotMirroredError(UserError):
+    exit_code = INTERRUPTED

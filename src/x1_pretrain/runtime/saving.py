@@ -35,7 +35,8 @@ def save_here(run: Run) -> bool:
     except (CheckpointFailedError, OSError) as error:
         good = checkpoint_files.folder_name(run.saved_step)
         last = f"the last good one is {good}" if run.saved_step >= 0 else "there is none"
-        run.event("checkpoint_failed", f"checkpoint at step {run.step} not saved: {error}; {last}")
+        aside = checkpoint_files.aside_words(run.config.checkpoint_folder)
+        run.event("checkpoint_failed", f"checkpoint at step {run.step} not saved: {error}; {last}{aside}")
         return False
     return True
 

@@ -25,6 +25,7 @@ from x1_pretrain.evals.perplexity import windows
 from x1_pretrain.learning.stability import State, after_rewind
 from x1_pretrain.mirror.address import parse as parse_address
 from x1_pretrain.mirror.address import refuse_overlap
+from x1_pretrain.mirror.state import read_state
 from x1_pretrain.model.flops import flops_per_token
 from x1_pretrain.money.trainer_guard import TrainerGuard
 from x1_pretrain.records import console
@@ -272,10 +273,13 @@ def known_of_spikes(session: Session) -> State:
 
 def refuse_without_room(config: RunConfig, good: Path, needed: int) -> None:
     """A resumed run that could not save would be relaunched, and paid, again and again."""
-    if not checkpoint_files.room_for(config.checkpoint_folder, needed, good, config.checkpoint.at):
+    folder = config.checkpoint_folder
+    state = read_state(config.folder) if config.mirror.uri else None
+    mirrored = state.mirrored if state else ()
+    if not checkpoint_files.room_for(folder, needed, good, config.checkpoint.at, mirrored=mirrored):
         raise RefusedError(
-            f"{config.checkpoint_folder}: no room for a checkpoint of {needed / 2**30:.2f} GiB beside "
-            f"{good.name}; free some space and relaunch the same command"
+            f"{folder}: no room for a checkpoint of {needed / 2**30:.2f} GiB beside {good.name}; free some "
+            f"space and relaunch the same command{checkpoint_files.aside_words(folder)}"
         )
 
 
