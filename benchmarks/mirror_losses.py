@@ -16,10 +16,10 @@ import sys
 sys.path[:] = [folder for folder in sys.path if not folder.endswith("benchmarks")]
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from x1_pretrain.config import MirrorConfig, RunConfig, load_config
+from x1_pretrain.mirror.losing import Timing
 from x1_pretrain.model.flops import flops_per_token, parameter_counts
 from x1_pretrain.model.gpus import kind
 from x1_pretrain.money.gate import ASSUMED_MFU
@@ -31,38 +31,6 @@ DISK_MB_PER_S = 500.0  # that a checkpoint is written with
 NETWORK_MB_PER_S = (100.0, 10.0)  # of the upload: a data center's, somebody's home
 LOOK_S = float(MirrorConfig().every_s)
 CADENCES = (100, 300, 900, 1800)  # steps
-
-
-@dataclass(frozen=True)
-class Timing:
-    """In seconds: of training between two checkpoints, of writing one, of sending it, between two looks."""
-
-    train_s: float
-    write_s: float
-    send_s: float
-    look_s: float
-
-    @property
-    def period_s(self) -> float:
-        """Of the clock, between two checkpoints."""
-        return self.train_s + self.write_s
-
-    @property
-    def keeps_up(self) -> bool:
-        """Each is sent before the next is there."""
-        return self.look_s + self.send_s <= self.period_s
-
-    def worst_s(self) -> float:
-        """Paid time that is lost when the machine dies just before the next checkpoint is in the mirror:
-        since the last one that is there began to be written. Where sending takes longer than training
-        between two, the newest is sent each time, and those before it are passed over."""
-        if self.keeps_up:
-            return self.period_s + self.write_s + self.look_s + self.send_s
-        return self.period_s + self.write_s + 2 * (self.look_s + self.send_s)
-
-    def worst_steps(self, step_s: float) -> float:
-        """Steps that are done again: of that time the writing made none."""
-        return (self.worst_s() - 2 * self.write_s) / step_s
 
 
 def timing(config: RunConfig, every: int, step_s: float, network_mb_per_s: float) -> Timing:

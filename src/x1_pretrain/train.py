@@ -436,8 +436,8 @@ def resumed_from(text: str, config: cfg.RunConfig) -> cfg.RunConfig:
     given = config.mirror.uri
     if name != config.name:
         raise errors.UserError(
-            f"--resume-from {text}: the run there is {name}, this config's name is {config.name}; "
-            f"add --set name={name}"
+            f"--resume-from {text}: names the run {name}, this config's name is {config.name}; give "
+            f"{text.rstrip('/')}/{config.name} if that is a folder of runs, else add --set name={name}"
         )
     if given is not None and parse_address(given) != place:
         raise errors.UserError(

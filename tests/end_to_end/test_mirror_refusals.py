@@ -357,7 +357,7 @@ def test_fresh_over_a_mirrored_run(made: Made, words: list[str | Path], here: Pa
 
 
 def test_a_run_in_the_trash(made: Made, words: list[str | Path], here: Path, capfd: Capture) -> None:
-    typed = ["runs", "rm", str(made.mirror / "tiny"), "--yes", "--name", "tiny"]
+    typed = ["runs", "rm", f"file://{made.mirror}/tiny", "--yes", "--name", "tiny"]
     with pytest.raises(SystemExit) as ended:
         cli.main(typed)
     assert not ended.value.code

@@ -16,7 +16,7 @@ from x1_pretrain.mirror.lease import (
     look,
     silence_s,
 )
-from x1_pretrain.mirror.store import DeniedError, UnreachableError
+from x1_pretrain.mirror.store import DeniedError, NotThereError, UnreachableError
 
 
 @pytest.fixture
@@ -121,12 +121,49 @@ def test_lost_to_the_trash_or_to_a_broom(world):
     with pytest.raises(LostError, match="was moved to the trash since 2026-11-21T12:00:07Z"):
         lease.renew()
     world.store.delete([KEY])
-    with pytest.raises(LostError, match="its mirror model://runs/run was removed"):
-        lease.renew()
+    wears_out(world, lease, "its mirror model://runs/run was removed")
+    second = world.claim()
     world.store.put(KEY, b"x")
-    with pytest.raises(LostError, match="can't be read any more"):
-        lease.renew()
+    wears_out(world, second, "can't be read any more")
     assert world.store.content() == {KEY: b"x"}
+
+
+def wears_out(world, lease, match):
+    """Not believed at once, and not after many reads in a moment."""
+    for _ in range(30):
+        with pytest.raises(UnreachableError):
+            lease.renew()
+    world.clock.t += 301.0
+    with pytest.raises(LostError, match=match):
+        lease.renew()
+
+
+@pytest.mark.parametrize("wrong", ["not there", "damaged"])
+def test_a_store_that_denies_the_head_for_a_moment_does_not_end_training(world, wrong):
+    lease = world.claim()
+    world.store.faults = [Fault("fail", "swap")]
+    with pytest.raises(UnreachableError):
+        lease.renew()
+    real, wrongly = world.store.get, iter(range(3))
+
+    def get(key):
+        data, meta = real(key)
+        if next(wrongly, None) is None:
+            return data, meta
+        if wrong == "not there":
+            raise NotThereError(key)
+        return b"<html>", meta
+
+    world.store.get = get
+    with pytest.raises(UnreachableError, match=wrong):
+        lease.renew()
+    for _ in range(3):
+        try:
+            lease.renew()
+            break
+        except UnreachableError:
+            world.clock.t += 400.0
+    assert lease.renew() == world.head()
 
 
 def test_lost_to_a_copy_of_itself(world):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import json
+import os
 import shutil
 import tempfile
 import threading
@@ -20,12 +22,15 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from tests.mirror.model_store import Clock, Fault, ModelStore
 from tests.mirror.run_folders import RUN_ID, RunFolder, check_checkpoint, content, record
+from x1_pretrain.mirror import outbox
 from x1_pretrain.mirror.claim import Me
 from x1_pretrain.mirror.head import Head, decode, encode, replace
 from x1_pretrain.mirror.heads import look
 from x1_pretrain.mirror.lease import Lease, LostError
+from x1_pretrain.mirror.looks import Looks
+from x1_pretrain.mirror.outage import Outage
 from x1_pretrain.mirror.publisher import Identity, Publisher, size
-from x1_pretrain.mirror.store import StoreError
+from x1_pretrain.mirror.store import DeniedError, StoreError, UnreachableError
 from x1_pretrain.records.metrics import rewind
 from x1_pretrain.runtime.checkpoint_files import folder_name, list_checkpoints, step_of
 
@@ -139,6 +144,9 @@ def test_retention_drops_from_the_head_first_and_deletes_after(run: RunFolder, s
     for step in (10, 20, 30, 40, 50):
         run.save(step)
         session.settle()
+        for old in list_checkpoints(run.checkpoints)[2:]:
+            run.remove(step_of(old))
+    session.settle(2)
     assert session.steps() == [20, 40, 50]
     assert not in_the_store(store, "step-000000010")
     deleted = [
@@ -157,7 +165,147 @@ def test_best_checkpoints_stay(run: RunFolder, store: ModelStore) -> None:
         run.step(step, **{"val/loss": loss})
         run.save(step)
         session.settle()
+        for old in list_checkpoints(run.checkpoints)[2:]:
+            run.remove(step_of(old))
+    session.settle(2)
     assert session.steps() == [20, 40, 50]
+
+
+def test_what_is_still_here_stays_there(run: RunFolder, store: ModelStore) -> None:
+    """A rewind goes back to one that is here: a machine that is lost right after it must not lose the run."""
+    session = Session(run, store, keep_last=2)
+    for step in (800, 900, 1000):
+        run.save(step)
+        session.settle()
+    run.rewind(800)
+    session.publisher.look()
+    assert session.steps() == [800]
+    check_checkpoint(store, session.head, 800)
+
+
+def test_a_swap_that_fails_loses_nothing_that_was_sent(run: RunFolder, store: ModelStore) -> None:
+    run.save(10)
+    session = Session(run, store)
+    session.publisher.look()
+    session.publisher.wait(20)
+    store.faults.append(Fault("fail", on="swap", times=2))
+    for _ in range(2):
+        with pytest.raises(StoreError):
+            session.publisher.look()
+        if run.checkpoints.joinpath(folder_name(10)).exists():
+            run.remove(10)
+    session.publisher.look()
+    check_checkpoint(store, session.head, 10)
+    assert len([op for op, _ in store.operations if op == "put_stream"]) == 4
+
+
+def test_a_store_that_lets_go_of_nothing_is_sent_to_all_the_same(run: RunFolder, store: ModelStore) -> None:
+    session = Session(run, store, keep_last=1)
+    store.faults.append(Fault("denied", on="delete", times=10**9))
+    for step in (10, 20, 30):
+        run.step(step)
+        run.save(step)
+        run.remove(step - 10) if step > 10 else None
+        session.settle(3)
+    assert session.steps() == [30]
+    assert ["can't be removed" in line for line in session.publisher.take_news()] == [True]
+    store.faults.clear()
+    session.settle(1)
+    assert not in_the_store(store, "step-000000010")
+
+
+def test_a_checkpoint_without_one_of_its_files_is_said_and_no_other_waits(
+    run: RunFolder, store: ModelStore
+) -> None:
+    run.save(10)
+    (run.save(20) / "tokenizer.json").unlink()
+    session = Session(run, store)
+    session.settle()
+    assert session.steps() == [10]
+    (news,) = session.publisher.take_news()
+    assert "tokenizer.json is missing" in news
+
+
+def test_a_disk_that_stumbles_is_tried_again(
+    run: RunFolder, store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.save(10)
+    session, real, failures = Session(run, store), os.fstat, iter([True])
+
+    def fstat(fd: int) -> os.stat_result:
+        if threading.current_thread().name.startswith("x1-send") and next(failures, False):
+            raise OSError(errno.EIO, "Input/output error")
+        return real(fd)
+
+    monkeypatch.setattr(outbox.os, "fstat", fstat)
+    session.publisher.look()
+    session.publisher.wait(20)
+    with pytest.raises(UnreachableError, match="Input/output error"):
+        session.publisher.look()
+    session.settle()
+    assert session.steps() == [10]
+    assert session.publisher.bad() == []
+
+
+def test_what_a_resume_passed_over_stays_in_the_store(run: RunFolder, store: ModelStore) -> None:
+    """One answer of 404 on the newest checkpoint, and the run goes on from the one before."""
+    for step in (10, 20):
+        run.step(step)
+        run.save(step)
+        run.event("checkpoint", step)
+    before = Session(run, store).settle()
+    run.remove(20)
+    run.event("resume", 10)
+    session = Session(run, store, from_step=10)
+    store.faults.append(Fault("fail", on="swap"))
+    with suppress(StoreError):
+        session.publisher.look()
+    session.settle()
+    session.publisher.clean_up()
+    assert session.steps() == [10]
+    check_checkpoint(store, before, 20)
+    assert ["step 20 was passed over" in line for line in session.publisher.take_news()] == [True]
+    third = Session(run, store, from_step=10)
+    third.settle()
+    third.publisher.clean_up()
+    check_checkpoint(store, before, 20)
+
+
+def test_a_look_that_works_is_not_all_well_while_checkpoints_are_refused(
+    run: RunFolder, store: ModelStore
+) -> None:
+    run.save(10)
+    session, clock, gate = Session(run, store), Clock(), threading.Semaphore(0)
+
+    def refuses(op: str, key: str) -> None:
+        if op == "put_stream" and "model" in key:
+            gate.acquire()
+            raise DeniedError("no room on that disk")
+
+    store.before = refuses
+    looks, told = Looks(session.publisher, Outage(1000.0), 15.0, clock.steady), []
+    for number in range(12):
+        clock.t += 15
+        if number % 3 == 2:
+            gate.release()
+            session.publisher.wait(20)
+        told.append(looks.look())
+    assert [one.told is not None for one in told].count(True) == 1
+    assert "no room" in told[-2].status.trouble
+    store.before = lambda op, key: None
+    gate.release()
+    session.publisher.wait(20)
+    over = [looks.look() for _ in range(4) if session.publisher.wait(20) is None]
+    assert any(one.told and "again" in one.told for one in over)
+
+
+def test_there_is_a_pause_after_a_look_that_failed(run: RunFolder, store: ModelStore) -> None:
+    session = Session(run, store)
+    looks = Looks(session.publisher, Outage(30.0, lambda: 1.0), 15.0)
+    session.publisher._advance = lambda sizes: False  # type: ignore[method-assign]
+    assert looks.look().wait_s == 0.0
+    store.faults.append(Fault("fail", times=10**6))
+    assert looks.look().wait_s == 1.0
 
 
 def test_the_mirror_keeps_its_last_ones_until_newer_ones_are_there(run: RunFolder, store: ModelStore) -> None:
@@ -385,7 +533,7 @@ def test_what_earlier_sessions_left_is_removed_and_only_that(run: RunFolder, sto
     store.put(f"tiny/{space}/records/steps.jsonl/000000000000-0000000001-00000000", b"x")
     store.put(f"tiny/lost/{space}/steps.jsonl", b"kept apart")
     store.put("tiny-2/e0001-00000000/files/config.yaml", b"of another run")
-    second = Session(run, store)
+    second = Session(run, store, from_step=10)
     second.settle()
     store.put(f"tiny/{second.publisher.space}/checkpoints/step-000000030/model.safetensors", b"on its way")
     before = set(store.objects)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -88,6 +90,21 @@ def test_pulling_again_updates(run: Mirrored, tmp_path: Path, capsys: pytest.Cap
     assert (tmp_path / "here" / "report.html").read_bytes() == b"<html>newer"
 
 
+def test_one_that_broke_off_among_the_records_goes_on(
+    run: Mirrored, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("x1_pretrain.mirror.restore.restore_files", Mock(side_effect=KeyboardInterrupt))
+        with suppress(KeyboardInterrupt, SystemExit):
+            cli.main(["pull", "mirror/tiny"])
+    assert (tmp_path / "runs/tiny/metrics.jsonl").is_file()
+    code, told = pull("mirror/tiny", capsys=capsys)
+    assert code == 0, told
+    for name, data in {**run.records, **run.files}.items():
+        assert (tmp_path / "runs/tiny" / name).read_bytes() == data
+    assert not list((tmp_path / "runs/tiny").glob("*lost*"))
+
+
 def test_only_the_report(run: Mirrored, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, told = pull("mirror/tiny", "--only", "report", "--output", "r", capsys=capsys)
     assert code == 0, told
@@ -169,9 +186,12 @@ def test_the_folder_that_it_was_launched_from(
     assert "runs/tiny: holds the ledger of another run" in told
     run.records["ledger.jsonl"] = ledger("tiny-x", "tiny-y")
     run.save()
-    for _ in range(2):
+    for word in (b"<html>1", b"<html>2"):
+        run.files["report.html"] = word
+        run.save()
         code, told = pull("mirror/tiny", capsys=capsys)
         assert code == 0, told
+        assert (home / "report.html").read_bytes() == word
         assert (home / "termination.json").read_text() == '{"proof": "of the guard here"}'
         tags = [json.loads(line)["tag"] for line in (home / "ledger.jsonl").read_text().splitlines()]
         assert tags == ["tiny-x", "tiny-y"]

@@ -145,6 +145,33 @@ def test_enough_ends_it_between_two_pieces(tmp_path: Path) -> None:
     assert content(store, followed.pieces()["steps.jsonl"]) == (tmp_path / "steps.jsonl").read_bytes()
 
 
+def test_what_was_cut_off_is_sent_up_to_where_it_was_whatever_the_time(tmp_path: Path) -> None:
+    """Else a head would name a checkpoint without the rows before it."""
+    store, followed = ModelStore(Clock()), Records(tmp_path, "run", "e0001-a", {})
+    file, row = tmp_path / "steps.jsonl", '{"step": 1}\n'
+    file.write_text(row * 900)
+    advance(followed, store)
+    file.write_text(row * 800 + '{"step": 2}\n')
+    again = Records(tmp_path, "run", "e0002-a", followed.pieces())
+    assert not again.advance(again.sizes(), store, Rate(None), lambda: True)
+    assert content(store, again.pieces()["steps.jsonl"]) == row.encode() * 900
+    store.faults.append(Fault("fail", on="put"))
+    asked = iter([False])
+    with pytest.raises(UnreachableError):
+        again.advance(again.sizes(), store, Rate(None), lambda: next(asked, True))
+    again.advance(again.sizes(), store, Rate(None), lambda: True)
+    assert content(store, again.pieces()["steps.jsonl"]) == file.read_bytes()
+
+
+def test_a_row_longer_than_a_backlog_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "BACKLOG_BYTES", 100)
+    store, followed = ModelStore(Clock()), Records(tmp_path, "run", "e0001-a", {})
+    rows = b'{"step": 1}\n' + b'{"long": "' + b"y" * 300 + b'"}\n{"step": 3}\n'
+    (tmp_path / "steps.jsonl").write_bytes(rows)
+    advance(followed, store)
+    assert content(store, followed.pieces()["steps.jsonl"]) == rows
+
+
 # --- sending ------------------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.mirror.mirrored import keys, mirror_run, writer
@@ -308,6 +308,7 @@ listed = st.builds(
 )
 
 
+@example([Listed("0" * 12, "running", step=10**7, total_steps=10**3, host="a-host-with-a-long-name")], 50)
 @given(st.lists(listed, min_size=1, max_size=5), st.integers(50, 250))
 def test_no_line_is_wider_than_the_terminal(runs: list[Listed], width: int) -> None:
     lines = runs_table.lines(runs, width)

@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from tests.mirror.model_store import Clock, Fault, ModelStore
 from tests.mirror.proxy import FaultyProxy
 from tests.mirror.run_folders import RUN_ID, Driven, RunFolder, check_checkpoint, record
 from tests.mirror.s3 import Bucket
+from x1_pretrain.mirror import worker as worker_module
 from x1_pretrain.mirror.address import parse
-from x1_pretrain.mirror.head import Head
+from x1_pretrain.mirror.claim import HeldError
+from x1_pretrain.mirror.folder_store import FolderStore
+from x1_pretrain.mirror.head import Head, encode
 from x1_pretrain.mirror.heads import look
+from x1_pretrain.mirror.keeper import Keeper
+from x1_pretrain.mirror.lease import Lease, LostError
+from x1_pretrain.mirror.looks import Looks
 from x1_pretrain.mirror.opened import open_store
-from x1_pretrain.mirror.state import read_state
+from x1_pretrain.mirror.preflight import AbsentError
+from x1_pretrain.mirror.publisher import Identity, Publisher
+from x1_pretrain.mirror.state import MirrorState, read_state, write_state
 from x1_pretrain.mirror.store import Store
+from x1_pretrain.mirror.talk import Orders, Voice
+from x1_pretrain.mirror.worker import Worker
 
 
 @pytest.fixture
@@ -117,7 +130,7 @@ def test_a_mirror_that_dies_goes_on_with_the_same_run(run: RunFolder, mirror: Pa
     first.kill()
     run.step(2)
     run.save(2)
-    again = Driven(run.job(mirror))
+    again = Driven(run.job(mirror, goes_on=True))
     opened = again.open()
     assert (opened["epoch"], opened["notes"], opened["restored_step"]) == (2, [], None)
     again.publish(from_step=0)  # as at its first start: what was published since stays
@@ -136,17 +149,186 @@ def test_a_mirror_that_dies_does_not_take_the_run_back_from_another(run: RunFold
     first.until("status")
     first.kill()
     other = take_over(mirror)
+    other.resumed_from(0)
     other.release("finished elsewhere")
-    again = Driven(run.job(mirror))
+    again = Driven(run.job(mirror, goes_on=True))
     refused = again.until("refused")
     assert (refused["exit_code"], refused["held"]) == (78, True)
     assert "elsewhere" in refused["message"]
     assert again.process.wait(10) == 78
 
 
+# --- without a process of its own: what a worker makes of what it finds -------------------------------------
+
+
+def worker(run: RunFolder, mirror: Path, orders: list[bytes] | None = None, **job: Any) -> Worker:
+    return Worker(run.job(mirror, **job), Voice(io.StringIO()), Orders(iter(orders or [])))
+
+
+def said(one: Worker) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in one.voice._stream.getvalue().splitlines()]  # type: ignore[attr-defined]
+
+
+def claimed(one: Worker, store: Store) -> Lease:
+    one.know_the_folder()
+    one.keep_id()
+    return one.claim(store)
+
+
+def test_a_worker_killed_after_its_claim_is_no_other_session(run: RunFolder, mirror: Path) -> None:
+    store = FolderStore(mirror)
+    first = worker(run, mirror)
+    lease = claimed(first, store)
+    first.save_state(epoch=lease.epoch, token=lease.head.writer.token)
+    killed = claimed(worker(run, mirror, goes_on=True), store)  # it never wrote mirror.json
+    assert killed.epoch == 2
+    assert claimed(worker(run, mirror, goes_on=True), store).epoch == 3
+    (run.folder / "mirror.json").unlink()
+    claimed(worker(run, mirror, goes_on=True), store).release("")
+    elsewhere = take_over(mirror)
+    elsewhere.resumed_from(0)
+    elsewhere.release("finished")
+    first.save_state()  # epoch 1 is what the folder knows again
+    with pytest.raises(HeldError, match="elsewhere"):
+        claimed(worker(run, mirror, goes_on=True), store)
+
+
+def test_an_old_worker_does_not_write_over_the_state_of_the_next(run: RunFolder, mirror: Path) -> None:
+    store, old = FolderStore(mirror), worker(run, mirror)
+    lease = claimed(old, store)
+    old.save_state(epoch=lease.epoch, token=lease.head.writer.token)
+    new = worker(run, mirror)
+    lease = claimed(new, store)
+    new.save_state(epoch=lease.epoch, token=lease.head.writer.token)
+    old.save_state(state="lost", why="another one")
+    state = read_state(run.folder)
+    assert state is not None
+    assert (state.epoch, state.state) == (2, "writing")
+    new.save_state(lag_s=7.0)
+    assert read_state(run.folder).lag_s == 7.0  # type: ignore[union-attr]
+
+
+def test_an_empty_mount_point_is_no_new_mirror(run: RunFolder, mirror: Path) -> None:
+    mirrored = MirrorState(str(mirror), str(mirror / "tiny"), "tiny", "f", 3, "t", mirrored=[10, 20])
+    write_state(run.folder, mirrored)
+    mirror.mkdir()
+    one = worker(run, mirror)
+    assert one.run() == 78
+    assert "step 20 was mirrored to it; is the disk mounted?" in said(one)[-1]["message"]
+    assert list(mirror.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("state", "code", "word"), [('{"schema_version": 2, "kind": "mirror-state"}', 78, "update x1")]
+)
+def test_a_state_of_a_newer_x1_is_one_line(
+    run: RunFolder, mirror: Path, state: str, code: int, word: str
+) -> None:
+    (run.folder / "mirror.json").write_text(state)
+    one = worker(run, mirror)
+    assert one.run() == code
+    assert word in said(one)[-1]["message"]
+
+
+def test_a_folder_that_can_keep_no_id_is_refused_before_anything_is_claimed(
+    run: RunFolder, mirror: Path
+) -> None:
+    (run.folder / ".mirror.json-new").mkdir()
+    one = worker(run, mirror)
+    assert one.run() == 78
+    assert "can't be written" in said(one)[-1]["message"]
+    assert look(FolderStore(mirror), "tiny") is None
+
+
+def on_model(monkeypatch: pytest.MonkeyPatch) -> ModelStore:
+    store = ModelStore(Clock())
+    monkeypatch.setattr(worker_module, "open_store", lambda *_: store)
+    return store
+
+
+def test_a_store_away_at_the_claim_is_worth_a_relaunch(
+    run: RunFolder, mirror: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_model(monkeypatch).faults.append(Fault("fail", on="get", key="head.json"))
+    one = worker(run, mirror)
+    assert one.run() == 75
+    assert said(one)[-1]["exit_code"] == 75
+
+
+@pytest.mark.parametrize("fields", [{"must_exist": True}, {"goes_on": True}, {}], ids=str)
+def test_where_there_is_a_run_a_store_that_is_away_is_waited_for(
+    run: RunFolder, mirror: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]
+) -> None:
+    def away(*_: object) -> None:
+        raise AbsentError("no answer")
+
+    monkeypatch.setattr(worker_module, "preflight", away)
+    monkeypatch.setattr(worker_module, "AWAY_S", 0.05)
+    monkeypatch.setattr(worker_module, "AWAY_AGAIN_S", 0.01)
+    on_model(monkeypatch)
+    one = worker(run, mirror, **fields)
+    assert one.run() == (75 if fields else 78)
+    assert worker_module.AWAY_S < 1
+
+
+DRAIN = {"do": "drain", "within_s": 20.0, "why": "finished"}
+
+
+def draining(run: RunFolder, mirror: Path, store: ModelStore) -> tuple[Worker, Keeper, Looks]:
+    one = worker(run, mirror)
+    keeper = Keeper(claimed(one, store))  # type: ignore[arg-type]
+    keeper.resumed_from(0)
+    publisher = Publisher(one.job, store, keeper, Identity(RUN_ID))
+    return one, keeper, Looks(publisher, one.outage, 15.0)
+
+
+def test_a_lease_lost_at_the_very_end_is_told_as_lost(
+    run: RunFolder, mirror: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = ModelStore(Clock())
+    one, keeper, looks = draining(run, mirror, store)
+    monkeypatch.setattr(one, "send_the_rest", lambda *_: steal(store) or [])
+    with pytest.raises(LostError) as lost:
+        one.drain(looks, keeper, DRAIN)
+    begun = time.monotonic()
+    assert one.lost(keeper, lost.value, looks.publisher) == 78  # and waits for no order that was taken
+    assert time.monotonic() - begun < 2
+    assert [line["is"] for line in said(one)] == ["lost", "event", "drained"]
+
+
+def steal(store: ModelStore) -> None:
+    head = look(store, "tiny")
+    assert head is not None
+    other = replace(head[0], writer=replace(head[0].writer, epoch=9, token="other"))
+    store._write("tiny/head.json", encode(other))
+
+
+def test_a_store_that_dies_during_the_drain_is_not_paid_for(
+    run: RunFolder, mirror: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_module, "TROUBLE_S", 0.05)
+    store = ModelStore(Clock())
+    one, keeper, looks = draining(run, mirror, store)
+    run.step(1)
+    store.faults.append(Fault("fail", times=10**9))
+    begun = time.monotonic()
+    assert one.drain(looks, keeper, DRAIN) == 0
+    assert time.monotonic() - begun < 5
+    assert "1 row of steps.jsonl" in said(one)[-1]["left"]
+
+
+def test_a_run_that_can_not_be_given_back_is_left_without_a_traceback(run: RunFolder, mirror: Path) -> None:
+    store = ModelStore(Clock())
+    one, keeper, _ = draining(run, mirror, store)
+    store.faults.append(Fault("fail", times=10**9))
+    assert one.serve(store, keeper) == 0 or said(one)
+    store.faults.clear()
+    steal(store)
+    one.give_back(keeper, "lost as well")
+
+
 def take_over(mirror: Path) -> Any:
     from x1_pretrain.mirror.claim import Me
-    from x1_pretrain.mirror.lease import Lease
 
     store, head = seen(mirror)
     return Lease.claim(

@@ -96,6 +96,39 @@ def test_an_adopted_machine_bills_since_it_was_started() -> None:
     assert account(rows).spent_by(at(90)) == 3
 
 
+def test_two_ledgers_of_one_machine_are_one_machine() -> None:
+    """Its launcher's and its own, whichever comes first: ten hours at $1.20, ended."""
+    x, here = {"tag": "x"}, {"machine_id": "this-machine", "provider": "local"}
+    own = [
+        row(5, "adopted", **x, **here, usd_per_hr="1.20", since_utc=stamp(at(0))),
+        poll(300, "6.00", tag="x"),
+        poll(595, "11.90", tag="x"),
+    ]
+    home = [
+        intent(0, "x"),
+        row(1, "launched", machine_id="pod-1", **x),
+        poll(290, "5.80", tag="x"),
+        row(600, "terminate_confirmed", machine_id="pod-1", **x),
+    ]
+    for rows in (own + home, home + own):
+        found = account(rows)
+        [machine] = found.machines
+        assert (machine.provider, machine.machine_id) == ("runpod", "pod-1")
+        assert (found.settled_usd(), found.spent_by(at(1800))) == (12, 12)
+        assert not found.open_machines()
+    alive = account(own + home[:-1])
+    assert [m.machine_id for m in alive.open_machines()] == ["pod-1"]
+    assert alive.spent_by(at(605)) == Decimal("12.10")
+
+
+def test_a_machine_that_comes_back_after_its_end_is_billed_anew() -> None:
+    again = row(120, "adopted", tag="a", provider="runpod", machine_id="id-a", usd_per_hr="1.20")
+    rows = [intent(0), row(1, "launched", tag="a", machine_id="id-a"), gone(60), again]
+    assert account(rows).spent_by(at(180)) == Decimal("2.40")
+    two = {"tag": "this-machine", "machine_id": "this-machine", "provider": "local", "usd_per_hr": "1.20"}
+    assert len(account([row(0, "adopted", **two), row(9, "adopted", **two)]).machines) == 2
+
+
 def test_this_computer_is_never_an_open_machine() -> None:
     assert account([intent(0, provider="local")]).open_machines() == []
 

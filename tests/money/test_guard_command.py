@@ -18,9 +18,11 @@ from tests.money.fakes import Rental, Turns, renting, waiting
 
 from x1_pretrain.command import run as run_app
 from x1_pretrain.errors import FAULT, FINISHED, INTERRUPTED, USAGE
+from x1_pretrain.mirror.folder_store import FolderStore
 from x1_pretrain.money import guard_command, teardown
 from x1_pretrain.money.clock import Clock
 from x1_pretrain.money.providers.fake.server import FakeProvider
+from x1_pretrain.money.standing import Mirror, Standing
 from x1_pretrain.money.teardown import Ending
 
 
@@ -60,6 +62,40 @@ def test_the_machine_ends_below_the_ceiling(
     assert "projected" in printed
     assert "termination.json" in printed
     assert json.loads((rental.folder / "guard.json").read_text())["spent_usd"] <= 3
+
+
+def test_what_the_run_cost_elsewhere_counts(rental: Rental) -> None:
+    """Its ledger came from a mirror to the gate; this folder never saw those machines."""
+    row = {"verdict": "passed", "ceiling_usd": Decimal(9), "hours": Decimal(2), "before_usd": Decimal(5)}
+    rental.ledger.append("gate", **row)
+    rental.launch()
+    assert command(str(rental.folder)) == FINISHED
+    assert Decimal("3.5") < rental.bill_usd() <= 4
+
+
+def test_a_correction_since_the_launch_is_the_last_word() -> None:
+    gate = {"event": "gate", "verdict": "passed", "before_usd": "5"}
+    intent, corrected = {"event": "intent", "tag": "a"}, {"event": "correction"}
+    later = {"event": "gate", "verdict": "passed", "before_usd": "8"}
+    before = guard_command.spent_before
+    assert before([gate, intent], "a") == before([corrected, gate, intent, later], "a") == 5
+    assert before([gate, {**gate, "verdict": "refused", "before_usd": "7"}, intent], "a") == 5
+    assert before([gate, intent, corrected], "a") == before([gate], "a") == before([], "a") == 0
+
+
+def test_what_the_machine_s_own_ledger_counts_beside_it(rental: Rental, tmp_path: Path) -> None:
+    """The store of the mirror is on the machine's ledger alone: here $1 more than was counted so far."""
+    rented(rental)
+
+    class Told(Mirror):
+        def look(self) -> Standing:
+            spent = rental.bill_usd() + 1
+            return Standing(1, 1, True, "gpu-1", "running", step=9, good_step=9, spent_usd=spent)
+
+    mirror = Told(FolderStore(str(tmp_path / "mirror")), "run")
+    code, lost = guard_command.watched(rental.folder, rental.clock, Decimal(3), 300.0, 900.0, mirror)
+    assert (code, lost) == (FINISHED, False)
+    assert Decimal("1.5") < rental.bill_usd() <= 2
 
 
 FAULTS: list[dict[str, Any]] = [

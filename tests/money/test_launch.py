@@ -20,14 +20,15 @@ from tests.corpora import write_config
 from tests.money.fakes import Rental, Turns, renting, waiting
 
 from x1_pretrain.command import run as run_app
-from x1_pretrain.errors import FAULT, FINISHED, REFUSED, USAGE, UserError
-from x1_pretrain.money import latch, launch, machine_jobs, pricing, reconcile
+from x1_pretrain.errors import FAULT, FINISHED, INTERRUPTED, REFUSED, USAGE, UserError
+from x1_pretrain.money import latch, launch, launching, machine_jobs, pricing, reconcile
 from x1_pretrain.money import renting as renting_module
 from x1_pretrain.money.account import account
 from x1_pretrain.money.clock import Clock
 from x1_pretrain.money.ledger import Ledger
 from x1_pretrain.money.providers.fake.server import FakeProvider
 from x1_pretrain.money.providers.runpod import RunPod
+from x1_pretrain.money.teardown import end_loudly
 from x1_pretrain.records import run_manifest
 
 SECRET = "s3cr3t-t0ken"
@@ -380,8 +381,90 @@ def test_ctrl_c_while_it_boots_ends_it(rental: Rental, monkeypatch: pytest.Monke
         raise KeyboardInterrupt
 
     monkeypatch.setattr(renting_module, "wait_active", interrupt)
-    assert command(rental) == FAULT
+    assert command(rental) == INTERRUPTED
     assert not rental.fake.world.alive()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("before_it_works", [True, False])
+def test_no_signal_leaves_a_machine_that_nobody_guards(
+    number: signal.Signals,
+    before_it_works: bool,
+    rental: Rental,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """While it is asked for, and between its start and the guard's."""
+    send = type(rental.provider).launch
+
+    def then_killed(provider: Any, request: Any) -> str:
+        made = str(send(provider, request))
+        os.kill(os.getpid(), number)
+        return made
+
+    def killed(*_: Any) -> int:
+        os.kill(os.getpid(), number)
+        return FINISHED
+
+    if before_it_works:
+        monkeypatch.setattr(type(rental.provider), "launch", then_killed)
+    else:
+        monkeypatch.setattr(launching, "guard_machine", killed)
+    assert command(rental) == INTERRUPTED
+    assert "interrupted: ending what is rented" in capsys.readouterr().out
+    assert not rental.fake.world.alive()
+    assert not account(rental.ledger.rows()).open_machines()
+    assert signal.getsignal(number) is not None
+
+
+def test_a_fault_of_ours_after_the_request_leaves_no_machine(
+    rental: Rental, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> bool:
+        raise OSError(5, "no such luck")
+
+    monkeypatch.setattr(renting_module, "wait_active", broken)
+    with pytest.raises(OSError, match="no such luck"):
+        command(rental)
+    assert not rental.fake.world.alive()
+
+
+def test_a_closed_terminal_keeps_no_machine(rental: Rental, monkeypatch: pytest.MonkeyPatch) -> None:
+    rental.launch()
+
+    def closed(*_: Any, **__: Any) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("builtins.print", closed)
+    assert end_loudly(rental.folder, rental.clock) == FINISHED
+    assert not rental.fake.world.alive()
+
+
+def test_at_home_the_mirror_comes_along(rental: Rental, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+
+    class Started(Exception):
+        pass
+
+    def execv(_: str, words: list[str]) -> None:
+        started.append(words)
+        raise Started
+
+    monkeypatch.setattr("os.execv", execv)
+    words = [
+        "--provider",
+        "local",
+        "--rate-usd-per-hr",
+        "0.1",
+        "--mirror",
+        "s3://bucket/runs",
+        "--mirror-data",
+    ]
+    with pytest.raises(Started):
+        command(rental, *words)
+    [told] = started
+    assert told[told.index("--mirror") + 1] == "s3://bucket/runs"
+    assert "--mirror-data" in told[told.index("--") :]
 
 
 def test_it_is_watched_to_its_end(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import os
+import re
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -19,9 +20,11 @@ from tests.money.fakes import Rental, Turns, renting, waiting
 from x1_pretrain.command import run as run_app
 from x1_pretrain.errors import FAULT, FINISHED, INTERRUPTED, REFUSED, USAGE
 from x1_pretrain.mirror.folder_store import FolderStore
-from x1_pretrain.money import launch, launch_mirror, moving
+from x1_pretrain.money import guard_command, latch, launch, launch_mirror, moving
+from x1_pretrain.money import renting as renting_module
 from x1_pretrain.money.account import account
 from x1_pretrain.money.clock import Clock
+from x1_pretrain.money.renting import BusyError
 from x1_pretrain.money.standing import Mirror, Standing, verdict
 
 SECRET = "wJalrXUtnFEMI"
@@ -153,6 +156,7 @@ def test_the_new_machine_is_told_all_it_needs(rental: Rental, monkeypatch: pytes
         assert SECRET not in file.read_text(errors="replace")
 
 
+@pytest.mark.slow
 def test_what_is_left_is_priced_not_the_whole_run(rental: Rental, monkeypatch: pytest.MonkeyPatch) -> None:
     lost(rental)
     says(rental, monkeypatch, (100, WRITING), (9000, replace(DONE, epoch=2)))
@@ -174,6 +178,7 @@ def test_the_mirror_is_in_the_price(
     assert not truths(rental)
 
 
+@pytest.mark.slow
 def test_a_dearer_provider_is_passed_over(rental: Rental, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lambda is next, and above --max-price: RunPod again."""
     rental.fake.prices = type(rental.fake.prices)()  # Lambda 1.79, RunPod 1.19 by the list
@@ -183,6 +188,7 @@ def test_a_dearer_provider_is_passed_over(rental: Rental, monkeypatch: pytest.Mo
     assert [m.api for m in truths(rental)] == ["runpod", "runpod"]
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_under_the_ceiling_is_not_rented(
     rental: Rental, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -194,6 +200,7 @@ def test_what_does_not_fit_under_the_ceiling_is_not_rented(
     assert alive(rental) == 0
 
 
+@pytest.mark.slow
 def test_there_is_a_most_of_moves(
     rental: Rental, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -206,6 +213,7 @@ def test_there_is_a_most_of_moves(
     assert "it was moved 2 times already" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_moves_0_ends_it_as_without_a_mirror(rental: Rental, monkeypatch: pytest.MonkeyPatch) -> None:
     lost(rental)
     says(rental, monkeypatch, (100, WRITING))
@@ -213,6 +221,7 @@ def test_moves_0_ends_it_as_without_a_mirror(rental: Rental, monkeypatch: pytest
     assert (len(truths(rental)), alive(rental)) == (1, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state", ["finished", "stopped"])
 def test_a_run_that_is_over_is_not_moved(
     state: str, rental: Rental, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -226,6 +235,7 @@ def test_a_run_that_is_over_is_not_moved(
     assert "it is not moved" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_machine_whose_run_is_over_is_ended_though_it_looks_well(
     rental: Rental, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -237,15 +247,18 @@ def test_a_machine_whose_run_is_over_is_ended_though_it_looks_well(
     assert 2000 + 600 < machine.gone_s < 2000 + 600 + 2 * 600 + 60  # linger, polls, the proof
 
 
+@pytest.mark.slow
 def test_a_fault_is_a_persons_unless_it_got_on(rental: Rental, monkeypatch: pytest.MonkeyPatch) -> None:
     lost(rental, times=2, kind="exited")
     ended = replace(WRITING, writing=False, state="ended", why="CUDA error")
     again = replace(ended, epoch=2)  # no further than before
     says(rental, monkeypatch, (100, ended), (1500, again))
-    assert command(rental, provider="runpod", cap="30") == FINISHED
+    assert command(rental, provider="runpod", cap="30") == FAULT
     assert len(truths(rental)) == 2
+    assert any("not moved" in row["key"] for row in rental.rows("alert_due"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("state", "machines"), [("ended", 2), ("interrupted", 2), ("stopped", 1)])
 def test_a_trainer_that_left_is_seen_by_its_mirror(
     state: str, machines: int, rental: Rental, monkeypatch: pytest.MonkeyPatch
@@ -258,6 +271,7 @@ def test_a_trainer_that_left_is_seen_by_its_mirror(
     assert alive(rental) == 0
 
 
+@pytest.mark.slow
 def test_a_relaunch_on_the_machine_is_no_loss(rental: Rental, monkeypatch: pytest.MonkeyPatch) -> None:
     left, back = replace(WRITING, writing=False, state="died"), replace(WRITING, epoch=2)
     says(rental, monkeypatch, (100, WRITING), (2400, left), (2500, back), (5000, replace(DONE, epoch=2)))
@@ -265,6 +279,7 @@ def test_a_relaunch_on_the_machine_is_no_loss(rental: Rental, monkeypatch: pytes
     assert len(truths(rental)) == 1
 
 
+@pytest.mark.slow
 def test_nobody_else_s_run_is_taken(
     rental: Rental, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -286,6 +301,7 @@ def test_a_run_that_is_being_trained_is_refused_before_anything_is_paid(
     assert "is being trained on gpu-1 (last sign of life 4 s ago" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_mirror_s_word_is_waited_for(rental: Rental, monkeypatch: pytest.MonkeyPatch) -> None:
     lost(rental)
     says(rental, monkeypatch, (100, "s3: no answer"), (4000, WRITING), (9000, replace(DONE, epoch=2)))
@@ -295,6 +311,7 @@ def test_the_mirror_s_word_is_waited_for(rental: Rental, monkeypatch: pytest.Mon
     assert first.gone_s < 4000  # nothing is paid meanwhile
 
 
+@pytest.mark.slow
 def test_a_mirror_that_never_answers_is_a_fault(rental: Rental, monkeypatch: pytest.MonkeyPatch) -> None:
     lost(rental)
     says(rental, monkeypatch, (100, "s3: no answer"))
@@ -302,6 +319,7 @@ def test_a_mirror_that_never_answers_is_a_fault(rental: Rental, monkeypatch: pyt
     assert (len(truths(rental)), alive(rental)) == (1, 0)
 
 
+@pytest.mark.slow
 def test_a_machine_that_was_not_seen_to_end_keeps_the_next_from_being_rented(
     rental: Rental, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -313,6 +331,7 @@ def test_a_machine_that_was_not_seen_to_end_keeps_the_next_from_being_rented(
     assert len(rental.rows("terminate_unconfirmed")) == moving.END_TRIES
 
 
+@pytest.mark.slow
 def test_a_next_machine_that_never_runs_is_ended_too(rental: Rental, monkeypatch: pytest.MonkeyPatch) -> None:
     lost(rental)
     says(rental, monkeypatch, (100, WRITING), (20_000, replace(DONE, epoch=2)))
@@ -328,6 +347,7 @@ def test_a_next_machine_that_never_runs_is_ended_too(rental: Rental, monkeypatch
     assert alive(rental) == 0
 
 
+@pytest.mark.slow
 def test_nothing_free_is_waited_for(rental: Rental, monkeypatch: pytest.MonkeyPatch) -> None:
     lost(rental)
     rental.fake.fault("no_capacity", after_s=600, for_s=1800)
@@ -337,7 +357,8 @@ def test_nothing_free_is_waited_for(rental: Rental, monkeypatch: pytest.MonkeyPa
     assert truths(rental)[1].created_s >= 2400
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_ctrl_c_between_two_machines_ends_what_is_rented(
     number: signal.Signals, rental: Rental, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -348,6 +369,141 @@ def test_ctrl_c_between_two_machines_ends_what_is_rented(
     assert (len(truths(rental)), alive(rental)) == (2, 0)
 
 
+@pytest.mark.slow
+def test_ctrl_c_while_the_lost_machine_is_ended(
+    rental: Rental, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lost(rental)
+    says(rental, monkeypatch, (100, WRITING))
+    end = guard_command.end_loudly
+
+    def interrupted(*arguments: Any) -> int:
+        os.kill(os.getpid(), signal.SIGINT)
+        return end(*arguments)
+
+    monkeypatch.setattr(guard_command, "end_loudly", interrupted)
+    assert command(rental) == INTERRUPTED
+    assert (len(truths(rental)), alive(rental)) == (1, 0)
+    assert "it is not moved; the same `x1 launch` goes on" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_an_error_of_ours_leaves_no_machine(rental: Rental, monkeypatch: pytest.MonkeyPatch) -> None:
+    lost(rental)
+    says(rental, monkeypatch, (100, WRITING))
+
+    def broken(*_: Any) -> bool:
+        raise OSError(5, "no such luck")
+
+    monkeypatch.setattr(moving, "wait_active", broken)
+    with pytest.raises(OSError, match="no such luck"):
+        command(rental)
+    assert (len(truths(rental)), alive(rental)) == (2, 0)
+
+
+@pytest.mark.slow
+def test_machines_that_publish_nothing_are_not_rented_in_a_row(
+    rental: Rental, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their start-up fails, and that of the next would too."""
+    lost(rental, times=99, after_s=300)
+    says(rental, monkeypatch, (-1, None))
+    assert command(rental, cap="30") == FAULT
+    assert (len(truths(rental)), alive(rental)) == (2, 0)
+    assert "2 machines in a row worked, and published nothing" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_stop_at_home_is_heeded(rental: Rental, monkeypatch: pytest.MonkeyPatch) -> None:
+    lost(rental)
+    says(rental, monkeypatch, (100, WRITING))
+    end = guard_command.end_loudly
+
+    def stopped(*arguments: Any) -> int:
+        latch.write(rental.folder, latch.Stop("a person decided", "person", 76, "2026-05-23T13:00:00Z"))
+        return end(*arguments)
+
+    monkeypatch.setattr(guard_command, "end_loudly", stopped)
+    assert command(rental) == FINISHED
+    assert len(truths(rental)) == 1
+
+
+@pytest.mark.slow
+def test_another_launch_here_is_waited_for(
+    rental: Rental, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It may stand at its question for long: that is no move."""
+    lost(rental)
+    says(rental, monkeypatch, (100, WRITING), (9000, replace(DONE, epoch=2)))
+    lock, calls = moving.one_launch, list[int]()
+
+    def busy(runs: Path) -> Any:
+        calls.append(1)
+        if len(calls) <= 20:
+            raise BusyError("another x1 launch is going on here")
+        return lock(runs)
+
+    monkeypatch.setattr(moving, "one_launch", busy)
+    assert command(rental, "--moves", "1") == FINISHED
+    assert len(truths(rental)) == 2
+    assert capsys.readouterr().out.count("waiting for it") == 1
+
+
+@pytest.mark.slow
+def test_what_a_move_cost_is_the_sum_over_all_machines(
+    rental: Rental, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The lost one after its last sign of life, one that never worked, one that was refused, the last one."""
+    lost(rental)
+    says(rental, monkeypatch, (100, WRITING), (20_000, replace(DONE, epoch=2)))
+    wait, calls = moving.wait_active, list[int]()
+
+    def never_the_first(*arguments: Any) -> bool:
+        calls.append(1)
+        if len(calls) > 1:
+            return wait(*arguments)
+        rental.clock.sleep(1800)
+        rental.fake.fault("401", on="launch", times=1)
+        return False
+
+    monkeypatch.setattr(moving, "wait_active", never_the_first)
+    assert command(rental) == FINISHED
+    first, second, third = truths(rental)
+    [row] = rental.rows("moved")
+    assert (row["from"], row["to"]) == (first.name, third.name)
+    refused = [m for m in rental.machines() if m.machine_id is None]
+    assert len(refused) == 1
+    useless = rental.fake.world.bill_usd(second.id)
+    assert useless > Decimal("0.55")
+    paid = Decimal(row["downtime_usd"])
+    assert useless <= paid <= useless * Decimal("1.11") + Decimal("0.40")  # idle at both ends
+    assert "(2 of at most 5)" in row["message"]
+    spent = Decimal(re.search(r"\$([0-9.]+) of \$9.00 spent so far", row["message"])[1])
+    assert paid <= spent < paid + Decimal("0.50")
+
+
+@pytest.mark.slow
+def test_a_first_machine_that_never_runs_is_moved_too(
+    rental: Rental, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    says(rental, monkeypatch, (9000, DONE))
+    monkeypatch.setattr(renting_module, "wait_active", lambda *_: False)
+    assert command(rental) == FINISHED
+    assert [m.api for m in truths(rental)] == ["runpod", "lambda"]
+    assert alive(rental) == 0
+
+
+def test_price_only_prices_what_is_left(
+    rental: Rental, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    says(rental, monkeypatch, (-1, replace(WRITING, spent_usd=Decimal("1.50"))))
+    assert command(rental, "--price-only", cap="30") == FINISHED
+    out = capsys.readouterr().out
+    assert "for 5,632 tokens" in out  # 22 of 30 steps
+    assert "$1.50 spent before" in out
+
+
+@pytest.mark.slow
 def test_the_ceiling_ends_it_and_nothing_is_moved(rental: Rental, monkeypatch: pytest.MonkeyPatch) -> None:
     says(rental, monkeypatch, (100, WRITING))
     assert command(rental, cap="4.60") == FINISHED
@@ -355,6 +511,7 @@ def test_the_ceiling_ends_it_and_nothing_is_moved(rental: Rental, monkeypatch: p
     assert rental.bill_usd() < Decimal("4.60")
 
 
+@pytest.mark.slow
 def test_a_person_s_teardown_is_no_loss(rental: Rental, monkeypatch: pytest.MonkeyPatch) -> None:
     says(rental, monkeypatch, (100, WRITING))
     turns = Turns(rental.clock)
@@ -372,6 +529,7 @@ def test_a_person_s_teardown_is_no_loss(rental: Rental, monkeypatch: pytest.Monk
     assert (len(truths(rental)), alive(rental)) == (1, 0)
 
 
+@pytest.mark.slow
 def test_a_second_launch_goes_on_where_the_mirror_is(rental: Rental, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a folder at home: what is done and what it cost come from the mirror."""
     spent = replace(WRITING, writing=False, state="interrupted", spent_usd=Decimal("1.50"))
@@ -421,6 +579,7 @@ def test_missing_credentials_are_named_before_anything_is_asked(
 
 BEFORE = Standing(epoch=3, beat=9, writing=False, host="a", state="died", step=50, good_step=40)
 AFTER = replace(BEFORE, epoch=4, step=70, good_step=60)
+TRASHED = replace(BEFORE, state="trashed", step=0, good_step=0)
 
 
 @pytest.mark.parametrize(
@@ -434,8 +593,15 @@ AFTER = replace(BEFORE, epoch=4, step=70, good_step=60)
         (replace(AFTER, state="finished"), BEFORE, "over"),
         (replace(AFTER, state="stopped"), BEFORE, "over"),
         (replace(AFTER, state="ended"), BEFORE, "move"),
-        (replace(AFTER, state="ended", good_step=40), BEFORE, "over"),
-        (replace(AFTER, state="ended", good_step=0), None, "move"),
+        (replace(AFTER, state="ended", good_step=40), BEFORE, "fault"),
+        (replace(AFTER, state="ended", good_step=0), None, "fault"),  # before any checkpoint
+        (replace(AFTER, state="ended", good_step=1), None, "move"),
+        (replace(AFTER, state="trashed"), BEFORE, "over"),
+        (replace(BEFORE, state="trashed"), None, "over"),
+        (replace(BEFORE, state="trashed"), BEFORE, "over"),  # thrown away after the loss
+        (TRASHED, TRASHED, "move"),  # it was in the trash when the machine was launched
+        (replace(TRASHED, epoch=4), TRASHED, "over"),
+        (replace(AFTER, state="running", why="and told to stop: a person decided"), BEFORE, "over"),
         (replace(AFTER, state="interrupted", good_step=40), BEFORE, "move"),
         (replace(AFTER, state="running", good_step=40), BEFORE, "move"),
         (replace(AFTER, state="a word of tomorrow"), BEFORE, "move"),

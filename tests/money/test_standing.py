@@ -45,8 +45,10 @@ def test_what_a_head_says() -> None:
     assert found.lost_steps == 10
 
 
-def test_a_run_in_the_trash_is_none() -> None:
-    assert standing(replace(HEAD, writer=replace(WRITER, state="trashed"))) is None
+def test_a_run_in_the_trash_has_nothing_to_go_on_with() -> None:
+    found = standing(replace(HEAD, writer=replace(WRITER, state="trashed")))
+    assert found.trashed
+    assert (found.epoch, found.writing, found.good_step, found.spent_usd) == (4, False, 0, None)
 
 
 @given(

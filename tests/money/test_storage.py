@@ -204,6 +204,16 @@ def test_what_the_trainer_calls(tmp_path: Path) -> None:
     assert [row["basis"] for row in ledger.rows()] == ["as stated"] * 3
 
 
+def test_each_mirror_counts_its_own_epochs(tmp_path: Path) -> None:
+    """The run changes its mirror, and its first epoch comes again: both are paid."""
+    ledger, gib = Ledger(tmp_path / "ledger.jsonl", Steps()), 2**30
+    for bucket, fetched in (("s3://one/runs", 6), ("s3://two/runs", 1)):
+        mirror = MirrorConfig(uri=bucket, storage_usd_per_gib_month=0, egress_usd_per_gib=1)
+        storage.record(ledger, mirror, None, 1, 0, fetched * gib, ledger.clock.now())
+        storage.record(ledger, mirror, None, 1, 0, fetched * gib, ledger.clock.now())
+    assert account(ledger.rows()).beside_usd == 7
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

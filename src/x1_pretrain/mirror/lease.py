@@ -116,7 +116,7 @@ class Lease:
         self._doubt = False
 
     def _missing(self, data: bytes | None) -> LostError | UnreachableError:
-        """A store says so now and then of what is there: it is believed when it says nothing else for long."""
+        """Stores say so now and then of what is there: believed once they say nothing else for long."""
         self._missed.append(self.steady())
         if len(self._missed) >= GONE_READS and self._missed[-1] - self._missed[0] >= GONE_S:
             return LostError(lease_words.lost(self.store, self.head, data))

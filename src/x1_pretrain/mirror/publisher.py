@@ -84,6 +84,7 @@ class Publisher:
         self._told: set[str] = set()  # corpora that can't be sent
         self._gone_back = [] if job.goes_on else [identity.from_step]
         self._resumed_at = None if job.goes_on else identity.from_step  # until the first head of this session
+        self._aside: set[str] = set()  # paths of checkpoints that the resume passed over: they stay
         self._went_back = False  # training did, at the last look
         self._unsent_since: dict[str, float] = {}
         self._dropped: set[str] = set()  # paths that no head may name any more
@@ -104,6 +105,7 @@ class Publisher:
         if sent:
             self.outbox.forget()
         failed = self.outbox.error or self.corpora.error
+        self.outbox.error = self.corpora.error = None  # told once
         self._feed(head, here)
         self._feed_corpora()
         self._delete_dropped(head)
@@ -169,7 +171,9 @@ class Publisher:
             run_id=self.identity.run_id or head.run_id,
             step_fields=self.identity.step_fields or head.step_fields,
             fingerprints=self.identity.fingerprints or head.fingerprints,
-            checkpoints=sorted((one for one in published if one.step in keep | here.keys()), key=lambda one: one.step),
+            checkpoints=sorted(
+                (one for one in published if one.step in keep | here.keys()), key=lambda one: one.step
+            ),
             records=self.records.pieces(),
             files=dict(sorted(self.files.objects.items())),
             data=head.data | self.corpora.whole,
@@ -184,30 +188,31 @@ class Publisher:
         )
 
     def _publish(self, new: Head) -> Head:
-        self._dropped |= paths(self.lease.head) - paths(new) - self._skipped(new)
+        self._keep_aside(new)
+        self._dropped |= paths(self.lease.head) - paths(new) - self._aside
         head = self.lease.publish(new)
-        self._gone_back = []
+        self._gone_back, self._resumed_at = [], None
         return head
 
-    def _skipped(self, new: Head) -> set[str]:
-        """Paths of checkpoints that the resume passed over, for whatever reason, and that no rewind gave up:
-        the run goes on without them, but they stay where they are."""
-        if self._resumed_at is None:
-            return set()
+    def _keep_aside(self, new: Head) -> None:
+        """Checkpoints that the resume passed over, for whatever reason, and that no rewind gave up: the run
+        goes on without them, but they stay where they are."""
+        at = self._resumed_at
+        over = [one for one in self.lease.head.checkpoints if at is not None and one.step > at]
+        if not over:
+            return
         rows = read_rows(self.folder / "events.jsonl")
         gone = given_up(row for row in rows if row.get("event") in ("checkpoint", "rewind"))
-        named = paths(new)
-        over = [one for one in self.lease.head.checkpoints if one.step > self._resumed_at]
-        over = [one for one in over if one.step not in gone and one.path not in named]
         for one in over:
+            if one.step in gone or one.path in self._aside or new.published(one.step) == one:
+                continue
             key = f"{self.job.name}/{SKIPPED.format(space=self.space)}/{one.path}"
             self.store.put(key, json.dumps(asdict(one)).encode())
+            self._aside.add(one.path)
             self.news.append(
                 f"the mirrored checkpoint of step {one.step} was passed over and is no longer the run's; its "
                 f"objects stay in {self.store.label}/{self.job.name}/{one.path}"
             )
-        self._resumed_at = None
-        return {one.path for one in over}
 
     def _delete_dropped(self, head: Head) -> None:
         """Only what the head in the store does not name any more. A store that does not let go of it is no

@@ -4,7 +4,8 @@
     x1 pull s3://bucket/runs/x1-50m --only final      x1-50m-final: the model, for transformers
     x1 pull s3://bucket/runs/x1-50m --only report     runs/x1-50m without weights
 
-Run it again to have what is new, or to go on with one that broke off.
+Run it again to have what is new, or to go on with one that broke off. The folder that the run was launched
+from, which holds its ledger, may take it too: the rows of both are kept, and what the guard there wrote.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from x1_pretrain.command import run as run_app
 from x1_pretrain.command import single
 from x1_pretrain.errors import RefusedError, UserError
 from x1_pretrain.mirror.address import run_address
-from x1_pretrain.mirror.choosing import given_up, standing
+from x1_pretrain.mirror.choosing import MARKER, given_up, standing
 from x1_pretrain.mirror.fetch import fetch_checkpoint, is_same
 from x1_pretrain.mirror.head import Head, Published
 from x1_pretrain.mirror.lease import look
@@ -170,6 +171,8 @@ def refuse_another_run(output: Path, head: Head) -> None:
         raise RefusedError(f"{output}: is a file; name another --output")
     state = read_state(output)
     here = run_id_of(output / "manifest.json") or (head.run_id if state and state.name == head.name else None)
+    if here is None and (output / MARKER).exists():
+        return  # one that broke off among the records: what is there is set aside if it is not this run's
     if here is None:
         raise RefusedError(f"{output}: holds something that is no run; name another --output")
     if here != head.run_id:

@@ -5,7 +5,6 @@ x1 push x1-50m-a100 s3://bucket/runs
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -19,19 +18,17 @@ from x1_pretrain.command import single
 from x1_pretrain.errors import FAULT, FINISHED, RefusedError, UserError
 from x1_pretrain.mirror.address import Address, parse
 from x1_pretrain.mirror.choosing import standing
-from x1_pretrain.mirror.claim import Me, folder_mark
 from x1_pretrain.mirror.head import Head
 from x1_pretrain.mirror.heads import look
 from x1_pretrain.mirror.job import Job
 from x1_pretrain.mirror.keeper import Keeper
-from x1_pretrain.mirror.lease import Lease
+from x1_pretrain.mirror.looks import Looks, claim_for
 from x1_pretrain.mirror.opened import open_store
 from x1_pretrain.mirror.outage import Outage
 from x1_pretrain.mirror.preflight import preflight
 from x1_pretrain.mirror.publisher import Identity, Publisher, size
 from x1_pretrain.mirror.state import MirrorState, folder_id, write_state
 from x1_pretrain.mirror.store import Store, StoreError
-from x1_pretrain.records.metrics import utc_now
 from x1_pretrain.records.run_folder import Run, find_run, last_step, open_run
 from x1_pretrain.runtime.checkpoint_files import list_checkpoints, step_of
 from x1_pretrain.runtime.lock import lock_folder
@@ -109,7 +106,7 @@ def send(run: Run, job: Job, store: Store, say: Say) -> int:
     if found and found[0].writer.state != "trashed":
         refuse_other(run, job, found[0], f"{store.label}/{job.name}")
     state = MirrorState(job.uri, f"{store.label}/{job.name}", job.name, folder_id(run.folder))
-    keeper = Keeper(claim(run, job, store, state, say))
+    keeper = Keeper(claim_for(job, store, state.folder, say=say))
     keeper.start()
     before = keeper.lease.before
     if before and before.writer.state != "trashed":
@@ -137,20 +134,6 @@ def send(run: Run, job: Job, store: Store, say: Say) -> int:
     if not left:
         say(f"all of it is in {state.label} ({size(status.sent_bytes)} sent)")
     return FAULT if left else FINISHED
-
-
-def claim(run: Run, job: Job, store: Store, state: MirrorState, say: Say) -> Lease:
-    host = os.uname().nodename
-    mark = folder_mark(state.folder, host, run.folder.stat().st_ino)
-    return Lease.claim(
-        store,
-        Me(job.name, mark, host, os.getpid(), job.stale_s),
-        sleep=time.sleep,
-        steady=time.monotonic,
-        now_utc=utc_now,
-        say=say,
-        without_lease=job.without_lease,
-    )
 
 
 def refuse_other(run: Run, job: Job, head: Head, where: str) -> None:
@@ -187,31 +170,24 @@ def identity_of(run: Run, job: Job, step: int) -> Identity:
 
 def everything(publisher: Publisher, say: Say) -> list[str]:
     """Look and send until nothing is left, or the store has not answered for long; what is left."""
-    outage, begun, told = Outage(PATIENCE_S), time.monotonic(), 0.0
-    well = begun
+    looks, begun, told = Looks(publisher, Outage(PATIENCE_S), TICK_S), time.monotonic(), 0.0
     total = publisher.status().lag_bytes
     while True:
-        try:
-            publisher.look()
-            outage.worked(time.monotonic())
-            well = time.monotonic()
-        except StoreError as error:
-            outage.failed(time.monotonic(), str(error))
-            say(f"{error}; trying again")
-            if time.monotonic() - well > PATIENCE_S:
-                return publisher.left() + publisher.corpora_left()
-            time.sleep(outage.wait_s())
-            continue
+        looked = looks.look()
         for line in publisher.take_news():
             say(line)
-        left = publisher.left() + publisher.corpora_left()
-        if not left:
+        left = [line for part in looks.left() for line in part]
+        if looked.failed:
+            say(f"{looked.failed}; trying again")
+        if looks.troubled_s() > PATIENCE_S:
+            return left
+        if not (left or looked.failed):
             publisher.clean_up()
             return publisher.bad()
-        if time.monotonic() - told >= TICK_S:
+        if not looked.failed and time.monotonic() - told >= TICK_S:
             told = time.monotonic()
             say(progress(publisher.rate.sent_bytes, total, told - begun, left))
-        publisher.wait(TICK_S)
+        looks.pause(looked, TICK_S)
 
 
 def progress(sent: int, total: int, seconds: float, left: list[str]) -> str:

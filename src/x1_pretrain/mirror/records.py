@@ -203,7 +203,7 @@ def _common(pieces: Iterable[Object], local: BinaryIO, size: int) -> Iterator[by
 
 
 def _lines(local: BinaryIO, begin: int, size: int, past: int) -> bytes:
-    """Complete lines from `begin`, no more than a backlog's piece, unless that does not reach beyond `past`."""
+    """Complete lines from `begin`: a backlog's piece, and more where that does not reach beyond `past`."""
     local.seek(begin)
     data = local.read(min(BACKLOG_BYTES, size - begin))
     if begin + data.rfind(b"\n") + 1 <= past and begin + len(data) < size:

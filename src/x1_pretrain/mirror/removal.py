@@ -214,7 +214,7 @@ def _divided(
 
 def _complete(good: int | None, other: int | None) -> bool:
     """Whether a copy has the newest good checkpoint of the run; `other` is that of the other copy."""
-    return good is not None and True
+    return good is not None and (other is None or good >= other)
 
 
 def _asked(place: Place, name: str, only: str | None) -> tuple[Mirrored | None, str | None]:

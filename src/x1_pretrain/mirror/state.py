@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -69,6 +69,15 @@ def folder_id(folder: Path) -> str:
     """The id of a run folder: the one it was given, or a new one, which `write_state` keeps."""
     state = read_state(folder)
     return state.folder if state and state.folder else secrets.token_hex(8)
+
+
+def is_anothers(folder: Path, tokens: Collection[str]) -> bool:
+    """Whether a session that has none of these tokens wrote the state last; or an x1 newer than this one."""
+    try:
+        found = read_state(folder)
+    except RefusedError:
+        return True
+    return found is not None and found.token not in tokens
 
 
 def write_state(folder: Path, state: MirrorState) -> None:

@@ -13,27 +13,31 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from x1_pretrain.errors import FINISHED, REFUSED, UserError
+from x1_pretrain.errors import FINISHED, INTERRUPTED, REFUSED, RefusedError, UserError
 from x1_pretrain.mirror.address import parse
-from x1_pretrain.mirror.claim import HeldError, Me, Wanted, folder_mark
+from x1_pretrain.mirror.claim import HeldError, Wanted
+from x1_pretrain.mirror.folder_store import FolderStore
+from x1_pretrain.mirror.found import is_ours, opened
 from x1_pretrain.mirror.head import Head
-from x1_pretrain.mirror.job import Job, Opened, Status
+from x1_pretrain.mirror.heads import look
+from x1_pretrain.mirror.job import Job, Status
 from x1_pretrain.mirror.keeper import Keeper
 from x1_pretrain.mirror.lease import Lease, LostError
+from x1_pretrain.mirror.looks import Looked, Looks, claim_for
 from x1_pretrain.mirror.opened import open_store
 from x1_pretrain.mirror.outage import Outage
 from x1_pretrain.mirror.patience import AwayError
 from x1_pretrain.mirror.preflight import AbsentError, preflight
 from x1_pretrain.mirror.publisher import Identity, Publisher
-from x1_pretrain.mirror.state import MirrorState, folder_id, read_state, write_state
-from x1_pretrain.mirror.store import Store, StoreError
+from x1_pretrain.mirror.state import MirrorState, folder_id, is_anothers, read_state, write_state
+from x1_pretrain.mirror.store import Store, StoreError, UnreachableError
 from x1_pretrain.mirror.talk import LOOK, GoneError, Orders, Voice, lines_of
-from x1_pretrain.records.metrics import utc_now
-from x1_pretrain.runtime.processes import started, state_and_start
+from x1_pretrain.runtime.processes import state_and_start
 
 if TYPE_CHECKING:
     from x1_pretrain.mirror.restore import Restored
@@ -42,9 +46,9 @@ TICK_S = 5.0  # between two words to the trainer
 ORPHAN_S = 30.0  # to publish what a trainer left that ended without a word
 LOST_S = 20.0  # for a trainer whose run was lost to end; then its rows are saved aside
 CORPORA_S = 60.0  # at the end, for corpora alone: a rented machine costs more than to send them another time
-AWAY_S = 300.0  # for a store that is away when a run goes on
+AWAY_S = 3600.0  # for a store that is away when a run goes on
 AWAY_AGAIN_S = 10.0
-STALE_LOOKS = 4  # a store that takes few writes: signs of life are as rare
+TROUBLE_S = 60.0  # at the end, of nothing but trouble: every second of it is paid for
 LAST_S = 2.0  # of the time to leave, for giving the run back
 
 
@@ -64,15 +68,13 @@ class Worker:
     def __init__(self, job: Job, voice: Voice, orders: Orders) -> None:
         self.job, self.voice, self.orders = job, voice, orders
         self.folder = Path(job.folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.before = read_state(self.folder)
-        trainer = f"{os.getppid()} {started(os.getppid())}"
-        self.goes_on = self.before is not None and self.before.trainer == trainer
-        self.state = MirrorState(job.uri, "", job.name, folder_id(self.folder), trainer=trainer)
+        self.before: MirrorState | None = None
         self.outage = Outage(job.stale_s / 3)
+        self.leaving = False  # the last order was taken
 
     def run(self) -> int:
         try:
+            self.know_the_folder()
             store = open_store(parse(self.job.uri), self.job.endpoint)
         except (UserError, StoreError) as error:
             return self.refuse(error)
@@ -82,11 +84,31 @@ class Worker:
         finally:
             store.close()
 
+    def know_the_folder(self) -> None:
+        """Which mirror it had."""
+        job = self.job
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.before = read_state(self.folder)
+            self.state = MirrorState(job.uri, "", job.name, folder_id(self.folder))
+        except OSError as error:
+            raise unwritable(error, self.folder) from None
+
+    def keep_id(self) -> None:
+        """Of the folder, before anything is claimed in its name: the next session has to know its own."""
+        if self.before is None and not self.job.goes_on:
+            try:
+                write_state(self.folder, self.state)
+            except OSError as error:
+                raise unwritable(error, self.folder) from None
+
     def hold(self, store: Store) -> int:
         """The run is claimed, served and given back."""
         try:
             self.state = replace(self.state, label=f"{store.label}/{self.job.name}")
+            self.refuse_empty_place(store)
             self.check(store)
+            self.keep_id()
             keeper = Keeper(self.claim(store), on_lost=self.orders.wake, asleep=self.asleep)
         except GoneError:
             return self.leave([])
@@ -98,18 +120,31 @@ class Worker:
         except LostError as error:
             return self.lost(keeper, error)
 
+    def refuse_empty_place(self, store: Store) -> None:
+        """Where a disk is not mounted, its mount point looks like a mirror without runs."""
+        before = self.before
+        if not (isinstance(store, FolderStore) and before and before.mirrored and before.uri == self.job.uri):
+            return
+        if look(store, self.job.name) is None:
+            raise RefusedError(
+                f"{self.state.label}: is not there, and step {before.mirrored[-1]} was mirrored to it; is "
+                f"the disk mounted? If it was removed for good, remove {self.folder / 'mirror.json'} as well"
+            )
+
     def check(self, store: Store) -> None:
         """A store that is away is waited for where the run was mirrored before: one that is relaunched by
         itself would give up too soon."""
         deadline = time.monotonic() + AWAY_S
+        waits = self.before is not None and bool(self.before.token)
+        waits = waits or self.job.must_exist or self.job.goes_on
         while True:
             try:
                 return preflight(store, self.job.name, self.job.without_lease)
             except AbsentError as error:
-                if self.before and time.monotonic() > deadline:
-                    raise AwayError(str(error)) from None
-                if not self.before:
+                if not waits:
                     raise
+                if time.monotonic() > deadline:
+                    raise AwayError(str(error)) from None
                 self.voice.progress(f"{error}; waiting for it")
                 self.orders.sleep(AWAY_AGAIN_S)
 
@@ -120,30 +155,20 @@ class Worker:
     # --- before training -----------------------------------------------------------------------------------
 
     def claim(self, store: Store) -> Lease:
-        host = os.uname().nodename
-        mark = folder_mark(self.state.folder, host, self.folder.stat().st_ino)
-        stale_s = max(self.job.stale_s, STALE_LOOKS * store.every_s_at_least)
-        me = Me(self.job.name, mark, host, os.getpid(), stale_s)
         wanted: Wanted = "there" if self.job.must_exist else "absent" if self.job.fresh else "any"
-        lease = Lease.claim(
-            store,
-            me,
-            sleep=self.orders.sleep,
-            steady=time.monotonic,
-            now_utc=utc_now,
-            say=self.voice.progress,
-            without_lease=self.job.without_lease,
-            wanted="any" if self.goes_on else wanted,
-        )
-        if self.goes_on and lease.before and self.before:
-            self.still_ours(lease, lease.before, self.before)
+        wanted = "any" if self.job.goes_on else wanted
+        say, sleep = self.voice.progress, self.orders.sleep
+        lease = claim_for(self.job, store, self.state.folder, say=say, sleep=sleep, wanted=wanted)
+        if self.job.goes_on and lease.before:
+            self.refuse_anothers(lease, lease.before)
         return lease
 
-    def still_ours(self, lease: Lease, found: Head, before: MirrorState) -> None:
+    def refuse_anothers(self, lease: Lease, found: Head) -> None:
         """The mirror of this trainer was started again: nobody else may have trained in between."""
-        if found.writer.epoch == before.epoch and found.writer.token == before.token:
+        if is_ours(found, lease, self.before):
             return
-        lease.release("another session had trained it")
+        with suppress(StoreError, LostError):  # it grows stale by itself
+            lease.release("another session had trained it")
         raise HeldError(
             f"{self.job.name}: {found.writer.host} (process {found.writer.pid}, epoch {found.writer.epoch}) "
             "has trained this run while its mirror here was away; this copy stops and publishes nothing more"
@@ -152,13 +177,13 @@ class Worker:
     def serve(self, store: Store, keeper: Keeper) -> int:
         """Restore, then publish until the trainer ends."""
         try:
-            restored = None if self.goes_on else self.restore(store, keeper)
+            restored = None if self.job.goes_on else self.restore(store, keeper)
             writer = keeper.head.writer
             self.save_state(epoch=writer.epoch, token=writer.token)
-            self.voice.say("opened", **asdict(opened(self.job, keeper, restored, self.state)))
+            self.voice.say("opened", **asdict(opened(keeper.lease, restored, self.state)))
             identity = self.wait_for_publish(keeper)
         except GoneError as gone:
-            keeper.release(str(gone.order.get("why") or "the trainer ended before it began"))
+            self.give_back(keeper, str(gone.order.get("why") or "the trainer ended before it began"))
             return self.leave([])
         except LostError:
             raise
@@ -192,7 +217,7 @@ class Worker:
                 names = ("run_id", "from_step", "fingerprints", "step_fields")
                 identity = Identity(**{name: order[name] for name in names if name in order})
                 keeper.resumed_from(identity.from_step)
-                return replace(identity, goes_on=self.goes_on)
+                return identity
             if order and order != LOOK:
                 raise GoneError(order)
             self.voice.say("status", **asdict(Status()))
@@ -201,38 +226,30 @@ class Worker:
 
     def follow(self, publisher: Publisher, keeper: Keeper) -> int:
         """A look when it is time, or when a checkpoint was sent; a word every few seconds."""
-        next_s, cleaning = 0.0, False
+        next_s, cleaning, looks = 0.0, False, Looks(publisher, self.outage, self.every_s)
         while True:
             order = self.orders.next(min(TICK_S, next_s - time.monotonic()))
             check(keeper)
             if order and order["do"] in ("drain", "gone"):
-                return self.drain(publisher, keeper, order)
+                return self.drain(looks, keeper, order)
             if self.asleep():
                 next_s = time.monotonic() + TICK_S
             elif order == LOOK or time.monotonic() >= next_s:
-                wait_s = self.look(publisher)
-                next_s = time.monotonic() + (0.0 if publisher.behind else wait_s)
+                next_s = time.monotonic() + self.look(looks).wait_s
                 if not (cleaning or self.outage.text):
                     cleaning = True
                     threading.Thread(target=publisher.clean_up, name="x1-clean", daemon=True).start()
             else:
                 self.tell(publisher.status(self.outage.text))
 
-    def look(self, publisher: Publisher) -> float:
-        """One look, and how it went; seconds to the next."""
-        try:
-            status = publisher.look()
-            said, wait_s = self.outage.worked(time.monotonic()), self.every_s
-            fields: dict[str, Any] = {"over": True}
-        except LostError:
-            raise
-        except (StoreError, OSError) as error:
-            said, fields = self.outage.failed(time.monotonic(), str(error)), {"alert": True}
-            wait_s = self.outage.wait_s()
-            status = publisher.status(self.outage.text)
-        if said:
-            self.voice.event(f"{self.state.label}: {said}", **fields)
-        for line in publisher.take_news():
+    def look(self, looks: Looks) -> Looked:
+        """One look, and what there is to say of it."""
+        looked = looks.look()
+        status = looked.status
+        if looked.told:
+            fields = {"alert": True} if looked.failed else {"over": True}
+            self.voice.event(f"{self.state.label}: {looked.told}", **fields)
+        for line in looks.publisher.take_news():
             self.voice.event(line)
         self.tell(status)
         self.save_state(
@@ -242,41 +259,43 @@ class Worker:
             trouble=status.trouble,
             sent_bytes=status.sent_bytes,
         )
-        return wait_s
+        return looked
 
     def tell(self, status: Status) -> None:
         self.voice.say("status", **asdict(status))
 
     # --- the end -------------------------------------------------------------------------------------------
 
-    def drain(self, publisher: Publisher, keeper: Keeper, order: dict[str, Any]) -> int:
+    def drain(self, looks: Looks, keeper: Keeper, order: dict[str, Any]) -> int:
         """Send what is left as long as there is time, give the run back, say what the mirror lacks."""
+        self.leaving = True
         gone = order["do"] == "gone"
         within_s = ORPHAN_S if gone else float(order.get("within_s", ORPHAN_S))
         why = "the trainer ended without a word" if gone else str(order.get("why", ""))
         deadline = time.monotonic() + within_s
-        late = threading.Timer(within_s + LAST_S, self.leave_at_once, [publisher])
+        late = threading.Timer(within_s + LAST_S, self.leave_at_once, [looks.publisher])
         late.daemon = True
         late.start()
-        left = self.send_the_rest(publisher, deadline - min(LAST_S, within_s / 4))
-        self.give_back(keeper, why)
-        late.cancel()
+        try:
+            left = self.send_the_rest(looks, deadline - min(LAST_S, within_s / 4))
+            with suppress(StoreError):  # the lease grows stale by itself
+                keeper.release(why)
+        finally:
+            late.cancel()
         self.save_state(state="released", why=why)
         return self.leave(left)
 
-    def send_the_rest(self, publisher: Publisher, deadline: float) -> list[str]:
-        corpora_until = time.monotonic() + CORPORA_S
+    def send_the_rest(self, looks: Looks, deadline: float) -> list[str]:
+        looks.well_at = time.monotonic()  # of what was before, nothing is held against the store
+        corpora_until = looks.well_at + CORPORA_S
         while True:
-            wait_s = self.look(publisher)
-            left, data = publisher.left(), publisher.corpora_left()
+            looked = self.look(looks)
+            left, data = looks.left()
             left_s = (deadline if left else min(deadline, corpora_until)) - time.monotonic()
-            if not (left or data) or left_s <= 0:
-                publisher.stop()
+            if not (left or data) or left_s <= 0 or looks.troubled_s() > TROUBLE_S:
+                looks.publisher.stop()
                 return left + data
-            if self.outage.text:
-                time.sleep(min(wait_s, left_s, 2.0))
-            else:
-                publisher.wait(min(left_s, TICK_S))
+            looks.pause(looked, min(left_s, TICK_S))
 
     def leave_at_once(self, publisher: Publisher) -> None:
         """The store does not answer, and the time is over."""
@@ -284,17 +303,16 @@ class Worker:
         os._exit(FINISHED)
 
     def give_back(self, keeper: Keeper, why: str) -> None:
-        try:
+        with suppress(StoreError, LostError):  # the lease grows stale by itself, or another has it already
             keeper.release(why)
-        except StoreError:
-            return  # the lease grows stale by itself
 
     def leave(self, left: list[str]) -> int:
         self.voice.say("drained", left=left)
         return FINISHED
 
     def refuse(self, error: Exception) -> int:
-        code = error.exit_code if isinstance(error, UserError) else REFUSED
+        away = isinstance(error, UnreachableError)  # it may be there when this is relaunched
+        code = error.exit_code if isinstance(error, UserError) else INTERRUPTED if away else REFUSED
         held = isinstance(error, HeldError)
         self.voice.say("refused", message=str(error), exit_code=code, held=held)
         return code
@@ -306,7 +324,8 @@ class Worker:
         self.save_state(state="lost", why=str(error))
         if publisher:
             publisher.stop()
-            self.wait_for_the_end(LOST_S)
+            if not self.leaving:
+                self.wait_for_the_end(LOST_S)
             late = threading.Timer(LOST_S, os._exit, [REFUSED])
             late.daemon = True
             late.start()
@@ -331,45 +350,25 @@ class Worker:
         return []
 
     def save_state(self, **changes: Any) -> None:
+        """Not over that of a session after this one: a trainer that was killed and relaunched has a new one
+        while its old one still does its last things."""
         self.state = replace(self.state, **changes)
+        tokens = {self.state.token, self.before.token if self.before else "", ""}
+        if not self.state.token or is_anothers(self.folder, tokens):
+            return
         try:
             write_state(self.folder, self.state)
         except OSError:
             return  # a full disk: the next look tries again
 
 
+def unwritable(error: OSError, folder: Path) -> RefusedError:
+    return RefusedError(f"{error.filename or folder}: can't be written ({error.strerror}); see --run-dir")
+
+
 def check(keeper: Keeper) -> None:
     if keeper.lost:
         raise keeper.lost
-
-
-def opened(job: Job, keeper: Keeper, restored: Restored | None, state: MirrorState) -> Opened:
-    """What was found, for the trainer."""
-    lease = keeper.lease
-    before = lease.before if lease.before and lease.before.writer.state != "trashed" else None
-    moved = before is not None and before.writer.folder != lease.me.folder
-    said = before.status if before else {}
-    return Opened(
-        label=state.label,
-        epoch=lease.epoch,
-        found=before is not None,
-        run_id=lease.head.run_id,
-        notes=list(restored.notes) if restored else [],
-        restored_step=restored.restored_step if restored else None,
-        restored_bytes=restored.restored_bytes if restored else 0,
-        restored_s=restored.restored_s if restored else 0.0,
-        moved_from=before.writer.host if before and moved else None,
-        down_s=lease.down_s if moved else None,
-        last_step=restored.last_step if restored else said.get("step"),
-        last_spent_usd=_dollars(said.get("spent_usd")),
-    )
-
-
-def _dollars(text: object) -> float | None:
-    try:
-        return None if text is None else float(text)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        return None
 
 
 if __name__ == "__main__":

@@ -64,8 +64,8 @@ def _line(values: Sequence[str], rows: Sequence[Sequence[str]], keep: Sequence[i
 
 
 def _shorten(rows: list[list[str]], excess: int) -> None:
-    """The status first, then the name: a part of each is better than a broken table."""
-    for place, shortest in ((1, len("running on …")), (0, SHORTEST_NAME)):
+    """The status first, then the name, then the steps: a part of each is better than a broken table."""
+    for place, shortest in ((1, len("running on …")), (0, SHORTEST_NAME), (2, len("10,000,000/…"))):
         widest = max(len(row[place]) for row in rows)
         target = max(shortest, widest - max(0, excess))
         for row in rows:

@@ -106,6 +106,7 @@ class Mirror:
             raise MirrorRefusedError(
                 f"{job.folder}: the mirror's process can't be started ({error.strerror})", FAULT
             ) from None
+        signals.opening = True
         try:
             while not mirror._is_open.wait(LISTEN_S):
                 if signals.interrupted():
@@ -115,6 +116,8 @@ class Mirror:
         except BaseException:
             mirror.close("stopped before it began")
             raise
+        finally:
+            signals.opening = False
         if mirror._refused:
             mirror._process.wait()
             raise mirror._refused

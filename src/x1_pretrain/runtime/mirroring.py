@@ -23,6 +23,7 @@ from x1_pretrain.money.standing import endpoint_of
 from x1_pretrain.runtime import checkpoint_files
 from x1_pretrain.runtime.mirror import Mirror
 from x1_pretrain.runtime.run import Run
+from x1_pretrain.runtime.saving import prune
 from x1_pretrain.runtime.session import Session
 
 FINISH_S = 900.0  # at the end of a run, for what is not mirrored yet, while the store answers
@@ -110,7 +111,10 @@ def end(run: Run, code: int) -> int:
         if code != REFUSED:
             run.event("lease_lost", f"stopped: {run.mirror.lost}", exit_code=REFUSED)
         return REFUSED
-    report(run.mirror, left, run.event)
+    report(run.mirror, left, run.event, run.screen.say)
+    if run.config.checkpoint.keep_local and run.saved_step >= 0:
+        newest = run.config.checkpoint_folder / checkpoint_files.folder_name(run.saved_step)
+        prune(run, newest)
     return INTERRUPTED if code == FINISHED and unsafe(left) else code
 
 
@@ -136,14 +140,15 @@ def time_left(mirror: Mirror, code: int) -> float:
     return mirror.grace_s if asked_s is None else max(1.0, mirror.grace_s - (time.monotonic() - asked_s))
 
 
-def report(mirror: Mirror, left: list[str], event: Callable[..., None]) -> None:
+def report(mirror: Mirror, left: list[str], event: Callable[..., None], say: Callable[[str], None]) -> None:
+    """What is not mirrored goes on record. That all is does not: it would be a row that is not mirrored."""
     if left:
         listed = "; ".join(left)
         how = f"the same command again sends it, or `x1 push {mirror.job.folder} {mirror.job.uri}`"
         said = f"not mirrored: {listed}. While this machine is there, {how}"
         event("mirror", said, left=left)
     else:
-        event("mirror", f"  all of it is mirrored in {mirror.opened.label}", left=[])
+        say(f"  all of it is mirrored in {mirror.opened.label}")
 
 
 def send_the_rest(
@@ -162,7 +167,7 @@ def send_the_rest(
         raise NotMirroredError(
             f"{config.folder}: not mirrored: {'; '.join(left)}; the same command tries again"
         )
-    report(mirror, left, lambda _, message, **__: say(message))
+    report(mirror, left, lambda _, message, **__: say(message), say)
 
 
 class NotMirroredError(UserError):

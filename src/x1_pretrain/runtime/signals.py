@@ -28,6 +28,7 @@ class Signals:
         self.exit_code = INTERRUPTED
         self._signalled = False
         self.nothing_to_save = False
+        self.opening = False  # nothing was begun yet: whoever waits looks for the request
         self.before_leaving: Callable[[str], None] = lambda _: None  # last words of an immediate exit
         self._previous: dict[int, object] = {}
 
@@ -70,6 +71,9 @@ class Signals:
         if self.nothing_to_save:
             _say(f"\nx1: {name}: nothing was learned since the last checkpoint; leaving\n")
             self._leave(name)
+        if self.opening:
+            _say(f"\nx1: {name}: leaving; what was fetched stays (once more: leave at once)\n")
+            return
         _say(f"\nx1: {name}: saving a checkpoint, then leaving (once more: leave at once)\n")
 
     def _leave(self, name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -34,7 +35,7 @@ from x1_pretrain.runtime import assemble, budget, checkpoint, checkpoint_files, 
 from x1_pretrain.runtime.crash import crash_report
 from x1_pretrain.runtime.introduction import manifest, open_folder
 from x1_pretrain.runtime.lock import FolderLock
-from x1_pretrain.runtime.mirror import Mirror
+from x1_pretrain.runtime.mirror import LOG, Mirror
 from x1_pretrain.runtime.mirror import job_for as mirror_job
 from x1_pretrain.runtime.run import Clock, Run
 from x1_pretrain.runtime.session import (
@@ -168,6 +169,7 @@ def agreed_mirror(
     mirror: Mirror | None = None
     locks: list[FolderLock] | None = None
     refusal: UserError | None = None
+    there = {place for place in (config.folder, config.checkpoint_folder) if place.exists()}
     if here.first and config.mirror.uri:
         try:
             refuse_overlap(parse_address(config.mirror.uri), config.name, config.folder)
@@ -185,6 +187,17 @@ def agreed_mirror(
             mirror.close("refused to start")
         for lock in locks or ():
             lock.close()
+        if refusal:
+            remove_litter(
+                [place for place in (config.checkpoint_folder, config.folder) if place not in there]
+            )
+
+
+def remove_litter(places: list[Path]) -> None:
+    """Folders made for a run that then was refused, where nothing else is in them."""
+    for place in places:
+        if place.is_dir() and {file.name for file in place.iterdir()} <= {"lock", LOG}:
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def agreed_session(
