@@ -50,6 +50,7 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], list[dic
     return done.stdout.splitlines(), rows
 
 
+@pytest.mark.slow
 def test_every_check_gives_rows(smoke: tuple[list[str], list[dict[str, Any]]], script: ModuleType) -> None:
     lines, rows = smoke
     assert lines[:2] == ["| check | | value | note |", "|---|---|---|---|"]
@@ -58,6 +59,7 @@ def test_every_check_gives_rows(smoke: tuple[list[str], list[dict[str, Any]]], s
     assert not [row for row in rows if str(row["value"]).startswith("failed")]
 
 
+@pytest.mark.slow
 def test_the_real_command_resumes_bit_for_bit(smoke: tuple[list[str], list[dict[str, Any]]]) -> None:
     found = {row["what"]: row for row in smoke[1] if row["check"] == "resume"}
     assert found["losses"]["value"] == "bitwise equal"
@@ -67,6 +69,7 @@ def test_the_real_command_resumes_bit_for_bit(smoke: tuple[list[str], list[dict[
     assert 5 <= interrupted_at < steps  # it was in the middle: the rest came from the resumed run
 
 
+@pytest.mark.slow
 def test_micro_batch_search_is_compared_with_what_runs(smoke: tuple[list[str], list[dict[str, Any]]]) -> None:
     found = {row["what"]: row["value"] for row in smoke[1] if row["check"] == "micro_batch"}
     assert found["most that runs"] == 40  # where the made-up memory of the smoke run ends
@@ -92,6 +95,7 @@ def test_an_exception_is_a_row_after_those_before_it(
     assert rows[1].value == "failed: ValueError: two lines"
 
 
+@pytest.mark.slow
 def test_a_check_in_its_own_process_gives_the_same_rows(
     smoke: tuple[list[str], list[dict[str, Any]]], script: ModuleType, tmp_path: Path
 ) -> None:

@@ -97,6 +97,7 @@ def test_every_field_is_either_harmless_or_part_of_the_hash() -> None:
             "checkpoint",
             "evaluation",
             "log",
+            "mirror",
             "mlflow",
             "budget",
             "stability",

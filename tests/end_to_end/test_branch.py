@@ -139,6 +139,7 @@ def test_the_seconds_until_the_branch_are_the_parents(config: Path, corpus: Path
     assert (begun.elapsed_s, begun.step, begun.tokens) == (0, 12, 12 * 256)
 
 
+@pytest.mark.slow
 def test_a_branch_that_was_killed_goes_on_as_itself(
     tmp_path: Path, config: Path, corpus: Path, trunk: Path, capfd: Capture
 ) -> None:

@@ -293,7 +293,7 @@ def test_a_silent_watcher_is_said_and_then_ends_it(
     assert "budget_stale" in events(run)
 
 
-@pytest.mark.parametrize("answer", ["stop", "continue", "nothing"])
+@pytest.mark.parametrize("answer", ["stop", pytest.param("continue", marks=pytest.mark.slow), "nothing"])
 def test_dearer_than_agreed_is_a_persons_decision(
     answer: str,
     command: list[str | Path],

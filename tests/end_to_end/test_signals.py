@@ -27,6 +27,13 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
+# the same handler: the second is tried in each phase by the long checks
+BOTH = [
+    pytest.param(signal.SIGTERM, id="SIGTERM"),
+    pytest.param(signal.SIGINT, id="CtrlC", marks=pytest.mark.slow),
+]
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory, config: Path, corpus: Path) -> Path:
     run = tmp_path_factory.mktemp("runs") / "whole"
@@ -35,7 +42,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, config: Path, corpus
     return run
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "CtrlC"])
+@pytest.mark.parametrize("number", BOTH)
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_signal_in_any_phase(
     phase: str, number: signal.Signals, tmp_path: Path, config: Path, corpus: Path, uninterrupted: Path
@@ -70,7 +77,7 @@ def hanging_compiler(folder: Path) -> Path:
     return compiler
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "CtrlC"])
+@pytest.mark.parametrize("number", BOTH)
 def test_a_signal_while_the_compiler_hangs(
     number: signal.Signals, tmp_path: Path, config: Path, corpus: Path
 ) -> None:

@@ -197,6 +197,7 @@ def test_every_step_that_was_made_is_on_record_also_the_one_that_decided(rewound
     assert end["end"] == lost[-1]["step"]
 
 
+@pytest.mark.slow
 def test_a_second_injection_right_after_the_first_is_told_too(
     injected: Path, data: Path, tmp_path: Path, capfd: Capture
 ) -> None:

@@ -34,7 +34,7 @@ from x1_pretrain.mirror.preflight import AbsentError
 from x1_pretrain.mirror.publisher import Identity, Publisher
 from x1_pretrain.mirror.state import MirrorState, read_state, write_state
 from x1_pretrain.mirror.store import Store
-from x1_pretrain.mirror.talk import Orders, Voice
+from x1_pretrain.mirror.talk import GONE, Orders, Voice
 from x1_pretrain.mirror.worker import Worker
 
 
@@ -177,20 +177,20 @@ def claimed(one: Worker, store: Store) -> Lease:
 
 def test_a_worker_killed_after_its_claim_is_no_other_session(run: RunFolder, mirror: Path) -> None:
     store = FolderStore(mirror)
-    first = worker(run, mirror)
+    first = worker(run, mirror, stale_s=0.2)
     lease = claimed(first, store)
     first.save_state(epoch=lease.epoch, token=lease.head.writer.token)
-    killed = claimed(worker(run, mirror, goes_on=True), store)  # it never wrote mirror.json
+    killed = claimed(worker(run, mirror, goes_on=True, stale_s=0.2), store)  # it never wrote mirror.json
     assert killed.epoch == 2
-    assert claimed(worker(run, mirror, goes_on=True), store).epoch == 3
+    assert claimed(worker(run, mirror, goes_on=True, stale_s=0.2), store).epoch == 3
     (run.folder / "mirror.json").unlink()
-    claimed(worker(run, mirror, goes_on=True), store).release("")
+    claimed(worker(run, mirror, goes_on=True, stale_s=0.2), store).release("")
     elsewhere = take_over(mirror)
     elsewhere.resumed_from(0)
     elsewhere.release("finished")
     first.save_state()  # epoch 1 is what the folder knows again
     with pytest.raises(HeldError, match="elsewhere"):
-        claimed(worker(run, mirror, goes_on=True), store)
+        claimed(worker(run, mirror, goes_on=True, stale_s=0.2), store)
 
 
 def test_an_old_worker_does_not_write_over_the_state_of_the_next(run: RunFolder, mirror: Path) -> None:
@@ -317,11 +317,16 @@ def test_a_store_that_dies_during_the_drain_is_not_paid_for(
     assert "1 row of steps.jsonl" in said(one)[-1]["left"]
 
 
-def test_a_run_that_can_not_be_given_back_is_left_without_a_traceback(run: RunFolder, mirror: Path) -> None:
+def test_a_run_that_can_not_be_given_back_is_left_without_a_traceback(
+    run: RunFolder, mirror: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = ModelStore(Clock())
     one, keeper, _ = draining(run, mirror, store)
     store.faults.append(Fault("fail", times=10**9))
-    assert one.serve(store, keeper) == 0 or said(one)
+    monkeypatch.setattr(one, "restore", lambda *_: None)
+    one.orders._queue.put(GONE)
+    assert one.serve(store, keeper) == 0
+    assert said(one)[-1] == {"is": "drained", "left": []}
     store.faults.clear()
     steal(store)
     one.give_back(keeper, "lost as well")

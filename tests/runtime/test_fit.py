@@ -97,6 +97,7 @@ def test_a_compiler_that_fails_is_said_and_done_without(
     assert "Error" in found.message
 
 
+@pytest.mark.slow
 def test_a_compiler_that_hangs_is_ended_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = tmp_path / "g++"
     compiler.write_text("#!/bin/sh\nsleep 600\n")

@@ -20,6 +20,7 @@ from x1_pretrain.mirror.address import Address, parse
 from x1_pretrain.mirror.choosing import standing
 from x1_pretrain.mirror.head import Head
 from x1_pretrain.mirror.heads import look
+from x1_pretrain.mirror.identity import refuse_another_run
 from x1_pretrain.mirror.job import Job
 from x1_pretrain.mirror.keeper import Keeper
 from x1_pretrain.mirror.looks import Looks, claim_for
@@ -138,11 +139,7 @@ def send(run: Run, job: Job, store: Store, say: Say) -> int:
 
 def refuse_other(run: Run, job: Job, head: Head, where: str) -> None:
     """RefusedError where the mirror's run is another one, or further on than the folder."""
-    if head.run_id and job.run_id and head.run_id != job.run_id:
-        raise RefusedError(
-            f"{where}: holds the run {head.run_id}, and {run.folder} is the run {job.run_id}; give this one "
-            "another name (`name` in its config.yaml), or move the mirrored one to the trash (`x1 runs rm`)"
-        )
+    refuse_another_run(head, where, run.folder, job.run_id)
     here, there = step_here(run), step_of_head(head)
     if there > here or not standing(run.folder, head).ours:
         raise RefusedError(

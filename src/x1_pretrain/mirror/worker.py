@@ -330,6 +330,7 @@ class Worker:
             late.daemon = True
             late.start()
             self.voice.say("drained", left=self.set_aside(publisher))
+            late.cancel()
         return REFUSED
 
     def wait_for_the_end(self, within_s: float) -> None:
