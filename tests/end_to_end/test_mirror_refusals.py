@@ -418,10 +418,10 @@ def nonsense(data: bytes) -> bytes:
     ("spoil", "said"),
     [
         (cut, "not the head of a mirrored run"),
-        (emptied, "not the head of a mirrored run"),
+        pytest.param(emptied, "not the head of a mirrored run", marks=pytest.mark.slow),
         (altered, "not the head of a mirrored run (its hash is another)"),
-        (another_kind, "not the head of a mirrored run (kind 'corpus')"),
-        (nonsense, "not the head of a mirrored run"),
+        pytest.param(another_kind, "not the head of a mirrored run (kind 'corpus')", marks=pytest.mark.slow),
+        pytest.param(nonsense, "not the head of a mirrored run", marks=pytest.mark.slow),
         (newer, "schema version 99, this x1 reads up to 1; update x1"),
     ],
 )

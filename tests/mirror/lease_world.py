@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tests.mirror.model_store import Clock, ModelStore
+from x1_pretrain.mirror.claim import Me
 from x1_pretrain.mirror.head import Head
-from x1_pretrain.mirror.lease import Lease, Me, head_key, look
+from x1_pretrain.mirror.heads import head_key, look
+from x1_pretrain.mirror.lease import Lease
 
 KEY = head_key("run")
 A = Me("run", "folder-a", "machine-a", 11)

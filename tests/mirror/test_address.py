@@ -160,3 +160,14 @@ def test_whether_a_mirror_dies_with_the_disk(tmp_path: Path) -> None:
     assert same_disk(parse(str(tmp_path / "not/yet")), tmp_path / "runs/a")
     assert not same_disk(parse("/proc"), tmp_path)
     assert not same_disk(parse("s3://bucket"), tmp_path)
+
+
+@pytest.mark.parametrize("scheme", ["s3", "s3a", "S3", "gs", "az", "hf", "r2"])
+@pytest.mark.parametrize("sep", ["://", ":/"])
+@pytest.mark.parametrize("at", ["@", "%40", ""])
+def test_a_secret_with_a_slash_is_shown_to_nobody(scheme: str, sep: str, at: str) -> None:
+    with pytest.raises(UserError) as told:
+        parse(f"{scheme}{sep}AKIA:wJa/K7bP{at}bucket/runs")
+    assert "wJa" not in str(told.value)
+    assert "K7bP" not in str(told.value)
+    assert "AKIA" not in str(told.value)

@@ -28,7 +28,7 @@ from hypothesis.stateful import (
 
 from tests.mirror.writers import Session, Troupe, notes
 from x1_pretrain.mirror.head import Head, decode, encode
-from x1_pretrain.mirror.lease import head_key
+from x1_pretrain.mirror.heads import head_key
 
 KEY = head_key("run")
 FAULTS = st.sampled_from([None, None, "fail", "after", "late", "twice"])

@@ -13,6 +13,7 @@ from x1_pretrain.errors import RefusedError, UserError
 from x1_pretrain.mirror import folder_store
 from x1_pretrain.mirror.address import parse
 from x1_pretrain.mirror.folder_store import FolderStore
+from x1_pretrain.mirror.heads import write
 from x1_pretrain.mirror.opened import open_store
 from x1_pretrain.mirror.preflight import preflight
 from x1_pretrain.mirror.store import ChangedError, DeniedError, NotThereError, Store, UnreachableError
@@ -149,9 +150,11 @@ def test_a_store_without_conditional_writes(plain: Canned, how: str) -> None:
     preflight(store, "x1-50m", without_lease=True)
     assert not store.conditional
     assert plain.objects == {}
-    etag = store.create("h", b"1")  # from then on it looks first: enough for one writer
-    store.swap("h", b"2", etag)
-    assert store.get("h")[0] == b"2"
+    etag = write(store, "x1-50m", b"1", None)  # from then on it looks first: enough for one writer
+    write(store, "x1-50m", b"2", etag)
+    assert store.get("x1-50m/head.json")[0] == b"2"
+    with pytest.raises(ChangedError):
+        write(store, "x1-50m", b"3", etag)
 
 
 def test_a_store_that_guards_creation_but_not_replacement(plain: Canned) -> None:

@@ -17,8 +17,9 @@ from tests.mirror.model_store import Clock, Fault, ModelStore
 from x1_pretrain.mirror import records
 from x1_pretrain.mirror.head import CHUNK_BYTES, Object
 from x1_pretrain.mirror.outage import Outage
+from x1_pretrain.mirror.patience import StoppedError
 from x1_pretrain.mirror.records import Records
-from x1_pretrain.mirror.sending import Content, Hashed, OtherContentError, Rate, StoppedError, send_file
+from x1_pretrain.mirror.sending import Content, Hashed, OtherContentError, Rate, send_file
 from x1_pretrain.mirror.store import UnreachableError
 
 

@@ -198,6 +198,8 @@ def test_rows_that_the_mirror_lacks_are_told(run: Mirrored, tmp_path: Path, name
     assert said.startswith(f"{name}: ends at step 190, and the checkpoint is of step 200")
     run.records[name] += row(200)
     assert len(back(run, tmp_path / "other").notes) == 1
+    run.records[name] = b"".join(row(step) for step in range(15, 196, 15))  # the next one is 210's
+    assert len(back(run, tmp_path / "third").notes) == 1
 
 
 def test_never_from_zero_in_silence(run: Mirrored, tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 from tests.mirror.model_store import Clock, Fault, Kind, ModelStore
+from x1_pretrain.mirror.claim import HeldError, Me
 from x1_pretrain.mirror.head import Head
-from x1_pretrain.mirror.lease import HeldError, Lease, LostError, Me
+from x1_pretrain.mirror.lease import Lease, LostError
 from x1_pretrain.mirror.store import UnreachableError
 
 BEAT_S = 15.0

@@ -175,10 +175,9 @@ def _in_a_store(scheme: str, rest: str) -> Address:
 
 def _refuse_extras(scheme: str, rest: str) -> None:
     """A password or a signature in an address would end up in configs and logs."""
-    bucket = rest.split("/")[0]
-    if "@" in bucket:
+    if _may_hold_a_secret(rest):
         raise UserError(
-            f"{scheme}://...@{_short(bucket.rpartition('@')[2])}: no account or password in an address; "
+            f"{scheme}://...{_short(_after_the_secret(rest))}: no account or password in an address; "
             f"credentials come from the environment (docs/mirror.md); expected {scheme}://BUCKET/FOLDER"
         )
     if "?" in rest or "#" in rest:
@@ -186,10 +185,21 @@ def _refuse_extras(scheme: str, rest: str) -> None:
         raise UserError(f"{scheme}://{plain}: expected no '?' or '#' after it; a signed link is no mirror")
 
 
+def _may_hold_a_secret(rest: str) -> bool:
+    """`user:password@bucket`; a password may hold any character, also `/`. No name or key has a colon."""
+    return ":" in rest or "%40" in rest or "@" in rest.split("/")[0]
+
+
+def _after_the_secret(rest: str) -> str:
+    """From the last `@` on; nothing where none tells where a secret ends."""
+    return rest[max(rest.rfind("@"), rest.rfind("%40")) :] if re.search("@|%40", rest) else ""
+
+
 def _typo(text: str, scheme: str, rest: str) -> str:
     known = scheme.lower()
     shown = _short(re.split(r"[?#]", text)[0])
-    if "@" in shown:
+    secret = _may_hold_a_secret(rest)
+    if secret:
         shown = f"{scheme}://..."
     if known in ("http", "https"):
         return (
@@ -199,7 +209,7 @@ def _typo(text: str, scheme: str, rest: str) -> str:
     if meant is None:
         near = get_close_matches(known, [*SCHEMES, *OTHER_NAMES], n=1, cutoff=0.5)
         meant = OTHER_NAMES.get(near[0], near[0]) if near else None
-    if meant is None or "@" in rest.split("/")[0]:
+    if meant is None or secret:
         return f"{shown}: {scheme!r} is no store that x1 knows; {FORMS}"
     extra = ", with the server's address as mirror.endpoint" if known in ("r2", "b2", "minio") else ""
     return f"{shown}: did you mean {meant}://{_short(re.split(r'[?#]', rest)[0])}{extra}?"

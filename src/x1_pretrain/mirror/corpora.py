@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from x1_pretrain.mirror.head import DATA
-from x1_pretrain.mirror.sending import OtherContentError, Rate, StoppedError, hash_file, send_file
+from x1_pretrain.mirror.patience import StoppedError
+from x1_pretrain.mirror.sending import OtherContentError, Rate, hash_file, send_file
 from x1_pretrain.mirror.store import NotThereError, Store, StoreError, UnreachableError
 
 FILES = ("tokenizer.json", "val.idx.npy", "train.idx.npy", "val.bin", "train.bin")

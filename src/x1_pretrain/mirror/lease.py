@@ -19,13 +19,8 @@ from x1_pretrain.mirror import lease_words
 from x1_pretrain.mirror.claim import (
     UNSAID,
     Claim,
-    Decision,
-    HeldError,
     Me,
     Wanted,
-    claimed,
-    decide,
-    folder_mark,
     hash_of,
     say_or_refuse,
 )
@@ -180,18 +175,4 @@ class Lease:
         self.etag, self._sent, self._doubt = etag, {hash_of(data)}, False
 
 
-__all__ = [
-    "UNSAID",
-    "Decision",
-    "HeldError",
-    "Lease",
-    "LostError",
-    "Me",
-    "Wanted",
-    "claimed",
-    "decide",
-    "folder_mark",
-    "head_key",
-    "look",
-    "silence_s",
-]
+__all__ = ["UNSAID", "Lease", "LostError", "Me", "head_key", "look", "silence_s"]

@@ -22,7 +22,7 @@ from x1_pretrain.mirror.address import Address
 from x1_pretrain.mirror.clock import StoreClock
 from x1_pretrain.mirror.keys import OWN, checked
 from x1_pretrain.mirror.pieces import callers_errors, counted
-from x1_pretrain.mirror.store import ChangedError, DeniedError, Meta, NotThereError, UnreachableError
+from x1_pretrain.mirror.store import DeniedError, Meta, NotThereError, UnreachableError
 
 PART_BYTES = 8 << 20
 PARTS_AT_ONCE = 3
@@ -111,15 +111,9 @@ class ObjectStore:
         return self._sent(key, size)
 
     def create(self, key: str, data: bytes) -> str:
-        if not self.conditional:
-            self._refuse_if_there(key)
-            return self.put(key, data).etag
         return self._send_whole(key, data, "create")
 
     def swap(self, key: str, data: bytes, etag: str) -> str:
-        if not self.conditional:
-            self._refuse_other_version(key, etag)
-            return self.put(key, data).etag
         return self._send_whole(key, data, {self._version: etag})
 
     def copy(self, source: str, target: str) -> None:
@@ -177,19 +171,6 @@ class ObjectStore:
             for key in keys:
                 with suppress(NotThereError), self._said(key):
                     obstore.delete(self._small, checked(key, self.label))
-
-    def _refuse_if_there(self, key: str) -> None:
-        with suppress(NotThereError):
-            self.stat(key)
-            raise ChangedError(f"{self.label}/{key}: is already there")
-
-    def _refuse_other_version(self, key: str, etag: str) -> None:
-        try:
-            there = self.stat(key).etag
-        except NotThereError:
-            raise ChangedError(f"{self.label}/{key}: is no longer there") from None
-        if there != etag:
-            raise ChangedError(f"{self.label}/{key}: another version is there")
 
     def _meta(self, found: Mapping[str, Any]) -> Meta:
         etag = found.get(self._version) or found.get("e_tag") or ""

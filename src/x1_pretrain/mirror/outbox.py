@@ -22,11 +22,11 @@ from typing import BinaryIO
 
 from x1_pretrain.mirror.head import CHUNK_BYTES, Published
 from x1_pretrain.mirror.local import MANIFEST, Local
+from x1_pretrain.mirror.patience import StoppedError
 from x1_pretrain.mirror.sending import (
     Content,
     OtherContentError,
     Rate,
-    StoppedError,
     check_size,
     hash_file,
     send_file,

@@ -11,13 +11,10 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from x1_pretrain.mirror.head import CHUNK_BYTES
+from x1_pretrain.mirror.patience import StoppedError as StoppedError
 from x1_pretrain.mirror.store import Store, UnreachableError
 
 PIECE_BYTES = 1 << 20  # in memory at a time, for each file that is sent
-
-
-class StoppedError(Exception):
-    """Told to stop in the middle of a file."""
 
 
 class OtherContentError(Exception):
