@@ -91,7 +91,7 @@ def test_from_an_empty_folder_to_the_first_step(
         bucket = Bucket(url)
         for name, value in bucket.env.items():
             monkeypatch.setenv(name, value)
-        words = ["--config", config, "--data-dir", corpus]
+        words: list[str | Path] = ["--config", config, "--data-dir", corpus]
         mirrored: list[str | Path] = [*words, "--mirror", f"s3://{bucket.bucket}/runs"]
         made = Training("--run-dir", tmp_path / "made", *mirrored)
         wait_until(lambda: last_step(tmp_path / "made") >= 5, made.process, 180)

@@ -199,6 +199,20 @@ def test_a_swap_that_fails_loses_nothing_that_was_sent(run: RunFolder, store: Mo
     assert len([op for op, _ in store.operations if op == "put_stream"]) == 4
 
 
+def test_what_is_ready_waits_for_the_rows_before_it(run: RunFolder, store: ModelStore) -> None:
+    run.save(10)
+    session = Session(run, store)
+    session.publisher.look()
+    session.publisher.wait(20)
+    run.save(20)
+    run.remove(10)
+    advance, session.publisher._advance = session.publisher._advance, lambda sizes: False  # type: ignore[method-assign]
+    session.publisher.look()
+    session.publisher._advance = advance  # type: ignore[method-assign]
+    session.publisher.look()
+    assert session.steps() == [10]
+
+
 def test_a_store_that_lets_go_of_nothing_is_sent_to_all_the_same(run: RunFolder, store: ModelStore) -> None:
     session = Session(run, store, keep_last=1)
     store.faults.append(Fault("denied", on="delete", times=10**9))
@@ -279,7 +293,7 @@ def test_a_look_that_works_is_not_all_well_while_checkpoints_are_refused(
 
     def refuses(op: str, key: str) -> None:
         if op == "put_stream" and "model" in key:
-            gate.acquire()
+            gate.acquire(timeout=10)
             raise DeniedError("no room on that disk")
 
     store.before = refuses
@@ -304,6 +318,9 @@ def test_there_is_a_pause_after_a_look_that_failed(run: RunFolder, store: ModelS
     looks = Looks(session.publisher, Outage(30.0, lambda: 1.0), 15.0)
     session.publisher._advance = lambda sizes: False  # type: ignore[method-assign]
     assert looks.look().wait_s == 0.0
+    session.publisher._advance = lambda sizes: True  # type: ignore[method-assign]
+    assert looks.look().wait_s == 15.0
+    session.publisher._advance = lambda sizes: False  # type: ignore[method-assign]
     store.faults.append(Fault("fail", times=10**6))
     assert looks.look().wait_s == 1.0
 

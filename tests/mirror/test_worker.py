@@ -193,6 +193,19 @@ def test_a_worker_killed_after_its_claim_is_no_other_session(run: RunFolder, mir
         claimed(worker(run, mirror, goes_on=True, stale_s=0.2), store)
 
 
+def test_a_claim_over_another_that_trained_is_not_ours_the_second_time(run: RunFolder, mirror: Path) -> None:
+    store, first = FolderStore(mirror), worker(run, mirror)
+    lease = claimed(first, store)
+    first.save_state(epoch=lease.epoch, token=lease.head.writer.token)
+    elsewhere = take_over(mirror)
+    elsewhere.resumed_from(0)
+    elsewhere.release("finished")
+    again = worker(run, mirror)
+    claimed(again, store).release("killed before it said so")  # as a worker that had no time to look
+    with pytest.raises(HeldError):
+        claimed(worker(run, mirror, goes_on=True), store)
+
+
 def test_an_old_worker_does_not_write_over_the_state_of_the_next(run: RunFolder, mirror: Path) -> None:
     store, old = FolderStore(mirror), worker(run, mirror)
     lease = claimed(old, store)

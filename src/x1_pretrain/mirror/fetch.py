@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,8 +50,10 @@ def fetch_checkpoint(
     lanes: int = LANES,
     patience_s: float = PATIENCE_S,
     again_s: Sequence[float] | None = None,
+    without: Collection[str] = (),
 ) -> Path:
-    """Make the checkpoint appear in `target_folder`, verified; a good one that is there already stays.
+    """Make the checkpoint appear in `target_folder`, verified; a good one that is there already stays. With
+    files left out (`without`) it has no manifest: it is a model then, and no checkpoint to resume from.
 
     `say` hears of the progress about once a second; what it raises ends the fetch. UnusableError: the mirror
     does not have it any more, or has something else, and said so for a minute (`again_s`: the pauses before
@@ -61,14 +63,16 @@ def fetch_checkpoint(
     final = target_folder / folder_name(published.step)
     partial = target_folder / f"{FETCHING}{final.name}"
     content = told(lambda: _content(store, run, published, patience), patience, what, say)
+    parts = [part for part in content.parts if part.name not in without]
     with in_words(partial):
         partial.mkdir(parents=True, exist_ok=True)
-        _remove_others(partial, content.parts)
-        require_room(partial, content.parts, f"the {what}")
-        download(store, content.parts, partial, what, say, lanes, patience)
+        _remove_others(partial, parts)
+        require_room(partial, parts, f"the {what}")
+        download(store, parts, partial, what, say, lanes, patience)
         _check_state(partial, content.manifest)
-        (partial / MANIFEST).write_bytes(content.manifest_text)
-        sync_file(partial / MANIFEST)
+        if not without:
+            (partial / MANIFEST).write_bytes(content.manifest_text)
+            sync_file(partial / MANIFEST)
         _appear(partial, final)
     return final
 

@@ -10,7 +10,6 @@ from, which holds its ledger, may take it too: the rows of both are kept, and wh
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import time
@@ -29,7 +28,8 @@ from x1_pretrain.mirror.address import run_address
 from x1_pretrain.mirror.choosing import MARKER, given_up, standing
 from x1_pretrain.mirror.fetch import fetch_checkpoint, is_same
 from x1_pretrain.mirror.head import Head, Published
-from x1_pretrain.mirror.lease import look
+from x1_pretrain.mirror.heads import look
+from x1_pretrain.mirror.identity import mark_in, run_id_of
 from x1_pretrain.mirror.opened import open_store
 from x1_pretrain.mirror.patience import Patience, UnusableError, in_lanes
 from x1_pretrain.mirror.restore import records_back, remove_partial
@@ -71,7 +71,7 @@ def mirrored_head(store: Store, name: str, patience: Patience) -> Head:
 
 
 def newest(
-    store: Store, head: Head, target: Path, gone: dict[int, int], say: Say
+    store: Store, head: Head, target: Path, gone: dict[int, int], say: Say, without: tuple[str, ...] = ()
 ) -> tuple[Published, Path] | None:
     """The newest published checkpoint that verifies, fetched into `target` unless it is there."""
     skipped = []
@@ -83,7 +83,10 @@ def newest(
             return one, here
         else:
             try:
-                return one, fetch_checkpoint(store, head.name, one, target, say, patience_s=PATIENCE_S)
+                folder = fetch_checkpoint(
+                    store, head.name, one, target, say, patience_s=PATIENCE_S, without=without
+                )
+                return one, folder
             except UnusableError as error:
                 skipped.append(f"step {one.step}: {error}")
         print(f"skipped the checkpoint of {skipped[-1]}")
@@ -170,7 +173,7 @@ def refuse_another_run(output: Path, head: Head) -> None:
     if not output.is_dir():
         raise RefusedError(f"{output}: is a file; name another --output")
     state = read_state(output)
-    here = run_id_of(output / "manifest.json") or (head.run_id if state and state.name == head.name else None)
+    here = run_id_of(output) or (head.run_id if state and state.name == head.name else None)
     if here is None and (output / MARKER).exists():
         return  # one that broke off among the records: what is there is set aside if it is not this run's
     if here is None:
@@ -179,14 +182,6 @@ def refuse_another_run(output: Path, head: Head) -> None:
         raise RefusedError(
             f"{output}: is the run {here}, and the mirrored one is {head.run_id}; name another --output"
         )
-
-
-def run_id_of(file: Path) -> str | None:
-    try:
-        found = json.loads(file.read_bytes())["run_id"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
-    return found if isinstance(found, str) else None
 
 
 def remember(store: Store, head: Head, uri: str, output: Path, why: str) -> None:
@@ -212,9 +207,10 @@ def remember(store: Store, head: Head, uri: str, output: Path, why: str) -> None
 
 
 def pull_final(store: Store, head: Head, output: Path, say: Say) -> Published:
-    """The newest checkpoint as the folder `output`: appears whole, in place of an earlier one of this run."""
+    """The newest model as the folder `output`: appears whole, in place of an earlier one of this run. Without
+    the optimizer's state, which is twice as large."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        here = run_id_of(output / "state.json")
+        here = mark_in(output / "state.json", "run_id")
         if here != head.run_id:
             what = f"a checkpoint of the run {here}" if here else "something that is no checkpoint"
             raise RefusedError(
@@ -225,7 +221,8 @@ def pull_final(store: Store, head: Head, output: Path, say: Say) -> Published:
     source = Source(store, head, Patience(PATIENCE_S), say)
     events = source.content("events.jsonl", b"")[0] if "events.jsonl" in head.records else b""
     (workshop / "events.jsonl").write_bytes(events)
-    found = newest(store, head, workshop, given_up(read_rows(workshop / "events.jsonl")), say)
+    gone = given_up(read_rows(workshop / "events.jsonl"))
+    found = newest(store, head, workshop, gone, say, without=("optimizer.safetensors",))
     if found is None:
         shutil.rmtree(workshop)
         raise UserError(f"{store.label}/{head.name}: has no checkpoint in the mirror yet; try again later")

@@ -23,6 +23,7 @@ from typing import IO, Any
 from x1_pretrain import config as cfg
 from x1_pretrain.config import RunConfig
 from x1_pretrain.errors import FAULT, INTERRUPTED, REFUSED, UserError
+from x1_pretrain.mirror.identity import run_id_of
 from x1_pretrain.mirror.job import Job, Opened, Status
 from x1_pretrain.runtime.signals import Signals
 
@@ -67,15 +68,6 @@ def job_for(config: RunConfig, must_exist: bool, fresh: bool) -> Job:
         corpora={name: one.dir for name, one in config.data.mixture().items()},
         total_steps=config.training.total_steps,
     )
-
-
-def run_id_of(folder: Path) -> str | None:
-    """Of the run that lives in a folder; none for an empty one, and for one that was never begun."""
-    try:
-        found = json.loads((folder / "manifest.json").read_bytes())["run_id"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
-    return found if isinstance(found, str) else None
 
 
 class Mirror:
