@@ -256,7 +256,8 @@ class WatchdogConfig(Section):
 class MirrorConfig(Section):
     """Copies of the run off its machine. `mirror: s3://bucket/runs` in a config is short for its `uri`."""
 
-    uri: Annotated[str, Field(min_length=1)] | None = None  # a folder of runs: s3://, gs://, az://, hf:// or a path; none: no mirror
+    # a folder of runs: s3://, gs://, az://, hf:// or a path; none: no mirror
+    uri: Annotated[str, Field(min_length=1)] | None = None
     endpoint: str | None = None  # of a store that speaks S3: R2, B2, MinIO
     every_s: Positive = 15.0  # between two looks at what is new
     data: bool = False  # the corpora too
