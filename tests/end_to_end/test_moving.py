@@ -138,5 +138,5 @@ def test_lost_machines_and_an_undisturbed_run(
         assert 1 <= len(moved) <= times, output + r.machine_log()  # a fast machine is done before the second
         assert output.count("goes on from step") == len(moved)
         run = pulled(r, mirror)
-        settled(r, run, undisturbed, times + 1)
+        settled(r, run, undisturbed, len(moved) + 1)
         assert all(row["down_s"] > 0 for row in moved)

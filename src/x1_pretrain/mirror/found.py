@@ -30,12 +30,16 @@ def opened(lease: Lease, restored: Restored | None, state: MirrorState) -> Opene
     before = lease.before if lease.before and lease.before.writer.state != "trashed" else None
     moved = before is not None and before.writer.folder != lease.me.folder
     said = before.status if before else {}
+    notes = list(restored.notes) if restored else []
+    if before is None and lease.before is not None:
+        thrown = f"an earlier run of this name was moved to the trash at {lease.before.trashed_utc or '?'}"
+        notes.append(f"{thrown}; this is a new one (`x1 runs` shows the trash)")
     return Opened(
         label=state.label,
         epoch=lease.epoch,
         found=before is not None,
         run_id=lease.head.run_id,
-        notes=list(restored.notes) if restored else [],
+        notes=notes,
         restored_step=restored.restored_step if restored else None,
         restored_bytes=restored.restored_bytes if restored else 0,
         restored_s=restored.restored_s if restored else 0.0,

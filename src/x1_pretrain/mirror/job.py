@@ -42,6 +42,7 @@ class Job:
     must_exist: bool = False  # --resume-from: a mirror without the run is refused
     fresh: bool = False  # --fresh: a mirror with the run is refused
     goes_on: bool = False  # in the middle of training: the mirror before it ended, nothing may be restored
+    unattended: bool = False  # nobody is there to try again: a store that is away is waited for
     run_id: str | None = None  # of the run folder, if it has one
     step_fields: dict[str, Any] = field(default_factory=dict)  # of the config, before the corpora are open
     corpora: dict[str, str] = field(default_factory=dict)  # name -> folder

@@ -28,14 +28,16 @@ def claim_for(
     say: Callable[[str], None],
     sleep: Callable[[float], None] = time.sleep,
     wanted: Wanted = "any",
+    pid: int | None = None,
 ) -> Lease:
-    """Become the writer of the job's run, for its folder, which has this id."""
+    """Become the writer of the job's run, for its folder, which has this id. `pid` is whom others are told
+    of: the trainer, for its mirror."""
     host = os.uname().nodename
     mark = folder_mark(folder_id, host, Path(job.folder).stat().st_ino)
     stale_s = max(job.stale_s, STALE_LOOKS * store.every_s_at_least)
     return Lease.claim(
         store,
-        Me(job.name, mark, host, os.getpid(), stale_s),
+        Me(job.name, mark, host, pid or os.getpid(), stale_s),
         sleep=sleep,
         steady=time.monotonic,
         now_utc=utc_now,

@@ -136,7 +136,7 @@ class Worker:
         itself would give up too soon."""
         deadline = time.monotonic() + AWAY_S
         waits = self.before is not None and bool(self.before.token)
-        waits = waits or self.job.must_exist or self.job.goes_on
+        waits = waits or self.job.must_exist or self.job.goes_on or self.job.unattended
         while True:
             try:
                 return preflight(store, self.job.name, self.job.without_lease)
@@ -158,7 +158,9 @@ class Worker:
         wanted: Wanted = "there" if self.job.must_exist else "absent" if self.job.fresh else "any"
         wanted = "any" if self.job.goes_on else wanted
         say, sleep = self.voice.progress, self.orders.sleep
-        lease = claim_for(self.job, store, self.state.folder, say=say, sleep=sleep, wanted=wanted)
+        lease = claim_for(
+            self.job, store, self.state.folder, say=say, sleep=sleep, wanted=wanted, pid=os.getppid()
+        )
         if self.job.goes_on and lease.before:
             self.refuse_anothers(lease, lease.before)
         return lease

@@ -215,7 +215,12 @@ class Supervisor:
 def start(command: Sequence[str], log: IO[bytes] | None = None) -> subprocess.Popen[bytes]:
     """A child in a group of its own (Ctrl-C reaches it through us), told to end when we are gone."""
     return subprocess.Popen(
-        command, start_new_session=True, preexec_fn=_end_with_parent, stdout=log, stderr=log
+        command,
+        env={**os.environ, "X1_UNATTENDED": "1"},
+        start_new_session=True,
+        preexec_fn=_end_with_parent,
+        stdout=log,
+        stderr=log,
     )
 
 

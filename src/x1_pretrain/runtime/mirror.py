@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 import threading
@@ -31,6 +32,7 @@ LISTEN_S = 0.2  # between two looks for a signal, while the mirror opens
 LATE_S = 5.0  # after the time that a drain was given
 AGAIN_S = 30.0  # between two starts of a mirror that dies
 PROGRESS_S = 5.0  # between two lines of progress
+UNATTENDED = "X1_UNATTENDED"  # set by `x1 supervise` for its trainer
 LOG = "mirror.log"  # what its process writes beside its happenings: faults
 
 
@@ -63,6 +65,7 @@ def job_for(config: RunConfig, must_exist: bool, fresh: bool) -> Job:
         keep_at=list(keep.at),
         must_exist=must_exist,
         fresh=fresh,
+        unattended=UNATTENDED in os.environ,
         run_id=run_id_of(config.folder),
         step_fields=cfg.step_fields(config),
         corpora={name: one.dir for name, one in config.data.mixture().items()},
