@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from itertools import accumulate
 from typing import TypeVar
 
 from x1_pretrain.errors import INTERRUPTED, UserError
@@ -50,7 +51,8 @@ class Patience:
     ) -> None:
         self.stop = stop or threading.Event()
         self._limit_s, self._clock = limit_s, clock
-        self._again_s = AGAIN_S if again_s is None else again_s
+        usual = [pause for pause, total in zip(AGAIN_S, accumulate(AGAIN_S), strict=True) if total <= limit_s]
+        self._again_s = usual if again_s is None else again_s
         self._alive = clock()
         self.trouble = ""  # why nothing comes now
 
