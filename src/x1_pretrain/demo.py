@@ -45,6 +45,7 @@ CONTEXT, BATCH_BLOCKS = 256, 8
 MINUTES = 3.5  # of training
 SPIKE_AT, SPIKE_LINES = 0.7, 8  # of the run; of its post-mortem
 SPIKE_STEPS = 100  # a shorter run does not know yet what is usual, and does not recover
+PARTS = ("rented", "moved", "law")  # that can be left out
 PROMPTS = ["def read(self, ", "import os\n", "Return the "]
 say = Console(highlight=False, soft_wrap=True).print
 
@@ -299,6 +300,7 @@ def check_resume(run: Path, steps: int) -> str:
 def main(
     output: Annotated[Path, typer.Option(help="folder for all the demo makes")] = Path("demo"),
     minutes: Annotated[float, typer.Option(min=0.05, help="minutes of training")] = MINUTES,
+    skip: Annotated[list[str], typer.Option(help="leave out rented, moved or law; repeatable")] = [],  # noqa: B006
 ) -> None:
     """The whole way in minutes, on this machine's own Python as text. Nothing is downloaded."""
     begun = time.perf_counter()
@@ -306,6 +308,8 @@ def main(
         raise UserError(
             f"{output / 'run'} is there from an earlier demo; remove {output} or pass --output DIR"
         )
+    if unknown := set(skip) - set(PARTS):
+        raise UserError(f"--skip {min(unknown)}: expected one of {', '.join(PARTS)}")
     text, corpus, run, artifacts = (output / n for n in ("text", "corpus", "run", "artifacts"))
 
     say("[bold]1. Text[/bold]: this Python's standard library")
@@ -335,14 +339,19 @@ def main(
     if steps >= SPIKE_STEPS:
         show_spike(run)
 
-    say("\n[bold]5. Under a ceiling[/bold]: a rented machine, its hour in a minute, and a price that jumps")
-    rented_run(output / "rented", corpus, seconds_per_step)
+    if "rented" not in skip:
+        say(
+            "\n[bold]5. Under a ceiling[/bold]: a rented machine, its hour in a minute, and a price that jumps"
+        )
+        rented_run(output / "rented", corpus, seconds_per_step)
 
-    say("\n[bold]6. A lost machine[/bold]: a run is killed with its disk, and goes on from its mirror")
-    moved_run(output / "moved", corpus, seconds_per_step, minutes / MINUTES)
+    if "moved" not in skip:
+        say("\n[bold]6. A lost machine[/bold]: a run is killed with its disk, and goes on from its mirror")
+        moved_run(output / "moved", corpus, seconds_per_step, minutes / MINUTES)
 
-    say("\n[bold]7. A law[/bold]: three sizes on a budget; a run of twice the FLOPs, predicted first")
-    law(output / "law", text, x1, minutes / MINUTES)
+    if "law" not in skip:
+        say("\n[bold]7. A law[/bold]: three sizes on a budget; a run of twice the FLOPs, predicted first")
+        law(output / "law", text, x1, minutes / MINUTES)
 
     say("\n[bold]8. Artifacts[/bold]: what to show others, and a reviewer's checks")
     _must(x1("report", run), "report")

@@ -19,8 +19,9 @@ from x1_pretrain.records.run_folder import open_run
 from x1_pretrain.review.command import verify
 
 
-def demo(output: Path) -> subprocess.CompletedProcess[str]:
+def demo(output: Path, *more: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "x1_pretrain.cli", "demo", "--output", str(output), "--minutes", "0.1"]
+    command += more
     return subprocess.run(command, capture_output=True, text=True, timeout=500, env=os.environ)
 
 
@@ -38,8 +39,23 @@ def assert_it_moved(folder: Path, said: str) -> None:
     assert {one.name: one.result for one in verify(open_run(run))}["nothing left to mirror"] == "passed"
 
 
+@pytest.mark.slow
 def test_the_whole_way(tmp_path: Path) -> None:
-    done = demo(tmp_path / "demo")
+    said = a_demo_shows_it_all(tmp_path)
+    points = (tmp_path / "demo" / "law" / "runs.csv").read_text(encoding="utf-8").splitlines()
+    assert len(points) == 1 + 9  # three sizes, three lengths
+    told, came = re.search(r"Predicted ([\d.]+) \[.*\], measured ([\d.]+): ", said).groups()  # type: ignore[union-attr]
+    measured = (tmp_path / "demo" / "law" / "next" / "runs.csv").read_text(encoding="utf-8").splitlines()
+    assert float(came) == round(float(measured[1].split(",")[3]), 3)
+    assert 3 < float(told) < 7
+
+
+def test_the_way_without_the_parts_that_have_tests_of_their_own(tmp_path: Path) -> None:
+    a_demo_shows_it_all(tmp_path, "--skip", "rented", "--skip", "law")
+
+
+def a_demo_shows_it_all(tmp_path: Path, *more: str) -> str:
+    done = demo(tmp_path / "demo", *more)
     assert done.returncode == 0, done.stdout + done.stderr
     run, artifacts = tmp_path / "demo" / "run", tmp_path / "demo" / "artifacts"
     events = [row["event"] for row in read_rows(run / "events.jsonl")]
@@ -53,12 +69,6 @@ def test_the_whole_way(tmp_path: Path) -> None:
     assert "0 failed" in done.stdout
     assert "<svg" in (run / "report.html").read_text(encoding="utf-8")
     assert_it_moved(tmp_path / "demo" / "moved", done.stdout)
-    points = (tmp_path / "demo" / "law" / "runs.csv").read_text(encoding="utf-8").splitlines()
-    assert len(points) == 1 + 9  # three sizes, three lengths
-    told, came = re.search(r"Predicted ([\d.]+) \[.*\], measured ([\d.]+): ", done.stdout).groups()  # type: ignore[union-attr]
-    measured = (tmp_path / "demo" / "law" / "next" / "runs.csv").read_text(encoding="utf-8").splitlines()
-    assert float(came) == round(float(measured[1].split(",")[3]), 3)
-    assert 3 < float(told) < 7
     newest = max((run / "checkpoints").glob("step-*"))
     tokenizer = AutoTokenizer.from_pretrained(newest)
     ids = tokenizer("import os", return_tensors="pt").input_ids
@@ -68,6 +78,7 @@ def test_the_whole_way(tmp_path: Path) -> None:
     assert again.returncode == 2
     assert "from an earlier demo" in again.stderr
     assert again.stderr.count("\n") == 1
+    return done.stdout
 
 
 def records(run: Path, resumed_at: int, steps: list[int], lost: dict[int, float]) -> Path:

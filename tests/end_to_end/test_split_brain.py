@@ -186,7 +186,7 @@ def one_gives_way(first: Driven, folders: list[RunFolder], mirror: str, watcher:
     folders[0].step(2)  # its trainer was not stopped
     first.process.send_signal(signal.SIGCONT)
     said = first.until("lost")["message"]
-    assert f"(process {second.process.pid}, epoch 2) has taken over this run" in said
+    assert f"(process {os.getpid()}, epoch 2) has taken over this run" in said  # whose mirror it is
     first.tell(do="drain", within_s=5.0, why="another writer has the run")
     assert first.process.wait(20) == 78
     assert second.drain() == []
