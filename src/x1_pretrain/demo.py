@@ -340,9 +340,7 @@ def main(
         show_spike(run)
 
     if "rented" not in skip:
-        say(
-            "\n[bold]5. Under a ceiling[/bold]: a rented machine, its hour in a minute, and a price that jumps"
-        )
+        say("\n[bold]5. Under a ceiling[/bold]: a rented machine, its hour in a minute, a price that jumps")
         rented_run(output / "rented", corpus, seconds_per_step)
 
     if "moved" not in skip:
@@ -366,7 +364,8 @@ def last_words(output: Path, artifacts: Path, run: Path, seconds: float) -> None
     say(f"\n[bold]Done in {duration(seconds)}.[/bold]")
     say(f"  pictures   {artifacts}{os.sep} ({pictures})")
     say(f"  the report {run / 'report.html'} (open it in a browser; nothing is loaded from elsewhere)")
-    say(f"  the law    {output / 'law'}{os.sep} (fit.json, prediction.md, iso-flop.png)")
+    if (output / "law").exists():
+        say(f"  the law    {output / 'law'}{os.sep} (fit.json, prediction.md, iso-flop.png)")
     say(f"  the model  {newest} (loads with transformers.AutoModelForCausalLM.from_pretrained)")
     say("\nThree commands to try next:")
     say(
