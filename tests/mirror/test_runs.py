@@ -57,6 +57,7 @@ X1 = Callable[..., Said]
 @pytest.fixture
 def x1(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> X1:
     """`x1 runs`, in an empty folder of its own."""
+    monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.chdir(tmp_path)
 
     def call(*args: object) -> Said:

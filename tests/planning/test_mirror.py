@@ -66,6 +66,7 @@ def test_the_flag(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "300")
     out = x1(capsys, "--dollars", "35", "--mirror", "s3://bucket/runs", "--output", "p.yaml")
     assert "+ mirror $" in out.splitlines()[0]
     assert "Amazon S3" in out

@@ -289,7 +289,7 @@ def test_an_odd_word_of_a_mirror_is_said_and_shown_to_nobody(folder: Path, odd: 
     seen = Seen(open_run(folder))
     seen.look(NOW)
     assert "mirror.json: holds values that no mirror wrote" in seen.trouble
-    assert "holds values that no mirror wrote" in text_of(seen)
+    assert "holds values that no mirror wrote" in text_of(seen, width=400)
     status_line(seen, seen.state(NOW), NOW)
 
 
@@ -514,6 +514,7 @@ class Terminal:
     def __init__(self, folder: Path, columns: int = 80, rows: int = 40) -> None:
         self.pid, self.descriptor = pty.fork()
         if self.pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background ignores it
             environment = os.environ | {"TERM": "xterm-256color", "PYTHONIOENCODING": "utf-8"}
             words = [sys.executable, "-m", "x1_pretrain.records.live", str(folder), "--every", "0.2"]
             os.execve(sys.executable, words, {k: v for k, v in environment.items() if k != "COLUMNS"})
