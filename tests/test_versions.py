@@ -20,7 +20,7 @@ from x1_pretrain.errors import RefusedError, UserError
 from x1_pretrain.mirror import pull_command, runs_command
 from x1_pretrain.mirror.folder_store import FolderStore
 from x1_pretrain.mirror.head import SCHEMA_VERSION as HEAD_VERSION
-from x1_pretrain.mirror.lease import look
+from x1_pretrain.mirror.heads import look
 from x1_pretrain.money import budget_file, latch
 from x1_pretrain.money.account import account
 from x1_pretrain.money.clock import Clock

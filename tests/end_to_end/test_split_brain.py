@@ -24,7 +24,7 @@ from tests.mirror.s3 import Bucket
 
 from x1_pretrain.mirror.address import parse
 from x1_pretrain.mirror.head import Head
-from x1_pretrain.mirror.lease import look
+from x1_pretrain.mirror.heads import look
 from x1_pretrain.mirror.opened import open_store
 from x1_pretrain.mirror.store import Store, StoreError
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from x1_pretrain.mirror.claim import UNSAID
 from x1_pretrain.mirror.head import Epoch, Head, Object, Published, Writer, encode
 from x1_pretrain.mirror.job import Job
-from x1_pretrain.mirror.lease import UNSAID
 from x1_pretrain.mirror.store import Meta, Store, UnreachableError
 from x1_pretrain.runtime import checkpoint_files
 

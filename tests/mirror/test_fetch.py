@@ -193,7 +193,7 @@ def test_an_object_that_is_gone_or_another(run: Mirrored, tmp_path: Path, name: 
         fetch_checkpoint(run.store, run.name, one, tmp_path / "here", quiet)
 
 
-@pytest.mark.parametrize("name", ["../evil", "/tmp/evil", ".hidden", "a/b", "", "manifest.json"])
+@pytest.mark.parametrize("name", ["../evil", "/evil", ".hidden", "a/b", "", "manifest.json"])
 def test_a_name_that_leads_out_of_the_folder(run: Mirrored, tmp_path: Path, name: str) -> None:
     one = run.checkpoint(100)
     manifest = json.loads(run.store.get(run.key(one, "manifest.json"))[0])

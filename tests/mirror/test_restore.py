@@ -27,8 +27,8 @@ from tests.mirror.published import (
 )
 from x1_pretrain.errors import RefusedError
 from x1_pretrain.mirror.choosing import MARKER, given_up
+from x1_pretrain.mirror.claim import UNSAID
 from x1_pretrain.mirror.folder_store import FolderStore
-from x1_pretrain.mirror.lease import UNSAID
 from x1_pretrain.mirror.merging import common_lines, merged_ledger, rows_only_in
 from x1_pretrain.mirror.patience import AwayError
 from x1_pretrain.mirror.restore import Restored, ledger_from, restore

@@ -24,7 +24,7 @@ from tests.records.builder import RUN_ID, build_run, event, write_lines
 from x1_pretrain.command import run as run_app
 from x1_pretrain.mirror.address import parse
 from x1_pretrain.mirror.folder_store import FolderStore
-from x1_pretrain.mirror.lease import look
+from x1_pretrain.mirror.heads import look
 from x1_pretrain.mirror.opened import open_store
 from x1_pretrain.mirror.runs_command import app
 from x1_pretrain.mirror.state import MirrorState, write_state

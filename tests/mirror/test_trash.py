@@ -17,10 +17,12 @@ from tests.mirror.s3 import Bucket
 from x1_pretrain.errors import RefusedError
 from x1_pretrain.mirror import trash
 from x1_pretrain.mirror.address import parse
+from x1_pretrain.mirror.claim import Me
 from x1_pretrain.mirror.folder_store import FolderStore
 from x1_pretrain.mirror.head import encode
+from x1_pretrain.mirror.heads import look
 from x1_pretrain.mirror.hub_store import HubStore
-from x1_pretrain.mirror.lease import Lease, LostError, Me, look
+from x1_pretrain.mirror.lease import Lease, LostError
 from x1_pretrain.mirror.opened import open_store
 from x1_pretrain.mirror.store import Store
 
@@ -287,3 +289,17 @@ def test_a_damaged_head_or_entry_is_a_line_and_nothing_of_it_goes(folder: Folder
     assert found == []
     assert trouble == [f"{folder.label}/{ENTRY}: schema version 2, this x1 reads up to 1; update x1"]
     assert before <= keys(folder)
+
+
+def test_gc_leaves_a_checkpoint_that_a_resume_passed_over(folder: FolderStore) -> None:
+    """As the next writer's own cleaning does: it may be the newest there is."""
+    head = mirror_run(folder, who=writer(epoch=5, token="55555555", why="finished"))
+    passed, gone = "e0002-22222222/checkpoints/step-000000020", "e0002-22222222/checkpoints/step-000000010"
+    for path in (passed, gone):
+        folder.put(f"{head.name}/{path}/model.safetensors", b"w")
+    folder.put(f"{head.name}/lost/e0003-33333333/skipped/{passed}", b"")
+    found, trouble = trash.doomed(folder, later(folder, 9), WEEK_S)
+    assert not trouble
+    doomed = {key for one in found for key in one.keys}
+    assert f"{head.name}/{gone}/model.safetensors" in doomed
+    assert f"{head.name}/{passed}/model.safetensors" not in doomed

@@ -25,7 +25,7 @@ from x1_pretrain.mirror.claim import (
     say_or_refuse,
 )
 from x1_pretrain.mirror.head import Head, State, damaged, decode, encode
-from x1_pretrain.mirror.heads import head_key, look, read, silence_s, where, write
+from x1_pretrain.mirror.heads import read, where, write
 from x1_pretrain.mirror.store import ChangedError, Store, UnreachableError
 
 TRIES = 5  # of one write, each after the head turned out to be another version of our own
@@ -173,6 +173,3 @@ class Lease:
         epochs = self.head.epochs  # they may hold a `resumed_from` that is still to be published
         self.head = replace(head, epochs=epochs)
         self.etag, self._sent, self._doubt = etag, {hash_of(data)}, False
-
-
-__all__ = ["UNSAID", "Lease", "LostError", "Me", "head_key", "look", "silence_s"]

@@ -14,7 +14,7 @@ from typing import Any
 from x1_pretrain.errors import UserError
 from x1_pretrain.mirror.address import Address, parse
 from x1_pretrain.mirror.head import DATA, TRASH, Head, decode
-from x1_pretrain.mirror.lease import look
+from x1_pretrain.mirror.heads import look
 from x1_pretrain.mirror.opened import open_store
 from x1_pretrain.mirror.state import MirrorState, read_state
 from x1_pretrain.mirror.store import Meta, NotThereError, Store, StoreError

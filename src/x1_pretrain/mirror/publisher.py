@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from x1_pretrain.mirror.choosing import given_up
-from x1_pretrain.mirror.cleaning import SKIPPED, clean, paths
+from x1_pretrain.mirror.cleaning import clean
 from x1_pretrain.mirror.corpora import CorpusSender
 from x1_pretrain.mirror.head import Head, Published
 from x1_pretrain.mirror.job import Job, Status
+from x1_pretrain.mirror.leftovers import SKIPPED, paths
 from x1_pretrain.mirror.local import Local, LocalCheckpoints
 from x1_pretrain.mirror.outbox import Outbox, Parcel, path_of
 from x1_pretrain.mirror.records import Records

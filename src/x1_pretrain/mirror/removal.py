@@ -14,7 +14,7 @@ from x1_pretrain.errors import RefusedError, UserError
 from x1_pretrain.mirror import trash as mirror_trash
 from x1_pretrain.mirror.address import Address, run_address
 from x1_pretrain.mirror.head import Head
-from x1_pretrain.mirror.lease import look
+from x1_pretrain.mirror.heads import look
 from x1_pretrain.mirror.listing import Place, mirror_of, of_head
 from x1_pretrain.mirror.state import read_state
 from x1_pretrain.mirror.store import Meta, Store, StoreError

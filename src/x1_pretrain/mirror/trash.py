@@ -13,7 +13,8 @@ from datetime import datetime
 
 from x1_pretrain.errors import RefusedError
 from x1_pretrain.mirror.head import NAME, TRASH, Head, Writer, decode, encode
-from x1_pretrain.mirror.lease import head_key, look, silence_s
+from x1_pretrain.mirror.heads import head_key, look, silence_s
+from x1_pretrain.mirror.leftovers import leftovers
 from x1_pretrain.mirror.store import ChangedError, Meta, NotThereError, Store
 from x1_pretrain.money.clock import stamp
 from x1_pretrain.records.trash import stamped
@@ -264,27 +265,17 @@ def _left_behind(
     """What earlier writers sent and never published, or what was dropped and not deleted. Nothing of the
     writer of today, nothing that a head or the trash names, and no rows that were set apart."""
     last = head.writer.epoch if head.writer.state == "writing" else head.writer.epoch + 1
+    entries = list(entries)
     kept = {space for one in entries for space in spaces(one.head)}
-    named = [one.path for many in head.records.values() for one in many]
-    known = {f"{head.name}/{path}" for path in [*named, *(one.path for one in head.files.values())]}
-    folders = tuple(f"{head.name}/{one.path}/" for one in head.checkpoints)
-    found = {}
-    for meta in store.below(head.name):
-        space = meta.key.split("/")[1]
-        epoch = _epoch(space)
-        if epoch is None or epoch >= last or space in kept or not _older(meta, now, older_than_s):
-            continue
-        if meta.key not in known and not meta.key.startswith(folders):
-            found[meta.key] = meta.bytes
+    heads = [head, *(one.head for one in entries)]
+    found = {
+        meta.key: meta.bytes
+        for meta in leftovers(list(store.below(head.name)), head, heads, last)
+        if meta.key.split("/")[1] not in kept and _older(meta, now, older_than_s)
+    }
     if not found:
         return None
     return Doomed(head.name, "left by earlier writers", tuple(found), sum(found.values()))
-
-
-def _epoch(space: str) -> int | None:
-    """e0003-1a2b3c4d -> 3"""
-    number, _, token = space.removeprefix("e").partition("-")
-    return int(number) if space.startswith("e") and number.isdigit() and token else None
 
 
 def delete(store: Store, one: Doomed) -> None:

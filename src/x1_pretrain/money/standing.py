@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from x1_pretrain.config import MirrorConfig, RunConfig
 from x1_pretrain.errors import RefusedError, UserError
-from x1_pretrain.mirror import aws, lease
+from x1_pretrain.mirror import aws, heads
 from x1_pretrain.mirror.address import Address, parse
 from x1_pretrain.mirror.head import Head
 from x1_pretrain.mirror.opened import open_store
@@ -134,8 +134,8 @@ class Mirror:
 
     def look(self) -> Standing | None:
         try:
-            found = lease.look(self.store, self.name)
-            told = standing(found[0], lease.silence_s(self.store, found[1])) if found else None
+            found = heads.look(self.store, self.name)
+            told = standing(found[0], heads.silence_s(self.store, found[1])) if found else None
         except (StoreError, UserError) as error:
             if str(error) != self.trouble:
                 print(f"mirror: {error}", flush=True)
