@@ -50,6 +50,13 @@ def flop(value: float) -> str:
     return f"{mantissa}e{int(exponent)}" if exponent else mantissa
 
 
+def size(count: float) -> str:
+    """612 MB, 1.07 GB, 3.5 kB: bytes in decimal units, as stores price them and disks are sold."""
+    units = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
+    name, unit = next(((name, unit) for name, unit in units if count >= 0.9995 * unit), ("bytes", 1.0))
+    return f"{_rounded(count / unit, 3 if count < 999.5 * unit else 15)} {name}"
+
+
 def interval(low: float, high: float, point: float | None = None, digits: int = 3) -> str:
     """[20.1, 25.3], in the unit of the point where that reads well; else each end with its own unit."""
     unit, name = _unit(high if point is None else point, digits)

@@ -22,6 +22,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from x1_pretrain.mirror.address import parse
+from x1_pretrain.mirror.hub_store import HubStore
+
+RUNS = "models/user/runs"
+LARGE = bytes(range(256)) * 8192  # 2 MiB, not text
+
 API = r"/api/(models|datasets)/([^/]+/[^/]+)/(revision|tree|paths-info|preupload|commit)/([^/]+)(?:/(.+))?"
 LARGE_BYTES = 10_000_000
 PAGE = 3  # entries of a listing: small, so that tests see several pages
@@ -322,6 +328,10 @@ class Handler(BaseHTTPRequestHandler):
 
 def is_large(path: str, sample: bytes, size: int) -> bool:
     return path.endswith(".safetensors") or size >= LARGE_BYTES or b"\0" in sample
+
+
+def opened(hub: Hub, address: str = "hf://user/runs", **more: float) -> HubStore:
+    return HubStore(parse(address), hub.url, 1, **more)
 
 
 @contextmanager

@@ -13,28 +13,20 @@ from pathlib import Path
 
 import pytest
 
-from tests.mirror.hub import File, Hub
+from tests.mirror.hub import LARGE, RUNS, File, Hub, opened
 from tests.mirror.run_folders import RunFolder, check_checkpoint, record
 from x1_pretrain.command import run as run_app
 from x1_pretrain.mirror import push_command
-from x1_pretrain.mirror.address import parse
 from x1_pretrain.mirror.heads import look
 from x1_pretrain.mirror.hub_store import HubStore
 from x1_pretrain.mirror.preflight import preflight
 from x1_pretrain.mirror.store import ChangedError, NotThereError, UnreachableError
-
-LARGE = bytes(range(256)) * 8192  # 2 MiB, not text
-RUNS = "models/user/runs"
 
 
 @pytest.fixture
 def store(hub: Hub) -> HubStore:
     hub.new(RUNS)
     return opened(hub)
-
-
-def opened(hub: Hub, address: str = "hf://user/runs", **more: float) -> HubStore:
-    return HubStore(parse(address), hub.url, 1, **more)
 
 
 def test_nothing_is_there_before_the_commit_and_all_of_it_after(store: HubStore, hub: Hub) -> None:

@@ -9,24 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.mirror.hub import Hub
+from tests.mirror.hub import LARGE, RUNS, Hub, opened
 from tests.mirror.proxy import FaultyProxy
 from x1_pretrain.mirror.address import parse
 from x1_pretrain.mirror.hub_store import HubStore
 from x1_pretrain.mirror.store import DeniedError, UnreachableError
-
-LARGE = bytes(range(256)) * 8192  # 2 MiB, not text
-RUNS = "models/user/runs"
 
 
 @pytest.fixture
 def store(hub: Hub) -> HubStore:
     hub.new(RUNS)
     return opened(hub)
-
-
-def opened(hub: Hub, address: str = "hf://user/runs", **more: float) -> HubStore:
-    return HubStore(parse(address), hub.url, 1, **more)
 
 
 def test_what_the_caller_raises_is_raised_and_nothing_is_stored(store: HubStore, hub: Hub) -> None:

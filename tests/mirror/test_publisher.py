@@ -12,6 +12,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from tests.mirror.model_store import Clock, Fault, ModelStore
 from tests.mirror.run_folders import RUN_ID, RunFolder, check_checkpoint, content, record
 from x1_pretrain.mirror import outbox
 from x1_pretrain.mirror.claim import Me
-from x1_pretrain.mirror.head import Head, decode, encode, replace
+from x1_pretrain.mirror.head import Head, decode, encode
 from x1_pretrain.mirror.heads import look
 from x1_pretrain.mirror.lease import Lease, LostError
 from x1_pretrain.mirror.looks import Looks

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from x1_pretrain.errors import RefusedError
@@ -170,19 +170,3 @@ def decode(data: bytes, origin: str) -> Head:
             f"{origin}: not the head of a mirrored run ({error}); restore it from a copy, or give the "
             "run another name"
         ) from None
-
-
-__all__ = [
-    "CHUNK_BYTES",
-    "DATA",
-    "NAME",
-    "TRASH",
-    "Epoch",
-    "Head",
-    "Object",
-    "Published",
-    "Writer",
-    "decode",
-    "encode",
-    "replace",
-]
