@@ -68,14 +68,6 @@ def data(tmp_path: Path, corpus: Path) -> Path:
     return Path(shutil.copytree(corpus, tmp_path / corpus.name))
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, config: Path, corpus: Path) -> Path:
-    run = tmp_path_factory.mktemp("runs") / "whole"
-    code, output = Training("--config", config, "--data-dir", corpus, "--run-dir", run).end()
-    assert code == 0, output
-    return run
-
-
 class Case:
     """A run to break, and to relaunch."""
 

@@ -23,14 +23,6 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory, config: Path, corpus: Path) -> Path:
-    run = tmp_path_factory.mktemp("runs") / "whole"
-    code, output = Training("--config", config, "--data-dir", corpus, "--run-dir", run).end()
-    assert code == 0, output
-    return run
-
-
 def assert_same_run(run: Path, whole: Path) -> None:
     assert curve(run) == curve(whole)  # every loss, norm and evaluation, each step once
     assert rows(run / "blocks.jsonl") == rows(whole / "blocks.jsonl")  # nothing seen twice, nothing skipped
@@ -39,15 +31,15 @@ def assert_same_run(run: Path, whole: Path) -> None:
     assert weights(run) == weights(whole)
 
 
-def test_the_uninterrupted_run_is_what_it_should_be(uninterrupted: Path) -> None:
-    steps = [r["step"] for r in rows(uninterrupted / "metrics.jsonl") if "train/loss" in r]
+def test_the_undisturbed_run_is_what_it_should_be(undisturbed: Path) -> None:
+    steps = [r["step"] for r in rows(undisturbed / "metrics.jsonl") if "train/loss" in r]
     assert steps == list(range(1, STEPS + 1))
-    drawn = [tuple(d) for r in rows(uninterrupted / "blocks.jsonl") for d in r["blocks"]]
+    drawn = [tuple(d) for r in rows(undisturbed / "blocks.jsonl") for d in r["blocks"]]
     assert len(drawn) == len(set(drawn)) == STEPS * 512 // 32
 
 
 def test_killed_at_five_random_instants(
-    tmp_path: Path, config: Path, corpus: Path, uninterrupted: Path
+    tmp_path: Path, config: Path, corpus: Path, undisturbed: Path
 ) -> None:
     run, rng = tmp_path / "run", random.Random(20261121)
     command = ("--config", config, "--data-dir", corpus, "--run-dir", run)
@@ -59,13 +51,13 @@ def test_killed_at_five_random_instants(
         training.kill()
     code, output = Training(*command, "--resume-from-latest").end()
     assert code == 0, output
-    assert_same_run(run, uninterrupted)
+    assert_same_run(run, undisturbed)
     sessions = {r["session"] for r in rows(run / "events.jsonl")}
     assert sessions == {1, 2, 3, 4, 5, 6}
 
 
 def test_killed_in_the_middle_of_writing_checkpoints(
-    tmp_path: Path, config: Path, corpus: Path, uninterrupted: Path
+    tmp_path: Path, config: Path, corpus: Path, undisturbed: Path
 ) -> None:
     run = tmp_path / "run"
     command = ("--config", config, "--data-dir", corpus, "--run-dir", run)
@@ -83,7 +75,7 @@ def test_killed_in_the_middle_of_writing_checkpoints(
     assert caught, "no kill fell into a write"
     code, output = Training(*command).end()
     assert code == 0, output
-    assert_same_run(run, uninterrupted)
+    assert_same_run(run, undisturbed)
     assert not any((run / "checkpoints").glob(".writing-*"))
 
 

@@ -33,14 +33,6 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, config: Path, corpus: Path) -> Path:
-    run = tmp_path_factory.mktemp("runs") / "whole"
-    code, output = Training("--config", config, "--data-dir", corpus, "--run-dir", run).end()
-    assert code == 0, output
-    return run
-
-
 class Machine:
     """A folder that lives and dies with what trains in it."""
 

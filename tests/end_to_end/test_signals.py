@@ -34,18 +34,10 @@ BOTH = [
 ]
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory, config: Path, corpus: Path) -> Path:
-    run = tmp_path_factory.mktemp("runs") / "whole"
-    code, output = Training("--config", config, "--data-dir", corpus, "--run-dir", run).end()
-    assert code == 0, output
-    return run
-
-
 @pytest.mark.parametrize("number", BOTH)
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_signal_in_any_phase(
-    phase: str, number: signal.Signals, tmp_path: Path, config: Path, corpus: Path, uninterrupted: Path
+    phase: str, number: signal.Signals, tmp_path: Path, config: Path, corpus: Path, undisturbed: Path
 ) -> None:
     run = tmp_path / "run"
     command = ("--config", config, "--data-dir", corpus, "--run-dir", run)
@@ -65,8 +57,8 @@ def test_a_signal_in_any_phase(
     assert any(r["event"] == "signal" and r["signal"] == number.name for r in rows(run / "events.jsonl"))
     code, output = Training(*command).end()
     assert code == 0, output
-    assert curve(run) == curve(uninterrupted)
-    assert weights(run) == weights(uninterrupted)
+    assert curve(run) == curve(undisturbed)
+    assert weights(run) == weights(undisturbed)
 
 
 def hanging_compiler(folder: Path) -> Path:
