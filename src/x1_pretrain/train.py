@@ -24,18 +24,16 @@ from x1_pretrain.command import run as run_app
 from x1_pretrain.command import single
 from x1_pretrain.corpus.reader import Batch
 from x1_pretrain.doctor.nccl_env import beside, pick_up
-from x1_pretrain.evals.perplexity import evaluate
 from x1_pretrain.learning import optimizers, stability, vitals
 from x1_pretrain.learning.diagnosis import diagnose
 from x1_pretrain.learning.schedule import learning_rate
-from x1_pretrain.mirror.address import parse as parse_address
-from x1_pretrain.mirror.address import run_address
 from x1_pretrain.model.flops import mfu
 from x1_pretrain.model.loss import IGNORED, chunk_terms, chunk_tokens, summed_loss
 from x1_pretrain.money.rehearsal import rehearse
 from x1_pretrain.records import console
-from x1_pretrain.records.metrics import utc_now
 from x1_pretrain.runtime import assemble, checkpoint_files, fit, health, memory, mirroring, spikes, telemetry
+from x1_pretrain.runtime.budget import over_budget, tell_budget
+from x1_pretrain.runtime.evaluating import evaluated, sample
 from x1_pretrain.runtime.introduction import write_again
 from x1_pretrain.runtime.run import Run, Update
 from x1_pretrain.runtime.saving import save
@@ -108,24 +106,6 @@ def train_loop(run: Run) -> int:
 def due(run: Run, every: int, last: int, at: Collection[int] = ()) -> bool:
     """At every multiple of `every`, at the steps of `at` and at the end, but not twice at one step."""
     return (run.step % every == 0 or run.step in at or run.step == run.total_steps) and last < run.step
-
-
-def over_budget(run: Run) -> bool:
-    """What was spent is read before every checkpoint."""
-    if run.guard:
-        run.guard.look()
-    return run.world.any(run.signals.interrupted())
-
-
-def tell_budget(run: Run) -> None:
-    """What the guard has to say, in the order it happened; and to the guard, how long the run still takes."""
-    if run.guard is None:
-        return
-    run.guard.alive()
-    left_s = run.clock.eta_s(run.total_steps - run.step)
-    run.guard.left_s = left_s * run.guard.clock.speed if left_s is not None else None
-    for name, message, fields in run.guard.news():
-        run.event(name, message, **fields)
 
 
 def train_step(run: Run, batch: Batch[Tensor]) -> Update | None:
@@ -242,7 +222,7 @@ class NotFiniteError(errors.UserError):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Log, evaluate, save, leave
+# Log, evaluate, leave
 
 
 def log(run: Run, batch: Batch[Tensor], update: Update) -> None:
@@ -312,57 +292,6 @@ def evaluate_and_sample(run: Run) -> bool:
     return True
 
 
-def evaluated(run: Run) -> dict[str, float] | None:
-    """The validation row, None if interrupted. In a micro-batch of its own, planned inside the memory that is
-    free now; training's stays as it is."""
-    run.enter("evaluation")
-    machine, model = run.machine, run.config.model
-    size = min(machine.micro_batch, machine.evaluation_batch or machine.micro_batch)
-    if assemble.is_cuda(run.world):
-        room = memory.room_gib(run.world.device)
-        size = memory.evaluation_batch(model, size, machine.precision == "bf16", room)
-    while True:
-        # compiled blocks would be compiled again for another size, which can't be interrupted
-        stance = "default" if size == machine.micro_batch else "force_eager"
-        with suppress(torch.OutOfMemoryError), torch.compiler.set_stance(stance):
-            return evaluate(run.decoder, run.windows, size, run.world, run.interrupted)
-        if size == 1 or run.world.size > 1:  # ranks would have to agree
-            raise errors.RefusedError(
-                f"out of memory in the evaluation of step {run.step}, {size} sequences at a time; relaunch "
-                f"with --set training.micro_batch={max(1, machine.micro_batch // 2)}"
-            )
-        size = machine.evaluation_batch = size // 2
-        if assemble.is_cuda(run.world):
-            torch.cuda.empty_cache()
-        said = f"evaluation ran out of memory: going on with {size} sequences at a time, training as before"
-        run.event("micro_batch", said)
-
-
-def sample(run: Run) -> bool:
-    """A few continuations into samples.jsonl; the same seed and step give the same draws."""
-    settings = run.config.evaluation
-    run.enter("sampling")
-    if not run.records:
-        return True
-    for number, prompt in enumerate(settings.prompts):
-        if run.interrupted() and run.world.size == 1:
-            return False
-        seed = (run.config.seed * 1_000_003 + run.step * 101 + number) % 2**63
-        generator = torch.Generator().manual_seed(seed)
-        encoded = run.tokenizer.encode(prompt).tolist() or [run.tokenizer.eot_id]
-        ids = torch.tensor([encoded], device=run.world.device)  # (1, T)
-        out = run.decoder.generate(
-            ids, settings.sample_tokens, settings.temperature, generator, run.tokenizer.eot_id
-        )
-        # the model may have more ids than the tokenizer
-        new = [i for i in out[0, ids.shape[1] :].tolist() if i < run.tokenizer.vocab_size]
-        text = run.tokenizer.decode(new)
-        said = {"prompt": prompt, "text": text, "temperature": settings.temperature}
-        run.records.samples.append({"step": run.step, "tokens": run.tokens, "time_utc": utc_now(), **said})
-        run.screen.say(f"  {prompt!r} ... {text!r}")
-    return True
-
-
 def leave(run: Run) -> int:
     """A signal or the budget guard asked: save, say how to go on. Over budget: at once, without saving."""
     run.enter("leaving")
@@ -428,24 +357,6 @@ def overrides_from(assignments: list[str], flags: dict[str, Any]) -> dict[str, A
     """Flags by config path; `--set` wins over a flag."""
     given = {path: value for path, value in flags.items() if value is not None}
     return given | dict(cfg.parse_assignment(text) for text in assignments)
-
-
-def resumed_from(text: str, config: cfg.RunConfig) -> cfg.RunConfig:
-    """The config with the mirror that --resume-from names."""
-    place, name = run_address(text)
-    given = config.mirror.uri
-    if name != config.name:
-        raise errors.UserError(
-            f"--resume-from {text}: names the run {name}, this config's name is {config.name}; give "
-            f"{text.rstrip('/')}/{config.name} if that is a folder of runs, else add --set name={name}"
-        )
-    if given is not None and parse_address(given) != place:
-        raise errors.UserError(
-            f"--resume-from {text}: the mirror is {given}; a run goes on in one mirror. To move it to "
-            f"another: x1 pull {text}, then x1 train --mirror {given}"
-        )
-    settings = config.mirror.model_copy(update={"uri": str(place)})
-    return config.model_copy(update={"mirror": settings})
 
 
 Flag = typer.Option
@@ -527,7 +438,7 @@ def main(
     }
     loaded = cfg.load_config(config, overrides_from(set_, flags))
     if resume_from:
-        loaded = resumed_from(resume_from, loaded)
+        loaded = mirroring.resumed_from(resume_from, loaded)
     if data_dir and loaded.data.corpora:
         raise errors.UserError(
             f"--data-dir {data_dir}: the config names several corpora (data.corpora: "

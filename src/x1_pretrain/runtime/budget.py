@@ -26,6 +26,7 @@ from x1_pretrain.money.pace import tokens_per_sec
 from x1_pretrain.money.trainer_guard import TrainerGuard, limits_from
 from x1_pretrain.money.watched_file import WatchedFile
 from x1_pretrain.records.run_folder import read_jsonl
+from x1_pretrain.runtime.run import Run
 from x1_pretrain.runtime.session import Session
 from x1_pretrain.runtime.signals import Signals
 from x1_pretrain.runtime.world import World
@@ -235,3 +236,21 @@ def work(config: RunConfig, tokens: int, gpu: str, gpus: int, speed: float) -> g
         return gate.Work(tokens, None, "measured once it runs")
     basis = f"an estimate: {rate:,.0f} tokens/s at an assumed MFU of {gate.ASSUMED_MFU:.2f}"
     return gate.Work(tokens, rate, basis)
+
+
+def over_budget(run: Run) -> bool:
+    """What was spent is read before every checkpoint."""
+    if run.guard:
+        run.guard.look()
+    return run.world.any(run.signals.interrupted())
+
+
+def tell_budget(run: Run) -> None:
+    """What the guard has to say, in the order it happened; and to the guard, how long the run still takes."""
+    if run.guard is None:
+        return
+    run.guard.alive()
+    left_s = run.clock.eta_s(run.total_steps - run.step)
+    run.guard.left_s = left_s * run.guard.clock.speed if left_s is not None else None
+    for name, message, fields in run.guard.news():
+        run.event(name, message, **fields)
