@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import yaml
 from aiosmtpd.controller import Controller
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rich.table import Table
 
@@ -104,6 +104,7 @@ def test_it_holds_at_other_settings(budget: dict[str, object]) -> None:
 hours = st.floats(1, 200_000)
 
 
+@example(1.0, 1.0, 1.0, 1.0, 12938.0, 1.0, 1.0)  # an hour that cost what was agreed, and 1e-28 dollars
 @settings(max_examples=25, deadline=None)
 @given(
     st.floats(0.05, 10_000), hours, hours, hours, st.floats(0, 40_000), st.floats(1, 4), st.floats(0.1, 1.0)
