@@ -51,10 +51,11 @@ def flop(value: float) -> str:
 
 
 def size(count: float) -> str:
-    """612 MB, 1.07 GB, 3.5 kB: bytes in decimal units, as stores price them and disks are sold."""
-    units = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
-    name, unit = next(((name, unit) for name, unit in units if count >= 0.9995 * unit), ("bytes", 1.0))
-    return f"{_rounded(count / unit, 3 if count < 999.5 * unit else 15)} {name}"
+    """1.07 GB, 612 MB, 3.5 kB, 12 bytes: in powers of ten, since stores are priced by such GB."""
+    for name, unit in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= 0.9995 * unit:
+            return f"{_rounded(count / unit, max(3, len(f'{count / unit:.0f}')))} {name}"
+    return f"{count:.0f} byte{'' if round(count) == 1 else 's'}"
 
 
 def interval(low: float, high: float, point: float | None = None, digits: int = 3) -> str:

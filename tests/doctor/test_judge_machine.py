@@ -325,6 +325,14 @@ def test_disk(disk: Disk, status: str, words: str) -> None:
     assert words in found.found
 
 
+@pytest.mark.parametrize(
+    ("checkpoint", "status"), [(1_000_000, "ok"), (20e6, "ok"), (20.1e6, "slow"), (2e9, "slow")]
+)
+def test_a_slow_disk_is_fast_enough_for_a_small_checkpoint(checkpoint: float, status: str) -> None:
+    disk = replace(DISK, write_bytes_per_sec=20e6, read_bytes_per_sec=90e6)
+    assert judge.disk_rate(disk, int(checkpoint)).status == status
+
+
 @pytest.mark.parametrize(("free", "needed", "status"), [(5, None, "ok"), (5, 5.0, "ok"), (5, 6.0, "broken")])
 def test_disk_space(free: int, needed: float | None, status: str) -> None:
     assert judge.disk_space(free << 30, needed and needed * 2**30, "3 checkpoints").status == status

@@ -12,7 +12,7 @@ import pytest
 from x1_pretrain.errors import UserError
 from x1_pretrain.laws.points import Points
 from x1_pretrain.laws.reading import read_points
-from x1_pretrain.numbers import compact, flop, human, interval, number, parse_amount, with_interval
+from x1_pretrain.numbers import compact, flop, human, interval, number, parse_amount, size, with_interval
 
 LAB = """run_id,N,D,val_loss,usd_spent
 A,5M,4.5B,4.66,1.10
@@ -301,6 +301,18 @@ def test_amounts_as_people_read_them() -> None:
         "1.5 T",
     ]
     assert human(math.nan) == "unknown"
+    assert [size(v) for v in (0, 1, 999, 3500, 999_600, 61_234_567, 1.07e9, 999.4e9, 2.5e12, 1.2345e15)] == [
+        "0 bytes",
+        "1 byte",
+        "999 bytes",
+        "3.5 kB",
+        "1 MB",
+        "61.2 MB",
+        "1.07 GB",
+        "999 GB",
+        "2.5 TB",
+        "1,234 TB",
+    ]
     assert (compact(5e6), flop(1.35e17), flop(6e20)) == ("5M", "1.35e17", "6e20")
     assert with_interval(22.6e9, 20.1e9, 25.3e9) == "22.6 B [20.1, 25.3]"
     assert with_interval(28e9, 0.7e9, 4e28) == "28 B [700 M, 4e28]"

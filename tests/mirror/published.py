@@ -37,14 +37,17 @@ def event(name: str, step: int, **more: Any) -> bytes:
     return json.dumps({"event": name, "step": step, "session": 1, **more}).encode() + b"\n"
 
 
-def make_checkpoint(folder: Path, step: int, size: int = 20_000, seed: int = 0, run_id: str = RUN_ID) -> Path:
+def make_checkpoint(
+    folder: Path, step: int, size: int = 20_000, seed: int = 0, run_id: str = RUN_ID, **state: Any
+) -> Path:
     def write(target: Path) -> None:
         rng = random.Random(step * 1000 + seed)
         for name, count in (("model.safetensors", size), ("optimizer.safetensors", 2 * size)):
             with (target / name).open("wb") as file:
                 for begin in range(0, count, 1 << 20):
                     file.write(rng.randbytes(min(1 << 20, count - begin)))
-        (target / "state.json").write_text(json.dumps({"schema_version": 1, "step": step, "run_id": run_id}))
+        content = {"schema_version": 1, "step": step, "run_id": run_id, **state}
+        (target / "state.json").write_text(json.dumps(content))
 
     return checkpoint_files.publish(folder, step, run_id, write)
 
@@ -73,8 +76,10 @@ class Mirrored:
     data: dict[str, str] = field(default_factory=dict)
     piece_bytes: int = 500
 
-    def checkpoint(self, step: int, size: int = 20_000, seed: int = 0, chunk: int = CHUNK) -> Published:
-        path = make_checkpoint(self.originals, step, size, seed, self.run_id)
+    def checkpoint(
+        self, step: int, size: int = 20_000, seed: int = 0, chunk: int = CHUNK, **state: Any
+    ) -> Published:
+        path = make_checkpoint(self.originals, step, size, seed, self.run_id, **state)
         one = publish(self.store, self.name, f"{self.space}/checkpoints/{path.name}", path, chunk)
         self.published.append(one)
         return one

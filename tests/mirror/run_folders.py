@@ -62,14 +62,14 @@ class RunFolder:
         self.append("steps.jsonl", step=step, time_utc=now, loss=3.0, session=1, **fields)
         self.append("metrics.jsonl", step=step, tokens=step * 100, time_utc=now, session=1, **fields)
 
-    def save(self, step: int, size: int = 20_000, seed: int = 0, run_id: str = RUN_ID) -> Path:
+    def save(self, step: int, size: int = 20_000, seed: int = 0, run_id: str = RUN_ID, **state: Any) -> Path:
         """A checkpoint; `seed` changes its weights, its tokenizer is always the same."""
 
         def write(folder: Path) -> None:
             (folder / "model.safetensors").write_bytes(content(f"model {step} {seed}", size))
             (folder / "optimizer.safetensors").write_bytes(content(f"optimizer {step} {seed}", 2 * size))
             (folder / "tokenizer.json").write_bytes(content("tokenizer", 5000))
-            (folder / "state.json").write_text(json.dumps({"step": step, "run_id": run_id}))
+            (folder / "state.json").write_text(json.dumps({"step": step, "run_id": run_id, **state}))
 
         return checkpoint_files.publish(self.checkpoints, step, run_id, write)
 

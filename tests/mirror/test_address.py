@@ -7,7 +7,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from x1_pretrain.errors import RefusedError, UserError
-from x1_pretrain.mirror.address import Address, parse, refuse_overlap, run_address, same_disk
+from x1_pretrain.mirror.address import (
+    Address,
+    is_uri,
+    parse,
+    refuse_overlap,
+    refuse_uri,
+    run_address,
+    same_disk,
+)
+from x1_pretrain.money.ledger import find_ledger
+from x1_pretrain.records.run_folder import find_run
 
 
 @pytest.mark.parametrize(
@@ -171,3 +181,32 @@ def test_a_secret_with_a_slash_is_shown_to_nobody(scheme: str, sep: str, at: str
     assert "wJa" not in str(told.value)
     assert "K7bP" not in str(told.value)
     assert "AKIA" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["s3://bucket/runs/tiny", "s3:/bucket/runs/tiny", str(Path("s3://bucket/runs/tiny"))]
+)
+def test_a_command_that_reads_a_folder_names_those_that_take_an_address(text: str) -> None:
+    """As it was typed, or as a `Path` leaves it."""
+    for refused in (refuse_uri, find_run, lambda one: find_ledger(Path(one), "")):
+        with pytest.raises(UserError) as caught:
+            refused(text)
+        assert "`x1 pull s3://bucket/runs/tiny`" in str(caught.value)
+        assert "`x1 runs s3://bucket/runs/tiny`" in str(caught.value)
+    with pytest.raises(UserError, match="did you mean s3://bucket/x"):
+        refuse_uri("r2://bucket/x")
+
+
+def test_a_path_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("s3:/bb").mkdir(parents=True)
+    for text in ("runs/tiny", "tiny", "/disk2/runs/tiny", "./a:b/c", "runs//old", "s3:/bb", ""):
+        refuse_uri(text)
+    assert [
+        text for text in ("runs/tiny", "./a:b", "s3:/b", "s3//b", "S3://b", "http://b") if is_uri(text)
+    ] == [
+        "s3:/b",
+        "s3//b",
+        "S3://b",
+        "http://b",
+    ]

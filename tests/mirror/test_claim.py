@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 from tests.mirror.lease_world import KEY, A, B, World, noted
 from tests.mirror.model_store import Fault
 from x1_pretrain.errors import RefusedError
-from x1_pretrain.mirror.claim import HeldError, claimed, decide, folder_mark
+from x1_pretrain.mirror.claim import LIVES, HeldError, claimed, decide, folder_mark
 from x1_pretrain.mirror.head import Head, Writer, decode, encode
 from x1_pretrain.mirror.lease import LostError
 from x1_pretrain.mirror.store import ChangedError, DeniedError, UnreachableError
+
+UNATTENDED = replace(B, unattended=True)
 
 
 @pytest.fixture
@@ -160,6 +162,86 @@ def test_living_holder_is_left_alone(tells_time):
     assert "another name" in text
     assert "\n" not in text
     holder.renew()
+
+
+class Beating:
+    """A holder with so many signs of life left, and a newcomer whose sleep it shares."""
+
+    def __init__(self, world: World, beats: int, every_s: float) -> None:
+        self.world, self.lease, self.beats, self.every_s = world, world.claim(), beats, every_s
+        self.last = world.clock.t
+
+    def sleep(self, s: float) -> None:
+        clock = self.world.clock
+        until = clock.t + s
+        while self.beats and self.last + self.every_s <= until:
+            clock.t = self.last = self.last + self.every_s
+            self.beats -= 1
+            self.lease.renew()
+        clock.t = until
+
+
+@given(
+    beats=st.integers(0, 8),
+    every_s=st.integers(1, 22),
+    late_s=st.integers(0, 89),
+    tells_time=st.booleans(),
+)
+def test_holder_that_dies_at_any_beat_is_taken_over_by_one_whom_nobody_would_start_again(
+    beats, every_s, late_s, tells_time
+):
+    world = World(tells_time=tells_time)
+    holder = Beating(world, 0, every_s)
+    world.clock.t = holder.last = late_s
+    holder.lease.renew()
+    holder.beats, died = beats, holder.last + beats * every_s
+    lease = world.claim(UNATTENDED, holder.sleep)
+    assert (lease.epoch, holder.beats) == (2, 0)
+    assert died + 90.0 < world.clock.t < died + 90.0 + 6.0
+    with pytest.raises(LostError):
+        holder.lease.renew()
+    assert len(world.said) == 1
+    assert "silent for 90 s" in world.said[0]
+    assert "lives on for 180 s" in world.said[0]
+
+
+@given(every_s=st.integers(1, 85), tells_time=st.booleans())
+def test_holder_that_lives_on_is_never_taken_over(every_s, tells_time):
+    world = World(tells_time=tells_time)
+    holder = Beating(world, 10**6, every_s)
+    with pytest.raises(HeldError, match="machine-a"):
+        world.claim(UNATTENDED, holder.sleep)
+    assert 180.0 <= world.clock.t <= 180.0 + every_s + 11.0
+    holder.lease.renew()
+    assert len(world.said) == 1
+
+
+def test_each_next_holder_is_watched_anew_by_one_whom_nobody_would_start_again(world):
+    """Another newcomer is faster, and dies at once."""
+    first = Beating(world, 7, 22.5)
+
+    def sleep(s: float) -> None:
+        first.sleep(s)
+        if world.clock.t > first.last + 90 and world.head().writer.epoch == 1:
+            world.claim(replace(B, folder="c", host="machine-c"))
+
+    assert world.claim(UNATTENDED, sleep).epoch == 3
+    assert [one.host for one in world.head().epochs] == ["machine-a", "machine-c", "machine-b"]
+    assert world.clock.t > 157.5 + 90 + 90
+
+
+def test_beat_that_may_be_old_proves_nothing():
+    """It was given before the newcomer was paused for long, and the store does not tell when."""
+    world = World(tells_time=False)
+    holder = Beating(world, 1, 4.0)
+
+    def sleep(s: float) -> None:
+        holder.sleep(s)
+        if world.clock.t < 10:
+            world.clock.t = 500.0
+
+    assert world.claim(UNATTENDED, sleep).epoch == 2
+    assert 590 < world.clock.t < 600
 
 
 def test_holder_that_gives_the_run_back_meanwhile_is_followed_at_once(world):
@@ -345,15 +427,21 @@ WRITERS = st.builds(
 )
 
 
-@given(st.none() | st.builds(Head, st.just("run"), WRITERS), st.floats(0, 200), st.booleans())
-def test_decision(head, silent_s, changed):
-    decision = decide(head, silent_s, changed, A)
+@given(
+    st.none() | st.builds(Head, st.just("run"), WRITERS),
+    st.floats(0, 200),
+    st.none() | st.floats(0, 500),
+    st.booleans(),
+)
+def test_decision(head, silent_s, lived_s, unattended):
+    decision = decide(head, silent_s, lived_s, replace(A, unattended=unattended))
     free = head is None or head.writer.state != "writing" or head.writer.folder == "folder-a"
     if free or silent_s > head.writer.stale_s:
         assert decision.do == "claim"
     else:
-        assert decision.do == ("held" if changed else "wait")
-        assert decision.wait_s == (0 if changed else head.writer.stale_s - silent_s)
+        lives = lived_s is not None and (not unattended or lived_s >= LIVES * head.writer.stale_s)
+        assert decision.do == ("held" if lives else "wait")
+        assert decision.wait_s == (0 if lives else head.writer.stale_s - silent_s)
 
 
 @given(

@@ -14,6 +14,7 @@ from collections import Counter, namedtuple
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -35,7 +36,7 @@ from x1_pretrain.mirror.opened import open_store
 from x1_pretrain.mirror.patience import AGAIN_S, AwayError, UnusableError
 from x1_pretrain.mirror.store import DeniedError, NotThereError, UnreachableError
 from x1_pretrain.runtime import checkpoint_files
-from x1_pretrain.runtime.checkpoint_files import verify_folder
+from x1_pretrain.runtime.checkpoint_files import needs_and_has, verify_folder
 
 
 @pytest.fixture
@@ -60,7 +61,7 @@ def test_it_comes_back_as_it_was(run: Mirrored, tmp_path: Path) -> None:
     assert content(path) == content(run.originals / path.name)
     assert verify_folder(path) is None
     assert [p.name for p in path.parent.iterdir()] == [path.name]
-    assert said[0].startswith("fetching the checkpoint of step 100: 0 of 0 MiB")
+    assert said[0].startswith("fetching the checkpoint of step 100: 0 bytes of 60.1 kB")
 
 
 @settings(max_examples=15, deadline=None)
@@ -251,9 +252,23 @@ def test_no_room_is_known_before_the_first_byte(
     Usage = namedtuple("Usage", "total used free")
     monkeypatch.setattr(fetch.shutil, "disk_usage", lambda _: Usage(1 << 30, 0, 10 << 20))
     store = Counting(run.store)
-    with pytest.raises(RefusedError, match=r"it needs 16 MiB, the disk has 10 MiB free"):
+    with pytest.raises(RefusedError, match=r"here: no room .* needs 16\.9 MB, the disk has 10\.4 MB free"):
         fetch_checkpoint(store, run.name, one, tmp_path / "here", quiet)
     assert store.reads == []
+    assert not (tmp_path / "here").exists()
+
+
+@given(st.integers(0, 10**14), st.integers(1, 10**9))
+def test_what_is_not_enough_does_not_read_as_enough(free: int, more: int) -> None:
+    needs, has = (parse_size(text) for text in needs_and_has(free + more, free))
+    assert has <= free < free + more <= needs
+    assert needs - has < more + 0.02 * (free + more)
+
+
+def parse_size(text: str) -> Decimal:
+    count, unit = text.replace(",", "").split()
+    factor = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "kB": 1000, "byte": 1, "bytes": 1}
+    return Decimal(count) * factor[unit]
 
 
 def test_a_damaged_folder_of_that_name_is_kept_beside(run: Mirrored, tmp_path: Path) -> None:
@@ -312,11 +327,11 @@ def test_no_right_to_write(run: Mirrored, tmp_path: Path) -> None:
 
 def test_what_is_told_of_the_progress() -> None:
     progress = Progress("checkpoint of step 5", 1000 << 20, 10.0, kept=100 << 20)
-    assert progress.text(15.0) == "fetching the checkpoint of step 5: 100 of 1,000 MiB"
+    assert progress.text(15.0) == "fetching the checkpoint of step 5: 105 MB of 1.05 GB"
     progress.came = 300 << 20
-    assert progress.text(20.0).endswith("400 of 1,000 MiB, 30.0 MiB/s, 20 s left")
-    assert progress.text(310.0).endswith("1.0 MiB/s, 10 min left")
-    assert progress.text(20.0, "503").endswith("400 of 1,000 MiB; waiting: 503")
+    assert progress.text(20.0).endswith("419 MB of 1.05 GB, 31.5 MB/s, 20 s left")
+    assert progress.text(310.0).endswith("1.05 MB/s, 10 min left")
+    assert progress.text(20.0, "503").endswith("419 MB of 1.05 GB; waiting: 503")
 
 
 # ------------------------------------------------------------------------------------------------------------

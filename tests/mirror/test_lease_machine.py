@@ -5,7 +5,8 @@ What must hold of every history of `head.json`, whoever moved when:
 - epochs rise by one and never come back, each has a token of its own;
 - nothing that a writer was told is published is ever missing later, and a take-over changes nothing else;
 - a writer that lives is not replaced: a claim needs a head given back, or unchanged for its holder's time;
-- nobody is told to have lost who has not, and nobody is refused for a holder that gave no sign of life;
+- nobody is told to have lost who has not, and nobody is refused for a holder that gave no sign of life, nor,
+  where nobody would start it again, for one that did not live on for long;
 - when the faults end, at most one session goes on; one does if any is left, unless one gave the run back, or
   the last to be seen alive was killed after it was seen.
 """
@@ -27,6 +28,7 @@ from hypothesis.stateful import (
 )
 
 from tests.mirror.writers import Session, Troupe, notes
+from x1_pretrain.mirror.claim import LIVES
 from x1_pretrain.mirror.head import Head, decode, encode
 from x1_pretrain.mirror.heads import head_key
 
@@ -56,10 +58,19 @@ class Writers(RuleBasedStateMachine):
         self.troupe = Troupe(tells_time=tells_time, skew_s=skew_s)
 
     @precondition(lambda self: len(self.troupe.sessions) < MOST)
-    @rule(folder=FOLDERS, stale_s=STALE_S, skew_s=SKEW_S, careful=st.booleans(), moves=st.integers(0, 6))
-    def start(self, folder: str, stale_s: float, skew_s: float, careful: bool, moves: int) -> None:
+    @rule(
+        folder=FOLDERS,
+        stale_s=STALE_S,
+        skew_s=SKEW_S,
+        careful=st.booleans(),
+        unattended=st.booleans(),
+        moves=st.integers(0, 6),
+    )
+    def start(
+        self, folder: str, stale_s: float, skew_s: float, careful: bool, unattended: bool, moves: int
+    ) -> None:
         folder = folder or f"folder-{len(self.troupe.sessions)}"
-        session = self.troupe.start(folder, stale_s, skew_s, careful)
+        session = self.troupe.start(folder, stale_s, skew_s, careful, unattended)
         for _ in range(moves):
             self.move_one(session, None)
 
@@ -174,6 +185,17 @@ class Writers(RuleBasedStateMachine):
             if session.end == "held":
                 since = [head for t, head in self.heads if t >= session.began_t]
                 assert since, f"{session.name} was refused for a holder that gave no sign of life"
+                assert not session.me.unattended or self.lived_on(session.began_t), (
+                    f"{session.name} was refused for a holder that may have died"
+                )
+
+    def lived_on(self, began_t: float) -> bool:
+        """Whether a writer gave signs of life for long while it was watched from then on."""
+        spans: dict[str, list[float]] = {}
+        for t, head in self.heads:
+            spans.setdefault(head.writer.token, []).append(t)
+        stale_s = {head.writer.token: head.writer.stale_s for _, head in self.heads}
+        return any(times[-1] - max(times[0], began_t) >= LIVES * stale_s[one] for one, times in spans.items())
 
     def teardown(self) -> None:
         try:

@@ -7,7 +7,10 @@ import sys
 import threading
 import time
 from base64 import b64encode
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from obstore.store import GCSStore
@@ -15,12 +18,15 @@ from obstore.store import GCSStore
 from tests.mirror.canned import Canned
 from tests.mirror.contract import Contract, racing
 from tests.mirror.proxy import FaultyProxy
+from tests.mirror.published import digest
 from tests.mirror.s3 import Bucket, serving_apart
 from x1_pretrain.errors import UserError
-from x1_pretrain.mirror import object_store
+from x1_pretrain.mirror import download, object_store
 from x1_pretrain.mirror.address import parse
+from x1_pretrain.mirror.download import Part
 from x1_pretrain.mirror.object_errors import UnsupportedError
 from x1_pretrain.mirror.object_store import ObjectStore, open_object_store
+from x1_pretrain.mirror.patience import Patience, get_verified
 from x1_pretrain.mirror.store import (
     ChangedError,
     DeniedError,
@@ -231,7 +237,7 @@ def test_google_swaps_by_generation(canned: Canned) -> None:
     limits = {"client_options": {"allow_http": True}, "retry_config": {"max_retries": 0}}
     config = {"base_url": canned.url, "bearer_token": "t"}
     client = GCSStore("bucket", prefix="runs", config=config, **limits)
-    store = ObjectStore(parse("gs://bucket/runs"), client, client, None)
+    store = ObjectStore(parse("gs://bucket/runs"), client, lambda _: client, None)
     etag = store.create("h", b"1")
     assert etag == store.stat("h").etag == store.get("h")[1].etag == "1001"
     with pytest.raises(ChangedError):
@@ -394,6 +400,46 @@ def test_a_large_object_to_a_dead_store_ends(s3: Bucket, proxy: FaultyProxy) -> 
     with pytest.raises(UnreachableError):
         store.put_stream("large", [b"x" * (10 << 20)] * 3, 30 << 20)
     assert time.monotonic() - begun < 6
+
+
+@pytest.mark.slow
+def test_a_slow_line_gets_more_time(
+    s3: Bucket, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """0.2 MB/s, with a second for fifty: three files of a checkpoint, a backlog of rows, and back."""
+    monkeypatch.setattr(download, "READ_S", download.READ_S / 50)
+    for limits in (object_store.SMALL, object_store.LARGE):
+        monkeypatch.setitem(limits, "timeout", limits["timeout"] / 50)
+    monkeypatch.setitem(object_store.LARGE, "retry_timeout", object_store.LARGE["retry_timeout"] / 50)
+    sizes, store = (12 << 20, 9 << 20, 6 << 20), opened(s3, retries=0)
+    slow = proxy.add("slow", bytes_per_s=0.2e6 * 50)
+    tries: Counter[int] = Counter()
+
+    def send(index: int) -> None:
+        while tries[index] < 6:
+            tries[index] += 1
+            with suppress(UnreachableError):
+                store.put_stream(f"k{index}", [bytes([index]) * sizes[index]], sizes[index])
+                return
+
+    racing(send, 3)
+    assert [s3.sizes()[f"runs/k{index}"] for index in range(3)] == list(sizes)
+    assert max(tries.values()) < 5
+    print(f"tries: {dict(tries)}, then {store._limit_s * 50:.0f} s for a part")
+    rows = b"r" * (4 << 20)
+    store.put("rows", rows)
+    patience = Patience()
+    many = racing(lambda _: get_verified(store, "rows", digest(rows), patience, size=len(rows)), 2)
+    assert many == [rows] * 2
+    parts = [Part(f"k{index}", f"k{index}", size) for index, size in enumerate(sizes)]
+    before = proxy.sent_bytes
+    download.download(opened(s3, retries=0), parts, tmp_path, "k", lambda _: None, 8, patience)
+    assert all((tmp_path / f"k{i}").read_bytes() == bytes([i]) * size for i, size in enumerate(sizes))
+    assert proxy.sent_bytes - before < 1.2 * sum(sizes)  # hardly a byte for nothing
+    proxy.remove(slow)
+    for _ in range(3):
+        store.put_stream("k", [bytes(64 << 20)], 64 << 20)
+    assert store._limit_s == object_store.LARGE["timeout"]
 
 
 def test_threads_share_a_store(s3: Bucket) -> None:

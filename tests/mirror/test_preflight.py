@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from tests.mirror.proxy import FaultyProxy
 from tests.mirror.s3 import Bucket
 from x1_pretrain.errors import RefusedError, UserError
 from x1_pretrain.mirror import folder_store
+from x1_pretrain.mirror import preflight as preflight_module
 from x1_pretrain.mirror.address import parse
 from x1_pretrain.mirror.folder_store import FolderStore
 from x1_pretrain.mirror.heads import write
@@ -27,6 +30,15 @@ def refused(store: Store, words: str, without_lease: bool = False) -> str:
     assert "preflight-" not in text
     assert text.startswith(f"mirror {store.label}")
     return text
+
+
+def end_requests(proxy: FaultyProxy) -> None:
+    """Those that nobody waits for any more."""
+    proxy.clear()
+    for thread in threading.enumerate():
+        if thread.name == "x1-preflight":
+            thread.join(10)
+            assert not thread.is_alive()
 
 
 def test_a_good_bucket(s3: Bucket) -> None:
@@ -60,6 +72,50 @@ def test_nobody_there(s3: Bucket, proxy: FaultyProxy) -> None:
     with pytest.raises(RefusedError, match=r"nobody listens there .*; check the network and mirror.endpoint"):
         preflight(store, "x1-50m", without_lease=False, sleep=slept.append)
     assert slept == [1.0, 3.0]
+
+
+@pytest.mark.parametrize("done", [False, True])
+def test_a_store_that_accepts_connections_and_never_answers(
+    s3: Bucket, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch, done: bool
+) -> None:
+    monkeypatch.setattr(preflight_module, "FIRST_S", 0.3)
+    store = open_store(parse(f"s3://{s3.bucket}/runs"), None)
+    proxy.add("timeout", done=done)
+    begun = time.monotonic()
+    refused(store, r"no answer within 0.3 s; check the network and mirror.endpoint")
+    assert time.monotonic() - begun < 3  # of 20 s that a request has
+    while done and not s3.keys():
+        assert time.monotonic() - begun < 10
+        time.sleep(0.01)
+    end_requests(proxy)
+    assert s3.keys() == []  # what it made all the same is removed
+
+
+def test_a_store_that_breaks_off_and_then_never_answers(
+    s3: Bucket, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also the removal of what may be there ends in time, and nothing is begun after that."""
+    monkeypatch.setattr(preflight_module, "FIRST_S", 0.5)
+    proxy.add("timeout", on="POST|DELETE")
+    proxy.add("cut", on="PUT")
+    slept: list[float] = []
+    begun = time.monotonic()
+    with pytest.raises(RefusedError, match="check the network"):
+        preflight(open_store(parse(f"s3://{s3.bucket}/runs"), None, 0), "x1-50m", False, sleep=slept.append)
+    assert time.monotonic() - begun < 3
+    assert slept == []
+    end_requests(proxy)
+
+
+def test_a_slow_store_is_none_that_never_answers(
+    s3: Bucket, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight_module, "FIRST_S", 0.5)
+    proxy.add("slow", latency_s=0.06)
+    begun = time.monotonic()
+    preflight(open_store(parse(f"s3://{s3.bucket}/runs"), None), "x1-50m", without_lease=False)
+    assert time.monotonic() - begun > preflight_module.FIRST_S
+    assert s3.keys() == []
 
 
 def test_an_unknown_server(s3: Bucket) -> None:

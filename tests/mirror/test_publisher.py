@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -23,6 +24,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from tests.mirror.model_store import Clock, Fault, ModelStore
 from tests.mirror.run_folders import RUN_ID, RunFolder, check_checkpoint, content, record
+from x1_pretrain.learning.stability import Episode, State
 from x1_pretrain.mirror import outbox
 from x1_pretrain.mirror.claim import Me
 from x1_pretrain.mirror.head import Head, decode, encode
@@ -50,12 +52,19 @@ def lease_on(store: ModelStore, clock: Clock, folder: str = "f") -> Lease:
 class Session:
     """A run folder, its mirror and the publisher between them."""
 
-    def __init__(self, run: RunFolder, store: ModelStore, from_step: int = 0, **job: Any) -> None:
+    def __init__(
+        self,
+        run: RunFolder,
+        store: ModelStore,
+        from_step: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+        **job: Any,
+    ) -> None:
         self.run, self.store, self.clock = run, store, Clock()
         self.lease = lease_on(store, self.clock)
         self.lease.resumed_from(from_step)
         identity = Identity(RUN_ID, from_step, ["f"], {"a": 1})
-        self.publisher = Publisher(run.job("model://runs", **job), store, self.lease, identity)
+        self.publisher = Publisher(run.job("model://runs", **job), store, self.lease, identity, clock=clock)
 
     def settle(self, looks: int = 6) -> Head:
         """Look until there is nothing left to do."""
@@ -182,6 +191,58 @@ def test_what_is_still_here_stays_there(run: RunFolder, store: ModelStore) -> No
     session.publisher.look()
     assert session.steps() == [800]
     check_checkpoint(store, session.head, 800)
+
+
+def spiking(onset: int) -> dict[str, Any]:
+    state = State(episode=Episode(onset, 3.0, 1.0, 9.0, onset, 5.0, onset, last_flagged=onset))
+    return {"stability": state.to_json()}
+
+
+@pytest.mark.parametrize("policy", ["rewind", "clip"])
+def test_what_a_rewind_would_need_is_kept(run: RunFolder, store: ModelStore, policy: str) -> None:
+    """On a new machine, where it is not here; until the newest that is mirrored is from after the spike."""
+    job = {"keep_last": 1, "step_fields": {"stability.policy": policy}}
+    old = Session(run, store, **job)
+    old.publisher.identity.step_fields = job["step_fields"]
+    run.save(20)
+    old.settle()
+    run.save(30, **spiking(25))
+    old.settle()
+    assert old.steps() == [20, 30]  # both are here
+    run.remove(20)
+    new = Session(run, store, 30, **job)
+    new.publisher.identity.step_fields = job["step_fields"]
+    new.settle()
+    run.save(40, **spiking(25))
+    run.remove(30)
+    new.settle()
+    assert new.steps() == ([20, 40] if policy == "rewind" else [40])
+    run.save(50, stability=State().to_json())
+    run.remove(40)
+    new.settle()
+    assert new.steps() == [50]
+
+
+def test_what_a_rewind_would_need_is_sent_first(run: RunFolder, store: ModelStore) -> None:
+    """The line is slow: as a spike lasts, the mirror may have nothing from before it."""
+    session = Session(run, store, keep_last=1)
+    session.publisher.identity.step_fields = {"stability.policy": "rewind"}
+    for step in (10, 20):
+        run.save(step)
+    for step in (30, 40):
+        run.save(step, **spiking(25))
+    session.publisher.look()
+    session.publisher.wait(20)
+    session.publisher.look()
+    assert session.steps() == [20]
+    session.settle()
+    assert session.steps() == [20, 40]
+    run.rewind(20)
+    session.settle()
+    run.save(30)
+    run.remove(20)
+    session.settle()
+    assert session.steps() == [30]  # the spike of the steps that were given up needs nothing any more
 
 
 def test_a_swap_that_fails_loses_nothing_that_was_sent(run: RunFolder, store: ModelStore) -> None:
@@ -495,9 +556,28 @@ def test_a_checkpoint_of_another_run_is_left_alone(run: RunFolder, store: ModelS
     assert session.publisher.left() == []
 
 
+@pytest.mark.parametrize("ahead_s", [-86400, 0, 86400])
+def test_lag_is_not_moved_by_a_clock_that_is_set(run: RunFolder, store: ModelStore, ahead_s: int) -> None:
+    """The disk's times are of the clock before or after; that of the process goes on."""
+    clock = Clock()
+    session = Session(run, store, clock=clock.steady)
+    session.settle()
+    store.faults.append(Fault("fail", times=10**6))
+    run.save(1800)
+    written = time.time() + ahead_s
+    os.utime(run.checkpoints / folder_name(1800) / "manifest.json", (written, written))
+    for lag_s in (0.0, 7.0, 14.0):
+        with pytest.raises(StoreError):
+            session.publisher.look()
+        assert session.publisher.status().lag_s == lag_s
+        clock.t += 7.0
+    store.faults.clear()
+    assert Session(run, store).publisher.clock is time.monotonic
+
+
 def test_lag_grows_while_the_store_is_away_and_names_what_is_left(run: RunFolder, store: ModelStore) -> None:
-    session, now = Session(run, store), itertools.count(1_800_000_000)
-    session.publisher.clock = lambda: float(next(now))
+    now = itertools.count(1000)
+    session = Session(run, store, clock=lambda: float(next(now)))
     session.settle()
     assert session.publisher.status().lag_s == 0
     assert session.publisher.status().lag_bytes == 0
@@ -651,6 +731,26 @@ def test_corpora_are_sent_last_and_once_for_all_runs(
     assert not [
         key for op, key in store.operations[before:] if op.startswith("put") and key.startswith("data")
     ]
+
+
+def test_what_the_mirror_holds_is_what_the_store_bills(
+    tmp_path: Path, run: RunFolder, store: ModelStore
+) -> None:
+    """All objects but the head itself: checkpoints of unlike sizes, rows, small files, and the corpus."""
+    corpus_at(tmp_path / "web", "a")
+    (tmp_path / "web" / "notes.txt").write_bytes(b"is not sent")
+    for step in range(1, 31):
+        run.step(step)
+        if step % 10 == 0:
+            run.save(step, size=1000 * step)
+    session = Session(run, store, keep_last=2, data=True, corpora={"web": str(tmp_path / "web")})
+    session.settle()
+    run.save(40, size=70_000)
+    run.remove(10)  # by the policy
+    session.settle()
+    assert len(session.steps()) == 3
+    objects = {key: len(store.get(key)[0]) for key in store.objects if not key.endswith("head.json")}
+    assert session.publisher.status().held_bytes == sum(objects.values()) > 300_000
 
 
 def test_a_corpus_that_is_not_what_it_says_is_not_named(

@@ -90,6 +90,7 @@ def test_pulling_again_updates(run: Mirrored, tmp_path: Path, capsys: pytest.Cap
     code, told = pull("mirror/tiny", "--output", "here", capsys=capsys)
     assert code == 0, told
     assert "set aside" not in told
+    assert "is not what the mirror has" not in told  # a copy that is behind is no fault
     for name, data in {**run.records, **run.files}.items():
         assert (tmp_path / "here" / name).read_bytes() == data
     found = {p.name for p in (tmp_path / "here" / "checkpoints").iterdir()}
@@ -168,6 +169,8 @@ def test_what_is_refused(run: Mirrored, tmp_path: Path, capsys: pytest.CaptureFi
     code, told = pull("mirror/tony", capsys=capsys)
     assert (code, told.count("\n")) == (2, 1)
     assert "mirror/tony: there is no such run; `x1 runs" in told
+    code, told = pull("mirror", capsys=capsys)
+    assert (code, "/mirror: is no run; it holds tiny; `x1 runs " in told) == (2, True)
     code, told = pull("mirror/tiny", "--only", "all", capsys=capsys)
     assert code == 2
     code, told = pull("s4://bucket/x", capsys=capsys)

@@ -26,10 +26,12 @@ from tests.mirror.published import (
     rows,
 )
 from x1_pretrain.errors import RefusedError
+from x1_pretrain.mirror import fetch
 from x1_pretrain.mirror.choosing import MARKER, given_up
 from x1_pretrain.mirror.claim import UNSAID
+from x1_pretrain.mirror.corpora import FILES
 from x1_pretrain.mirror.folder_store import FolderStore
-from x1_pretrain.mirror.merging import common_lines, merged_ledger, rows_only_in
+from x1_pretrain.mirror.merging import common_lines, mended, merged_ledger, rows_only_in
 from x1_pretrain.mirror.patience import AwayError
 from x1_pretrain.mirror.restore import Restored, ledger_from, restore
 from x1_pretrain.mirror.state import MirrorState, write_state
@@ -227,6 +229,40 @@ def test_what_a_rewind_gave_up_is_not_taken(run: Mirrored, tmp_path: Path, ours:
     assert back(run, tmp_path / "later").restored_step == 200
 
 
+@pytest.mark.parametrize("policy", ["rewind", "skip"])
+def test_what_a_rewind_would_need_comes_too(
+    run: Mirrored, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str
+) -> None:
+    """The machine died while a spike lasted."""
+    run.checkpoint(300, stability={"episode": {"onset": 230}})
+    run.records["events.jsonl"] += event("checkpoint", 300)
+    run.records["metrics.jsonl"] = rows(1, 310, loss=2.5)
+    fields = {"stability.policy": policy}
+    told = back(run, tmp_path / "run", step_fields=fields)
+    there = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    if policy == "skip":
+        assert there == ["step-000000300"]
+        return
+    assert there == ["step-000000200", "step-000000300"]
+    assert told.restored_step == 300
+    assert told.restored_bytes == run.published[1].bytes + run.published[2].bytes
+    assert "fetched the checkpoint of step 200 too, to go back to if the spike stays" in told.notes
+    assert back(run, tmp_path / "run", step_fields=fields).restored_bytes == 0
+    run.store.delete([run.key(run.published[1], "model.safetensors")])
+    assert any("skipped" in note for note in back(run, tmp_path / "other", step_fields=fields).notes)
+    assert (tmp_path / "other" / "checkpoints" / "step-000000100").is_dir()
+    room = [True, False]  # for one alone: the run goes on all the same
+
+    def require_room(*_: Any) -> None:
+        if not room.pop(0):
+            raise RefusedError("no room")
+
+    monkeypatch.setattr(fetch, "require_room", require_room)
+    (said,) = back(run, tmp_path / "third", step_fields=fields).notes[:1]
+    assert said == "there may be nothing to go back to from the spike: no room"
+    assert newest(tmp_path / "third") == "step-000000300"
+
+
 def test_which_checkpoints_were_given_up() -> None:
     def of(*events: tuple[str, int]) -> dict[int, int]:
         return given_up(
@@ -277,6 +313,73 @@ def test_rows_that_a_resume_set_aside_do_not_come_back(run: Mirrored, tmp_path: 
         aside.write(rows(201, 260, loss=2.5))
     assert back(run, folder).notes == []
     assert (folder / "metrics.jsonl").read_bytes() == rows(1, 200, loss=2.5)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "steps.jsonl"])
+def test_rows_that_a_hand_cut_out_or_changed_come_back(run: Mirrored, tmp_path: Path, name: str) -> None:
+    """Beside rows that the mirror does not have yet, which stay the run's."""
+    run.records[name] = rows(1, 260, loss=2.5)
+    folder = here(run, tmp_path / "run")
+    make_checkpoint(folder / "checkpoints", 300)
+    unsent = rows(261, 290, loss=2.4)
+    (folder / name).write_bytes(rows(1, 99, loss=2.5) + rows(200, 260, loss=2.5) + unsent)
+    assert back(run, folder).notes == [f"{name}: 100 rows that were missing here, from the mirror"]
+    assert (folder / name).read_bytes() == run.records[name] + unsent
+    changed = rows(50, 50, loss=0.1), rows(259, 260, loss=0.2)
+    (folder / name).write_bytes(
+        rows(1, 49, loss=2.5) + changed[0] + rows(51, 258, loss=2.5) + changed[1] + unsent
+    )
+    (said,) = back(run, folder).notes
+    assert said.startswith(f"{name}: 3 rows that were missing here, from the mirror; 3 rows of its own")
+    assert (folder / name).read_bytes() == run.records[name] + unsent
+    aside = folder / f"{name.removesuffix('.jsonl')}.lost-e0001.jsonl"
+    assert said.endswith(f"kept in {aside.name}")
+    assert aside.read_bytes() == b"".join(changed)
+    assert back(run, folder).notes == []
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_rows_that_were_done_again_stay_the_runs(run: Mirrored, tmp_path: Path, cut: bool) -> None:
+    """A resume from 100 moved the mirror's later rows aside; those of its own are not sent yet."""
+    folder = here(run, tmp_path / "run")
+    make_checkpoint(folder / "checkpoints", 300)
+    again = rows(1, 100, loss=2.5) + rows(101, 290, loss=2.6)
+    (folder / "metrics.jsonl").write_bytes(again if not cut else again.replace(rows(40, 60, loss=2.5), b""))
+    with (folder / "metrics.superseded.jsonl").open("ab") as aside:
+        aside.write(rows(101, 260, loss=2.5))
+    said = ["metrics.jsonl: 21 rows that were missing here, from the mirror"]
+    assert back(run, folder).notes == (said if cut else [])
+    assert (folder / "metrics.jsonl").read_bytes() == again
+    (folder / "metrics.superseded.jsonl").unlink()  # what is back of it is judged by first
+    run.records["metrics.superseded.jsonl"] += rows(101, 260, loss=2.5)
+    assert len(back(run, folder).notes) == 1
+    assert (folder / "metrics.jsonl").read_bytes() == again
+
+
+def test_events_that_a_hand_changed_come_back(run: Mirrored, tmp_path: Path) -> None:
+    folder = here(run, tmp_path / "run")
+    make_checkpoint(folder / "checkpoints", 200)
+    odd = event("checkpoint", 150)
+    (folder / "events.jsonl").write_bytes(event("start", 0) + odd + event("checkpoint", 200))
+    told = back(run, folder)
+    assert "events.jsonl is not what the mirror has of it" in told.notes[0]
+    assert (folder / "events.jsonl").read_bytes() == run.records["events.jsonl"]
+    assert (folder / "events.lost-e0001.jsonl").read_bytes() == odd
+
+
+lines = st.lists(st.integers(0, 12).map(lambda step: row(step)), max_size=8)
+
+
+@settings(max_examples=300, deadline=None)
+@given(lines, lines, lines)
+def test_no_row_is_lost_in_mending(theirs: list[bytes], ours: list[bytes], moved: list[bytes]) -> None:
+    mirrored, local, aside = (b"".join(one) for one in (theirs, ours, moved))
+    whole, apart, came = mended(mirrored, local, aside)
+    assert {*theirs, *ours} <= {*whole.splitlines(True), *apart.splitlines(True), *moved}
+    assert came == len([one for one in theirs if one not in ours + moved])
+    assert mended(mirrored, whole, aside) == (whole, b"", 0)
+    if not came:
+        assert (whole, apart) == (local, b"")
 
 
 def test_a_folder_that_was_left_behind(run: Mirrored, tmp_path: Path) -> None:
@@ -652,6 +755,36 @@ def test_no_right_to_write_is_one_line(run: Mirrored, tmp_path: Path) -> None:
     with pytest.raises(Exception, match="can't be written") as told:
         back(run, tmp_path / "run")
     assert getattr(told.value, "exit_code", None) == 2
+
+
+class Disk:
+    """So much is free on each disk, whatever is written."""
+
+    def __init__(self, free: int) -> None:
+        self.free, self.asked = free, list[Path]()
+
+    def disk_usage(self, path: Path) -> Any:
+        self.asked.append(path)
+        return self
+
+
+@pytest.mark.parametrize("with_data", [False, True])
+def test_no_room_is_known_before_anything_is_written(
+    run: Mirrored, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mirrored_corpus: str, with_data: bool
+) -> None:
+    corpora = {"web": str(tmp_path / "data" / "web")} if with_data else {}
+    wanted = run.published[-1].bytes + sum(map(len, run.records.values())) + fetch.MARGIN_BYTES
+    sizes = [run.store.stat(f"data/{mirrored_corpus}/{name}").bytes for name in FILES] if with_data else []
+    disk = Disk(wanted + sum(sizes) - 1)
+    monkeypatch.setattr(fetch.shutil, "disk_usage", disk.disk_usage)
+    with pytest.raises(RefusedError, match=r"no room for what tiny has in the mirror: it needs 1[67]"):
+        back(run, tmp_path / "run", corpora=corpora)
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "data").exists()
+    disk.free += 1
+    assert back(run, tmp_path / "run", corpora=corpora).restored_step == 200
+    disk.free = 0  # what is here needs none
+    assert back(run, tmp_path / "run", corpora=corpora).restored_step is None
 
 
 def test_a_head_of_nothing_but_names(tmp_path: Path) -> None:

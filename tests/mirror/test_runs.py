@@ -27,10 +27,10 @@ from x1_pretrain.mirror.folder_store import FolderStore
 from x1_pretrain.mirror.heads import look
 from x1_pretrain.mirror.opened import open_store
 from x1_pretrain.mirror.runs_command import app
-from x1_pretrain.mirror.state import MirrorState, write_state
+from x1_pretrain.mirror.state import PULLED, MirrorState, write_state
+from x1_pretrain.numbers import size
 from x1_pretrain.records import runs_table, trash
 from x1_pretrain.records.runs import Listed
-from x1_pretrain.records.runs_table import gib
 from x1_pretrain.runtime.lock import lock_folder
 
 
@@ -187,11 +187,32 @@ def test_a_run_that_went_on_elsewhere_tells_of_there(x1: X1, disk: FolderStore) 
     assert one["behind"] == {"lag_bytes": 99, "lag_s": 0.0, "trouble": "", "steps": [0, 30]}
 
 
+def test_a_pulled_copy_tells_of_there(x1: X1, disk: FolderStore) -> None:
+    """Nobody trains in it, and what it lacks or has too much is no loss."""
+    made = begun(steps=30, mirror__uri=disk.label)
+    (made / "events.jsonl").write_text((made / "events.jsonl").read_text().replace("finish", "speak"))
+    mirror_run(disk, "tiny", RUN_ID, (42,), writer(state="writing", stale_s=90.0), {"state": "running"})
+    state = MirrorState(disk.label, f"{disk.label}/tiny", "tiny", "folder", 1, "aaaa1111", "released", PULLED)
+    write_state(made, state)
+    (one,) = x1("--json").runs
+    assert (one["status"], one["step"], one["behind"]["steps"]) == ("running on gpu-7", 42, [])
+    (one,) = x1("--json", "--local").runs
+    assert one["status"].startswith("copy as of 20")
+    assert (one["step"], one["behind"]["steps"]) == (30, [])
+    refused = x1("rm", "tiny", "--yes", "--only", "mirror")
+    assert (refused.code, "`--only here` moves runs/tiny alone" in refused.one_line) == (78, True)
+    before = keys(disk)
+    gone = x1("rm", "tiny", "--yes")
+    assert (gone.code, made.exists()) == (0, False), gone.err
+    assert f"it was pulled: the run itself stays, in {disk.label}/tiny" in gone.out
+    assert keys(disk) == before
+
+
 def test_what_is_not_mirrored_yet_without_asking(x1: X1, disk: FolderStore) -> None:
     made = begun(mirror__uri=disk.label)
     told = MirrorState(disk.label, "l", "tiny", "f", mirrored=[0, 20], lag_bytes=3 << 20, lag_s=8.2)
     write_state(made, told)
-    assert "3.0 MiB, 8 s, 1 checkpoint" in x1("--local").out
+    assert "3.15 MB, 8 s, 1 checkpoint" in x1("--local").out
 
 
 def test_in_s3(x1: X1, s3: Bucket) -> None:
@@ -267,9 +288,25 @@ def test_a_broken_run_is_listed_and_said(x1: X1) -> None:
     assert "runs/tiny/manifest.json: not valid JSON" in said.err
 
 
-def test_the_run_itself_can_be_named(x1: X1) -> None:
-    begun()
-    assert [one["name"] for one in x1("runs/tiny", "--json").runs] == ["tiny"]
+def test_the_run_itself_can_be_named(x1: X1, disk: FolderStore) -> None:
+    made = both(disk)
+    mirror_run(disk, "other", "other-1")
+    before = keys(disk)
+    for named in (made, f"{disk.label}/tiny", f"file://{disk.label}/tiny"):
+        assert [one["name"] for one in x1(named, "--json").runs] == ["tiny"]
+    assert keys(disk) == before  # no probe of a clock in the run's own folder
+
+
+def test_a_run_in_a_bucket_can_be_named(x1: X1, s3: Bucket) -> None:
+    uri = f"s3://{s3.bucket}/runs"
+    mirror_run(open_store(parse(uri), None), "tiny")
+    assert [one["name"] for one in x1(f"{uri}/tiny", "--json").runs] == ["tiny"]
+
+
+def test_help_tells_the_options_of_the_list(x1: X1) -> None:
+    said = x1("--help").out
+    for word in ("--mirror", "--endpoint", "--local", "--json", "[FOLDER|URI]", "restore", "gc"):
+        assert word in said
 
 
 @pytest.mark.slow
@@ -406,6 +443,26 @@ def test_a_checkpoint_folder_that_is_not_the_runs_alone_stays(x1: X1, tmp_path: 
     assert (elsewhere / "step-000000042").is_dir()
 
 
+def test_the_checkpoints_of_another_folder_of_the_run_stay(x1: X1, disk: FolderStore) -> None:
+    """`x1 pull --only report` brings a config that names the checkpoints of the folder it was trained in."""
+    made = both(disk, checkpoint__dir="runs/tiny/checkpoints")
+    shutil.copytree(made, "report", ignore=lambda place, names: {"checkpoints"} & {*names})
+    before = tree(made)
+    said = x1("rm", "report", "--yes", "--only", "here")
+    assert (said.code, Path("report").exists()) == (0, False), said.err
+    assert "runs/tiny/checkpoints stays: it is of the run folder" in said.out
+    assert tree(made) == before
+
+
+def test_what_only_the_mirror_threw_away_comes_back_by_its_name(x1: X1, disk: FolderStore) -> None:
+    both(disk)
+    for run in ("tiny", "runs/tiny"):
+        assert x1("rm", "tiny", "--yes", "--only", "mirror").code == 0
+        assert look(disk, "tiny")[0].writer.state == "trashed"  # type: ignore[index]
+        assert x1("restore", run).out == f"{disk.label}/tiny is back\n"
+        assert look(disk, "tiny")[0].writer.state == "released"  # type: ignore[index]
+
+
 def test_a_running_one_stays(x1: X1, disk: FolderStore) -> None:
     made = both(disk)
     lock = lock_folder(made)
@@ -509,7 +566,18 @@ def test_a_mirror_that_says_no_in_the_middle(x1: X1, s3: Bucket, proxy: FaultyPr
     assert x1("--json").runs[0]["where"] == "both"
 
 
-@pytest.mark.parametrize("args", [["rm", "nothing"], ["restore", "nothing"], ["rm", "x", "--only", "there"]])
+@pytest.mark.parametrize("verb", [[], ["rm"], ["restore"], ["gc"]])
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("s3:/bucket/r", "s3://bucket/r"), ("r2://bucket/r", "s3://bucket/r")]
+)
+def test_a_typo_in_an_address_is_named(x1: X1, verb: list[str], typed: str, meant: str) -> None:
+    begun()
+    assert f"did you mean {meant}" in x1(*verb, typed).one_line
+
+
+@pytest.mark.parametrize(
+    "args", [["rm", "nothing"], ["restore", "nothing"], ["rm", "x", "--only", "there"], ["gc", "no"]]
+)
 def test_mistakes_are_one_line(x1: X1, args: list[str]) -> None:
     said = x1(*args)
     assert said.code == 2
@@ -636,7 +704,9 @@ def test_only_here_needs_no_mirror(x1: X1, disk: FolderStore, s3: Bucket) -> Non
     assert look(disk, "tiny")[0].writer.state == "writing"  # type: ignore[index]
 
 
-@pytest.mark.parametrize("where", ["here", "another folder", "the mirror", "a mirror that was named"])
+@pytest.mark.parametrize(
+    "where", ["here", "another folder", "the mirror", "a path", "a mirror that was named"]
+)
 def test_what_it_says_brings_it_back(x1: X1, disk: FolderStore, where: str) -> None:
     if where == "here":
         both(disk)
@@ -648,6 +718,10 @@ def test_what_it_says_brings_it_back(x1: X1, disk: FolderStore, where: str) -> N
     elif where == "the mirror":
         mirror_run(disk)
         said = x1("rm", f"file://{disk.label}/tiny", "--yes", "--name", "tiny")
+    elif where == "a path":
+        mirror_run(disk)
+        said = x1("rm", f"{disk.label}/tiny", "--yes", "--name", "tiny")
+        assert x1("rm", f"{disk.label}/tiny", "--yes", "--name", "tiny").code == 2  # it is not there any more
     else:
         begun()
         mirror_run(disk, "tiny", RUN_ID)
@@ -693,9 +767,9 @@ def test_gc_is_a_dry_run_until_told(x1: X1, disk: FolderStore, monkeypatch: pyte
     assert said.code == 0
     assert "nothing was deleted: add --yes" in said.out
     assert "young" not in said.out
-    size = sum(file.lstat().st_size for file in note.parent.rglob("*") if not file.is_dir())
-    assert f"  {gib(size)}  step 42/42 100%, made for 4 s" in said.out
-    assert f"{gib(size)} would be freed" in said.out
+    bytes_ = sum(file.lstat().st_size for file in note.parent.rglob("*") if not file.is_dir())
+    assert f"  {size(bytes_)}  step 42/42 100%, made for 4 s" in said.out
+    assert f"{size(bytes_)} would be freed" in said.out
     assert (tree(Path("runs")), keys(disk)) == (before, there)
     assert x1("gc", "--yes").code == 0
     assert [one.name[:5] for one in Path("runs/.trash").iterdir()] == ["young"]

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,14 @@ from tests.mirror.run_folders import RUN_ID, Driven, RunFolder, check_checkpoint
 from tests.mirror.s3 import Bucket
 from x1_pretrain.mirror import worker as worker_module
 from x1_pretrain.mirror.address import parse
-from x1_pretrain.mirror.claim import HeldError
+from x1_pretrain.mirror.claim import HeldError, Me
 from x1_pretrain.mirror.folder_store import FolderStore
 from x1_pretrain.mirror.head import Head, encode
 from x1_pretrain.mirror.heads import look
+from x1_pretrain.mirror.job import Status
 from x1_pretrain.mirror.keeper import Keeper
 from x1_pretrain.mirror.lease import Lease, LostError
-from x1_pretrain.mirror.looks import Looks
+from x1_pretrain.mirror.looks import Looks, claim_for
 from x1_pretrain.mirror.opened import open_store
 from x1_pretrain.mirror.preflight import AbsentError
 from x1_pretrain.mirror.publisher import Identity, Publisher
@@ -105,6 +106,22 @@ def test_a_trainer_that_is_killed_leaves_all_of_it_in_the_mirror(run: RunFolder,
     assert (head.writer.state, head.writer.why) == ("released", "the trainer ended without a word")
     assert record(store, head, "steps.jsonl").count(b"\n") == 1
     check_checkpoint(store, head, 1)
+
+
+def test_what_the_mirror_holds_is_said_before_training(run: RunFolder, mirror: Path) -> None:
+    """The store bills for it from the first second."""
+    run.save(10)
+    first = Driven(run.job(mirror))
+    first.open()
+    assert first.happenings[0] == {**asdict(Status()), "is": "status"}
+    first.publish()
+    held = first.until("status", mirrored=[10])["held_bytes"]
+    assert held > 60_000
+    first.drain()
+    second = Driven(run.job(mirror, step_fields={"a": 1}))
+    second.open()
+    assert second.happenings[0]["held_bytes"] >= held
+    second.drain()
 
 
 @pytest.mark.slow
@@ -282,6 +299,19 @@ def test_where_there_is_a_run_a_store_that_is_away_is_waited_for(
     one = worker(run, mirror, **fields)
     assert one.run() == (75 if fields else 78)
     assert worker_module.AWAY_S < 1
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_only_a_newcomer_whom_nobody_would_start_again_is_patient(
+    run: RunFolder, mirror: Path, monkeypatch: pytest.MonkeyPatch, goes_on: bool
+) -> None:
+    """In the middle of training, somebody else's sign of life ends it."""
+    met: list[Me] = []
+    monkeypatch.setattr(Lease, "claim", lambda store, me, **how: met.append(me))
+    for unattended in (False, True):
+        job = run.job(mirror, unattended=unattended, goes_on=goes_on)
+        claim_for(job, FolderStore(mirror), "id", say=print)
+    assert [me.unattended for me in met] == [False, not goes_on]
 
 
 DRAIN = {"do": "drain", "within_s": 20.0, "why": "finished"}

@@ -167,9 +167,11 @@ class Troupe:
         if session := by_name.get(threading.current_thread().name):
             session.stop_before(op)
 
-    def start(self, folder: str, stale_s: float, skew_s: float, careful: bool = True) -> Session:
+    def start(
+        self, folder: str, stale_s: float, skew_s: float, careful: bool = True, unattended: bool = False
+    ) -> Session:
         name = f"s{len(self.sessions)}"
-        me = Me("run", folder, f"host-of-{name}", len(self.sessions), stale_s)
+        me = Me("run", folder, f"host-of-{name}", len(self.sessions), stale_s, unattended)
         session = Session(self.store, self.clock, me, skew_s, name, careful)
         self.sessions.append(session)
         session.start()

@@ -3,6 +3,7 @@ told, and a run that has machines at the fake provider."""
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tests.mirror.published import Mirrored, event
 
+from x1_pretrain.command import run as run_app
+from x1_pretrain.errors import FINISHED
+from x1_pretrain.mirror import pull_command
+from x1_pretrain.mirror.folder_store import FolderStore
 from x1_pretrain.money.account import Rented, account
 from x1_pretrain.money.clock import Clock
 from x1_pretrain.money.ledger import NAME, Ledger, Row
@@ -73,6 +79,19 @@ class Turns(threading.Event):
         if self._clock.steady_s() >= self._end_s:
             self.set()
         return self.is_set()
+
+
+def pulled_home(folder: Path, *metrics: dict[str, Any]) -> None:
+    """`x1 pull` into the folder that a run was launched from: the rows of its machine are in it now."""
+    ledger = (folder / NAME).read_bytes()
+    made = Mirrored(FolderStore(folder.parent / "mirror"), folder.parent / "originals", name=folder.name)
+    rows = b"".join(json.dumps(row).encode() + b"\n" for row in metrics)
+    made.records = {NAME: ledger, "metrics.jsonl": rows, "events.jsonl": event("start", 0)}
+    made.files = {"manifest.json": json.dumps({"run_id": made.run_id, "kind": "run"}).encode()}
+    made.save()
+    words = [str(folder.parent / "mirror" / folder.name), "--output", str(folder)]
+    assert run_app(pull_command.app, words, prog="x1 pull") == FINISHED
+    assert (folder / "metrics.jsonl").read_bytes() == rows
 
 
 def waiting(monkeypatch: pytest.MonkeyPatch, turns: Turns) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.money.fakes import pulled_home
 
 from x1_pretrain.command import run as run_app
 from x1_pretrain.errors import FAULT, FINISHED, USAGE
@@ -297,8 +298,12 @@ def test_a_word_is_said_where_the_trainer_reads(
     ledger = Ledger(run / "ledger.jsonl", Clock())
     ledger.append("intent", tag="x1-a", provider="runpod", usd_per_hr=Decimal("1.19"))
     ledger.append("launched", tag="x1-a", machine_id="pod-7")
-    assert run_app(app, [verb, str(run)], prog="x1 budget") == 2
-    assert "its trainer runs on pod-7 and reads the ledger there" in capsys.readouterr().err
-    assert not (run / "STOP.json").exists()
-    (run / "metrics.jsonl").write_text("")  # it runs here after all
+    for metrics in ([], [{"step": 1, "tokens": 100}]):
+        if metrics:
+            pulled_home(run, *metrics)  # rows of the machine, to look at: the trainer is still there
+            capsys.readouterr()
+        assert run_app(app, [verb, str(run)], prog="x1 budget") == 2
+        assert "its trainer runs on pod-7 and reads the ledger there" in capsys.readouterr().err
+        assert not (run / "STOP.json").exists()
+    (run / "mirror.json").unlink()  # it runs here after all
     assert run_app(app, [verb, str(run)], prog="x1 budget") == 0

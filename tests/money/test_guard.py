@@ -28,7 +28,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from x1_pretrain.errors import BUDGET_CHECKPOINTED, BUDGET_STOPPED
-from x1_pretrain.money.guard import EXIT_CODES, Action, Decision, Limits, Memory, Reading, decide
+from x1_pretrain.money.guard import EXIT_CODES, Action, Decision, Limits, Memory, Reading, decide, minutes
 
 MINUTE = 60.0
 LIMITS = Limits(ceiling_usd=Decimal(35), gate_usd_per_hr=Decimal("1.20"), warn_usd=Decimal(30))
@@ -324,6 +324,14 @@ def test_what_a_person_reads_fits_what_happens(name: str) -> None:
         if decision.action is not Action.GO:
             assert not [n.body for n in decision.notices if "goes on" in n.body or "If the next" in n.body]
             assert decision.reason
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0, "0 s"), (30, "30 s"), (119, "119 s"), (120, "2 min"), (7199, "120 min"), (7200, "2.0 h")],
+)
+def test_a_short_time_is_told_in_seconds(seconds: float, said: str) -> None:
+    assert minutes(seconds) == said
 
 
 def test_the_notice_of_silence_says_why() -> None:

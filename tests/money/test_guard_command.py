@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.money.fakes import Rental, Turns, renting, waiting
+from tests.corpora import write_config
+from tests.money.fakes import Rental, Turns, pulled_home, renting, waiting
 
 from x1_pretrain.command import run as run_app
 from x1_pretrain.errors import FAULT, FINISHED, INTERRUPTED, USAGE
 from x1_pretrain.mirror.folder_store import FolderStore
-from x1_pretrain.money import guard_command, teardown
+from x1_pretrain.money import guard_command, pace, teardown
 from x1_pretrain.money.clock import Clock
 from x1_pretrain.money.providers.fake.server import FakeProvider
 from x1_pretrain.money.standing import Mirror, Standing
@@ -268,6 +270,22 @@ def test_sigterm_leaves_the_machine_and_says_so(tmp_path: Path, monkeypatch: pyt
         assert made.alive
 
 
+def test_pulled_rows_say_nothing_of_the_time_that_is_left(
+    rental: Rental, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They stand still, and by them the run would be as far from its end until the ceiling."""
+    rented(rental)
+    row = {"session": 1, "train/loss": 3.0}
+    rows = [row | {"step": n, "tokens": n, "elapsed_s": 3600 * n} for n in range(1, 6)]
+    pulled_home(rental.folder, *rows)
+    write_config(rental.folder / "config.yaml")
+    assert pace.left_s(rental.folder) is not None
+    assert command(str(rental.folder)) == FINISHED
+    assert rental.bill_usd() <= 3
+    said = capsys.readouterr().out
+    assert max(map(float, re.findall(r"\$([0-9.,]+) projected", said.replace(",", ""))), default=0) < 10
+
+
 def test_what_teardown_could_not_confirm_is_a_fault(rental: Rental, monkeypatch: pytest.MonkeyPatch) -> None:
     rented(rental, "30")
     rental.fake.fault("exited")
@@ -276,9 +294,13 @@ def test_what_teardown_could_not_confirm_is_a_fault(rental: Rental, monkeypatch:
     assert teardown.PROOF not in [f.name for f in rental.folder.iterdir()]
 
 
-def test_a_dearer_hour_and_a_late_end_are_a_persons_question(rental: Rental) -> None:
-    """From here nobody can save a checkpoint there: the guard asks, once each, and goes on."""
+@pytest.mark.parametrize("pulled", [False, True])
+def test_a_dearer_hour_and_a_late_end_are_a_persons_question(rental: Rental, pulled: bool) -> None:
+    """From here nobody can save a checkpoint there: the guard asks, once each, and goes on. Rows that
+    were pulled into this folder bring no trainer with them."""
     rented(rental, "8")
+    if pulled:
+        pulled_home(rental.folder, {"step": 1, "tokens": 100})
     rental.fake.fault("price_jump", factor="1.3", after_s=1800)
     assert command(str(rental.folder)) == FINISHED  # at the ceiling
     keys = [row["key"] for row in rental.rows("alert_due")]

@@ -11,17 +11,19 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.corpora import write_config
 from tests.money.fakes import START, Steps
 
-from x1_pretrain.config import CheckpointConfig, MirrorConfig
+from x1_pretrain.config import CheckpointConfig, MirrorConfig, load_config
 from x1_pretrain.errors import UserError
 from x1_pretrain.money import storage
 from x1_pretrain.money.account import account
 from x1_pretrain.money.clock import Clock
 from x1_pretrain.money.ledger import Ledger, Row
-from x1_pretrain.money.storage import Planned, Rates, most_kept, rates, storage_row
+from x1_pretrain.money.pricing import mirror_planned
+from x1_pretrain.money.storage import Bytes, Planned, Rates, most_held, most_kept, rates, storage_row
 
-S3 = "s3://bucket/runs"
+S3, HUB = "s3://bucket/runs", "hf://user/runs"
 DEAR = Rates(Decimal(720), Decimal(10), "as a test has it")  # $1 a GiB and hour, $10 a GiB fetched
 
 
@@ -108,8 +110,37 @@ def test_as_many_checkpoints_as_there_can_be(fields: dict[str, Any], steps: int,
 
 
 def test_a_plan_counts_all_that_is_kept_and_one_fetch() -> None:
-    planned = Planned(DEAR, S3, checkpoints=3, checkpoint_gib=2.0, corpus_gib=4.0)
-    assert planned.usd(hours=5) == (3 * 2 + 4) * 5 + (2 + 4) * 10
+    planned = Planned(DEAR, S3, checkpoints=3, checkpoint_gib=2.0, rows_gib=0.5, corpus_gib=4.0)
+    assert planned.usd(hours=5) == Decimal((3 * 2 + 4.5) * 5 + (2 + 4.5) * 10)
+
+
+def test_a_repository_is_planned_with_every_checkpoint() -> None:
+    fields = CheckpointConfig(every=100, at=[5, 7])
+    assert most_held(S3, fields, 1000) == most_kept(fields, 1000) == 5
+    assert most_held(HUB, fields, 1000) == 14  # 0, 100, ..., 1000, 5, 7 and one spare
+
+
+def test_the_gate_counts_the_corpora_that_are_sent(tmp_path: Path) -> None:
+    """As large as they are here; one that is made on the machine by its tokens, of two bytes."""
+    file = write_config(tmp_path / "c.yaml", mirror={"uri": S3}, data={"dir": str(tmp_path / "absent")})
+    config = load_config(file)
+
+    def corpus_gib(**changes: Any) -> float:
+        changed = {name: getattr(config, name).model_copy(update=new) for name, new in changes.items()}
+        planned = mirror_planned(config.model_copy(update=changed))
+        assert planned is not None
+        assert planned.rows_gib == 600 * config.training.total_steps / 2**30
+        return planned.corpus_gib
+
+    assert corpus_gib() == 0
+    tokens = config.training.total_steps * config.training.batch_tokens
+    assert corpus_gib(mirror={"data": True}) * 2**30 == 2 * tokens
+    here = tmp_path / "corpus"
+    here.mkdir()
+    (here / "train.bin").write_bytes(b"x" * 1000)
+    (here / "manifest.json").write_bytes(b"{}")
+    (here / "notes.txt").write_bytes(b"is not sent")
+    assert corpus_gib(mirror={"data": True}, data={"dir": str(here)}) * 2**30 == 1002
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -193,13 +224,13 @@ def test_a_ledger_takes_the_row_and_counts_it(tmp_path: Path) -> None:
 
 def test_what_the_trainer_calls(tmp_path: Path) -> None:
     ledger, gib = Ledger(tmp_path / "ledger.jsonl", Steps()), 2**30
-    storage.record(ledger, MirrorConfig(), None, 1, gib, gib, START)
+    storage.record(ledger, MirrorConfig(), None, 1, Bytes(gib, gib, gib), START)
     assert not ledger.file.exists()
     mirror = MirrorConfig(uri=S3, storage_usd_per_gib_month=720, egress_usd_per_gib=10)
-    storage.record(ledger, mirror, None, 1, 0, 2 * gib, START)
+    storage.record(ledger, mirror, None, 1, Bytes(0, 0, 2 * gib), START)
     ledger.clock.sleep(3600)
-    storage.record(ledger, mirror, None, 1, 3 * gib, 2 * gib, START)
-    storage.record(ledger, mirror, None, 2, 3 * gib, 0, ledger.clock.now())
+    storage.record(ledger, mirror, None, 1, Bytes(3 * gib, 99 * gib, 2 * gib), START)
+    storage.record(ledger, mirror, None, 2, Bytes(3 * gib, 0, 0), ledger.clock.now())
     assert account(ledger.rows()).beside_usd == 2 * 10 + 3
     assert [row["basis"] for row in ledger.rows()] == ["as stated"] * 3
 
@@ -209,9 +240,24 @@ def test_each_mirror_counts_its_own_epochs(tmp_path: Path) -> None:
     ledger, gib = Ledger(tmp_path / "ledger.jsonl", Steps()), 2**30
     for bucket, fetched in (("s3://one/runs", 6), ("s3://two/runs", 1)):
         mirror = MirrorConfig(uri=bucket, storage_usd_per_gib_month=0, egress_usd_per_gib=1)
-        storage.record(ledger, mirror, None, 1, 0, fetched * gib, ledger.clock.now())
-        storage.record(ledger, mirror, None, 1, 0, fetched * gib, ledger.clock.now())
+        storage.record(ledger, mirror, None, 1, Bytes(0, 0, fetched * gib), ledger.clock.now())
+        storage.record(ledger, mirror, None, 1, Bytes(0, 0, fetched * gib), ledger.clock.now())
     assert account(ledger.rows()).beside_usd == 7
+
+
+def test_a_history_holds_all_that_was_ever_sent(tmp_path: Path) -> None:
+    """Two sessions send 10 and 4 GiB, of which the head names 3: a repository holds 14, a bucket 3."""
+    held = {}
+    for uri in (HUB, S3):
+        ledger, gib = Ledger(tmp_path / uri[:2] / "ledger.jsonl", Steps()), 2**30
+        mirror = MirrorConfig(uri=uri)
+        for epoch, sent in ((1, 0), (1, 10), (2, 0), (2, 4)):
+            said = Bytes(3 * gib if sent else 0, sent * gib, 0)
+            storage.record(ledger, mirror, None, epoch, said, START)
+        elsewhere = MirrorConfig(uri=f"{uri}-2")
+        storage.record(ledger, elsewhere, None, 1, Bytes(gib, gib, 0), START)
+        held[uri] = [row["gib"] for row in ledger.rows()]
+    assert held == {HUB: [0, 10, 10, 14, 1], S3: [0, 3, 0, 3, 1]}
 
 
 @pytest.mark.parametrize(

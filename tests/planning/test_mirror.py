@@ -16,24 +16,33 @@ from x1_pretrain.command import run
 from x1_pretrain.config import load_config
 from x1_pretrain.model.shapes import shape_for
 from x1_pretrain.money import storage
+from x1_pretrain.money.pricing import mirror_planned
 from x1_pretrain.money.storage import Rates
 from x1_pretrain.planning.command import app
 from x1_pretrain.planning.planner import Mirror, Plan, Speed, plan
 
 DEAR = Rates(Decimal(72), Decimal(1), "as a test has it")  # ten cents a GiB and hour
+HUB = "hf://user/runs"
 LADDER = "configs/x1-50m-a100.yaml"
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def test_what_it_costs_by_hand() -> None:
-    """The last four checkpoints and one on its way, of 12 bytes a parameter, for all the hours that are paid;
-    and one of them fetched."""
+    """The last four checkpoints and one on its way, of 12 bytes a parameter, and 600 bytes of rows a step,
+    for all the hours that are paid; and one of them fetched, with the rows."""
     made = plan(ask(hours=10.0, mirror=Mirror("s3://bucket/runs", DEAR)))
-    gib = 12 * made.counts.total / 2**30
-    expected = 5 * gib * float(made.quote.hours) / 10 + gib
+    gib, rows = 12 * made.counts.total / 2**30, 600 * made.recipe.steps / 2**30
+    expected = (5 * gib + rows) * float(made.quote.hours) / 10 + gib + rows
     assert expected <= float(made.quote.mirror_usd) < expected + 0.01
     alone = plan(ask(hours=10.0))
     assert made.quote.total_usd == alone.quote.total_usd + made.quote.mirror_usd
+
+
+def test_a_repository_keeps_every_checkpoint_in_its_history() -> None:
+    made = plan(ask(hours=10.0, mirror=Mirror(HUB, DEAR)))
+    assert made.mirror is not None
+    assert made.mirror.checkpoints == made.recipe.steps // made.checkpoint_every + 2 > 20
+    assert made.disk.checkpoints == 5  # of this computer's
 
 
 def test_the_data_too() -> None:
@@ -44,12 +53,13 @@ def test_the_data_too() -> None:
     assert with_data.mirror.corpus_gib == with_data.disk.corpus_bytes / 2**30
 
 
+@pytest.mark.parametrize("mirror", [Mirror("s3://bucket/runs", DEAR), Mirror(HUB, storage.rates(HUB))])
 @pytest.mark.parametrize("buffer", [0.0, 0.1])
 @pytest.mark.parametrize("dollars", [6, 35, 400])
-def test_it_comes_out_of_the_dollars(dollars: int, buffer: float) -> None:
+def test_it_comes_out_of_the_dollars(dollars: int, buffer: float, mirror: Mirror) -> None:
     """Also where no buffer is kept, and where the store is a good part of the bill."""
     given = ask(dollars=Decimal(dollars), buffer=buffer)
-    made = plan(replace(given, mirror=Mirror("s3://bucket/runs", DEAR)))
+    made = plan(replace(given, mirror=mirror))
     alone = plan(given)
     assert made.quote.mirror_usd > 0
     assert made.quote.total_usd <= dollars
@@ -96,6 +106,22 @@ def test_a_config_that_says_where(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert f"({kept} x " in line["numbers"]
     assert "in part as stated" in line["source"]
     assert line["value"] > 0
+
+
+@pytest.mark.parametrize("uri", ["s3://bucket/runs", HUB])
+def test_the_gate_of_a_launch_counts_the_same(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, uri: str
+) -> None:
+    """Checkpoints, rows and a corpus that is nowhere yet."""
+    file = tmp_path / "c.yaml"
+    file.write_text((REPOSITORY / LADDER).read_text() + f"\nmirror: {{uri: '{uri}', data: true}}\n")
+    found = json.loads(x1(capsys, "--config", str(file), "--json"))
+    line = next(line for line in found["plan"]["lines"] if line["what"] == "mirror")
+    gate = mirror_planned(load_config(file))
+    assert gate is not None
+    kept = f"{gate.checkpoints} x {gate.checkpoint_gib:,.2f} GiB + {gate.rows_gib:,.2f} GiB of rows"
+    assert f"({kept} + {gate.corpus_gib:,.1f} GiB of data) x" in line["numbers"]
+    assert gate.corpus_gib > 1
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -25,11 +25,12 @@ from tests.records import builder
 
 from x1_pretrain import cli
 from x1_pretrain.command import run as run_app
-from x1_pretrain.mirror.state import MirrorState, write_state
+from x1_pretrain.mirror.state import PULLED, PULLED_HOME, MirrorState, write_state
 from x1_pretrain.records import following, live
 from x1_pretrain.records.following import CURVE_POINTS, Curve, Seen, open_followed
 from x1_pretrain.records.frame import clean, event_line, frame, sparkline, status_line
 from x1_pretrain.records.run_folder import ENDINGS, open_run
+from x1_pretrain.records.summary import Summary
 from x1_pretrain.records.tail import Tail
 from x1_pretrain.report.material import gather
 from x1_pretrain.report.state import state as report_state
@@ -234,7 +235,7 @@ def test_how_far_its_mirror_is(folder: Path, trainer: subprocess.Popen[bytes]) -
     assert "all of it  checkpoint of step 20  s3://b/runs/tiny  epoch 3" in shown
     mirror(folder, lag_s=72.0, lag_bytes=3 << 20, trouble="s3://b: 503 SlowDown\x1b[2J")
     shown = mirror_lines(folder)
-    assert "behind by 1m12s, 3.00 MiB" in shown
+    assert "behind by 1m12s, 3.15 MB" in shown
     assert "s3://b: 503 SlowDown" in shown
     assert "\x1b" not in shown
     seen = looked(folder)
@@ -250,11 +251,53 @@ def test_a_mirror_that_says_nothing_is_behind(folder: Path, trainer: subprocess.
     mirror(folder, silent_s=300.0)
     assert "no word for 5m00s" in mirror_lines(folder)
     mirror(folder, silent_s=300.0, lag_s=10.0, lag_bytes=1 << 20)
-    assert "behind by 5m10s, 1.00 MiB" in mirror_lines(folder)
+    assert "behind by 5m10s, 1.05 MB" in mirror_lines(folder)
     trainer.kill()
     trainer.wait()
     mirror(folder, silent_s=300.0)
     assert "all of it" in mirror_lines(folder)  # it ended: its last word holds
+
+
+def test_a_copy_says_that_it_is_one_of_when_and_where_the_run_is(folder: Path) -> None:
+    (folder / "lock").write_text("")  # as `x1 pull` leaves it
+    assert looked(folder).state(NOW).kind == "died"
+    mirror(folder, silent_s=3600.0, state="released", why=PULLED)
+    seen = looked(folder)
+    state = seen.state(NOW)
+    assert (state.kind, state.over) == ("copy", True)
+    for part in ("of s3://b/runs/tiny as of 2026-11-21 ", "`x1 runs s3://b/runs/tiny`", "`x1 pull s3://b/"):
+        assert part in state.why
+    assert "this is a copy as of 2026-11-21" in mirror_lines(folder)
+    assert state.why in " ".join(text_of(seen, 60).split())  # to its last word, on a narrow screen too
+    append(folder / "events.jsonl", builder.event("signal", 30, 2) | {"message": "SIGTERM: saved"})
+    assert "then interrupted: SIGTERM: saved; " in looked(folder).state(NOW).why
+    (folder / "STOP.json").write_text('{"reason": "over the ceiling", "by": "guard", "exit_code": 76}')
+    assert "then stopped by the guard: over the ceiling; " in looked(folder).state(NOW).why
+    assert Summary(folder).look(NOW)["state"] == "copy"
+
+
+def test_a_copy_that_was_trained_on_is_a_run(folder: Path, trainer: subprocess.Popen[bytes]) -> None:
+    mirror(folder, why=PULLED_HOME)
+    assert looked(folder).state(NOW).kind == "running"
+    trainer.kill()
+    trainer.wait()
+    assert looked(folder).state(NOW).kind == "copy"
+    later_s = (folder / "mirror.json").stat().st_mtime + 3600
+    os.utime(folder / "events.jsonl", (later_s, later_s))
+    assert looked(folder).state(NOW).kind == "died"
+    assert looked(builder.build_run(folder.parent / "done")).state(NOW).kind == "finished"
+
+
+def test_trouble_is_told_to_its_last_word(folder: Path, trainer: subprocess.Popen[bytes]) -> None:
+    path = f"/a/{'long/' * 30}path"
+    mirror(
+        folder, trouble=f"{path}: can't be mirrored now (no room on that disk)", state="lost", why=f"{path} b"
+    )
+    for width in (60, 100, 200):
+        shown = "".join(text_of(looked(folder), width).split())
+        assert f"{path}:can'tbemirrorednow(noroomonthatdisk)" in shown
+        assert f"lost:{path}b" in shown
+        assert max(map(len, text_of(looked(folder), width).splitlines())) <= width
 
 
 def test_a_mirror_file_that_tells_nothing_is_no_mirror(folder: Path) -> None:

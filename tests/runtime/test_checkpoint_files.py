@@ -47,7 +47,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_too_little_room_is_known_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(files.CheckpointFailedError, match="MiB free, a checkpoint needs"):
+    with pytest.raises(files.CheckpointFailedError, match="free, a checkpoint needs"):
         files.publish(tmp_path, 1, "run", content(), needed_bytes=1 << 60)
     assert not list(tmp_path.iterdir())
 

@@ -23,7 +23,7 @@ from x1_pretrain.runtime import gpu_health, host, machine_reading, thresholds
 from x1_pretrain.runtime.gpu_health import Gpu, GpuReading, open_gpu
 from x1_pretrain.runtime.host import HostWatch, Writes
 from x1_pretrain.runtime.machine_reading import Looker, Seen, network_mount
-from x1_pretrain.runtime.thresholds import judge
+from x1_pretrain.runtime.thresholds import FINE_WRITE, SLOW_WRITE, judge
 
 LIMITS = TelemetryConfig(hot_c=85, steal_share=0.1, low_ram_share=0.05, low_disk_gib=2)
 WELL = Seen(
@@ -570,6 +570,20 @@ def test_the_usual_rate_of_writing_needs_some_writes() -> None:
     assert writes.noted(2**30, 4.0).ratio == pytest.approx(0.25)
     assert writes.noted(0, 1.0) == writes.noted(5, 0.0) == writes
     assert writes.gib == 1.0
+
+
+@pytest.mark.parametrize(("size", "seconds"), [(2**30, 0.9), (15 << 20, 9.0)], ids=["brief", "small"])
+def test_a_checkpoint_that_holds_nothing_up_is_written_well(size: int, seconds: float) -> None:
+    """And it ends what was said of an earlier one."""
+    writes = Writes()
+    for took in (0.01, 0.01, 0.01, 5.0):
+        writes = writes.noted(2**30, took)
+    assert writes.ratio is not None
+    assert writes.ratio < SLOW_WRITE
+    after = writes.noted(size, seconds)
+    assert after.ratio is not None
+    assert after.ratio >= FINE_WRITE
+    assert after.rates[-1] == pytest.approx(size / 2**20 / seconds)
 
 
 def test_every_line_ends_in_what_can_be_done_and_has_no_second_line() -> None:

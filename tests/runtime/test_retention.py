@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from x1_pretrain.runtime.retention import kept, losses_at
+from x1_pretrain.runtime.retention import kept, losses_at, to_go_back_to
 
 STEPS = st.lists(st.integers(0, 40), max_size=25)
 LOSS = st.one_of(st.sampled_from([1.0, 2.0, 2.5]), st.floats(width=32))
@@ -81,6 +81,13 @@ def test_a_run_as_it_is_kept() -> None:
     assert kept(range(0, 70, 10), 2, 30, (10,), losses, 0) == {60, 50, 30, 0, 10}
     assert kept([], 2, 30, (10,), losses, 3) == set()
     assert kept([0], 0, None, (), {}, 0) == {0}
+
+
+def test_where_a_rewind_goes_back_to() -> None:
+    assert to_go_back_to([10, 20, 30, 40], [25, 26, 41]) == {20, 40}
+    assert to_go_back_to([10, 20], [20]) == {10}
+    assert to_go_back_to([10, 20], [10]) == set()
+    assert to_go_back_to([], [5]) == to_go_back_to([5], []) == set()
 
 
 def test_a_tie_goes_to_the_later() -> None:

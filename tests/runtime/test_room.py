@@ -205,7 +205,7 @@ def test_what_was_set_aside_stays_and_is_told(ten: Path) -> None:
     assert told == {lost: files.size_of(lost), bad: files.size_of(bad)}
     assert all(told.values())
     assert steps_in(ten) == {90}
-    assert f"{bad.name}, {lost.name}: 0.0 MiB" in files.aside_words(ten)
+    assert f"{bad.name}, {lost.name}: {sum(told.values())} bytes that" in files.aside_words(ten)
 
 
 def test_a_folder_without_anything_set_aside_has_nothing_to_say(ten: Path) -> None:

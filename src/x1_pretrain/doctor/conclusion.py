@@ -133,7 +133,9 @@ def about_disk(options: Options, facts: Examined) -> list[Finding]:
         return []
     needed, what = disk_needed(options.config, facts, options.folder)
     return [
-        judge_machine.disk_rate(facts.disk),
+        judge_machine.disk_rate(
+            facts.disk, checkpoint_bytes(options.config, facts) if options.config else None
+        ),
         judge_machine.disk_space(facts.disk.free_bytes, needed, what),
     ]
 

@@ -60,9 +60,8 @@ def parse(text: str) -> Address:
         raise UserError(f"an empty address of a mirror; {FORMS}")
     if not text.isprintable():
         raise UserError(f"{text!r}: characters that no address has; {FORMS}")
-    found = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):/*(?=[^/]|$)|([A-Za-z0-9]{2,5})//", text)
-    scheme = (found.group(1) or found.group(2)) if found else None
-    if scheme is None or _is_a_folder(text, scheme):
+    scheme = _scheme(text)
+    if scheme is None:
         return _folder(text)
     if scheme.lower() == "file":
         return _file_uri(text)
@@ -70,6 +69,22 @@ def parse(text: str) -> Address:
     if scheme not in SCHEMES or not re.match(rf"{scheme}://(?!/)", text):
         raise UserError(_typo(text, scheme, rest))
     return _in_a_store(scheme, rest)
+
+
+def is_uri(text: str) -> bool:
+    """Whether an address in a store is meant, also one with a typo, and no path."""
+    return _scheme(text.strip()) is not None
+
+
+def refuse_uri(text: str) -> None:
+    """UserError where `text` is the address of a mirrored run, for commands that read a folder. A `Path` has
+    one slash where there were two."""
+    if is_uri(text) and not Path(text).exists():
+        address = parse(re.sub(r":/(?=[^/])", "://", text, count=1))
+        raise UserError(
+            f"{address}: is in a mirror, and this command reads a folder; `x1 pull {address}` fetches it, "
+            f"`x1 runs {address}` says how it stands"
+        )
 
 
 def run_address(text: str) -> tuple[Address, str]:
@@ -113,9 +128,13 @@ def _device(path: Path) -> int:
 # Folders
 
 
-def _is_a_folder(text: str, scheme: str) -> bool:
-    """A path with a colon in it, like ./a:b/c, or `runs//old`."""
-    return scheme.lower() not in (*SCHEMES, *OTHER_NAMES) and "://" not in text
+def _scheme(text: str) -> str | None:
+    """The word before `://` or what may be meant for it; None of a path, also with a colon in it, like
+    ./a:b/c, or `runs//old`."""
+    found = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):/*(?=[^/]|$)|([A-Za-z0-9]{2,5})//", text)
+    scheme = (found.group(1) or found.group(2)) if found else None
+    known = scheme is not None and (scheme.lower() in (*SCHEMES, *OTHER_NAMES) or "://" in text)
+    return scheme if known else None
 
 
 def _folder(text: str) -> Address:

@@ -24,6 +24,7 @@ class Standing:
 
     ours: bool
     epoch: int = 0  # the folder's last as writer; 0: not known
+    changed: bool = False  # no other wrote since, but its events are not what they were
 
 
 def standing(folder: Path, head: Head) -> Standing:
@@ -42,9 +43,8 @@ def standing(folder: Path, head: Head) -> Standing:
         )
         return Standing(whole and (folder / "events.jsonl").exists())
     later = [e for e in head.epochs if own.epoch < e.epoch < head.writer.epoch and e.from_step != UNSAID]
-    return Standing(
-        not later and begins_with(folder / "events.jsonl", head.records.get("events.jsonl", [])), own.epoch
-    )
+    same = begins_with(folder / "events.jsonl", head.records.get("events.jsonl", []))
+    return Standing(same and not later, own.epoch, changed=not (same or later))
 
 
 def _marked_epoch(folder: Path) -> int | None:

@@ -23,6 +23,7 @@ UNSAID = (
 ) - 1  # from_step of a writer that has not said yet where it went on: it branched off nothing
 PATIENCE_S = 60.0  # a claim outlasts a store that is away for so long
 TRIES = 10  # of a claim, each after somebody else was faster
+LIVES = 2  # times its stale_s (3 min): by then a machine that was told to be lost is off, or is not lost
 
 Wanted = Literal["any", "there", "absent"]
 
@@ -40,6 +41,11 @@ class Me:
     host: str
     pid: int
     stale_s: float = 90.0
+    unattended: bool = False  # nobody would start it again: a holder that may yet die is watched on
+
+    def patience_s(self, holder: Writer) -> float:
+        """For so long a holder has to give signs of life until it is one that lives."""
+        return LIVES * holder.stale_s if self.unattended else 0.0
 
 
 def folder_mark(kept_id: str, host: str, inode: int) -> str:
@@ -55,9 +61,9 @@ class Decision:
     wait_s: float = 0.0  # as long as nothing changes
 
 
-def decide(head: Head | None, silent_s: float, changed: bool, me: Me) -> Decision:
-    """What to do about the head as it is. `silent_s`: it has certainly been unchanged for so long;
-    `changed`: somebody wrote it since we began to look."""
+def decide(head: Head | None, silent_s: float, lived_s: float | None, me: Me) -> Decision:
+    """What to do about the head as it is. `silent_s`: it has certainly been unchanged for so long; `lived_s`:
+    for so long after we first saw its writer that one certainly lived; None if nobody wrote since then."""
     if head is None:
         return Decision("claim", "new")
     holder = head.writer
@@ -67,7 +73,7 @@ def decide(head: Head | None, silent_s: float, changed: bool, me: Me) -> Decisio
         return Decision("claim", "the same run folder")
     if silent_s > holder.stale_s:  # its word, not ours: it beats as often as it promised
         return Decision("claim", f"no sign of life for {silent_s:.0f} s")
-    if changed:
+    if lived_s is not None and lived_s >= me.patience_s(holder):
         return Decision("held", "it lives")
     return Decision("wait", "it may live", holder.stale_s - silent_s)
 
@@ -115,22 +121,29 @@ class Watch:
     meta: Meta | None = None
     data: bytes = b""
     looks: int = 0
-    changed: bool = False  # since the first look
+    lived_s: float | None = None  # its writer, at least; None: nobody wrote since the first look
     silent_s: float = 0.0  # at least
     down_s: float | None = None  # by the store's clock
     _since: float = 0.0
+    _met: float = 0.0  # its writer
+    _asked: float = 0.0  # the last look
 
     @property
     def etag(self) -> str | None:
         return self.meta.etag if self.meta else None
 
     def look(self) -> None:
-        asked, known = self.steady(), self.etag
+        asked, before, known = self.steady(), self.head, self.etag
         self.data, self.meta = read(self.store, self.name) or (b"", None)
-        if not self.looks or self.etag != known:
-            self.changed, self.looks = self.looks > 0, self.looks + 1
-            self._since = asked = self.steady()  # it has been so since this answer at the latest
         self.head = decode(self.data, where(self.store, self.name)) if self.meta else None
+        if not self.looks or self.etag != known:
+            self._since = self.steady()  # it has been so since this answer at the latest
+            if before is None or self.head is None or before.writer.token != self.head.writer.token:
+                self._met = self._since
+            if self.looks:  # written after the last look was asked for, at the earliest
+                self.lived_s = max(0.0, self._asked - self._met)
+            self.looks += 1
+        self._asked = asked
         self.down_s = silence_s(self.store, self.meta) if self.meta else None
         self.silent_s = max(self.down_s or 0.0, asked - self._since)
 
@@ -171,7 +184,7 @@ class Claim:
         if watch.meta and base:  # it did go through
             return Won(watch.data, watch.meta.etag, base)
         check_wanted(self.store, self.me.name, watch.head, self.wanted)
-        decision = decide(watch.head, watch.silent_s, watch.changed, self.me)
+        decision = decide(watch.head, watch.silent_s, watch.lived_s, self.me)
         if decision.do == "claim":
             return self._try(watch)
         assert watch.head is not None
@@ -198,7 +211,8 @@ class Claim:
     def _wait(self, head: Head, silent_s: float, wait_s: float) -> None:
         self._away_since = None
         if not self._told:
-            self.say(lease_words.waiting(head, silent_s, wait_s))
+            patience_s = self.me.patience_s(head.writer)
+            self.say(lease_words.waiting(head, silent_s, wait_s, patience_s))
             self._told = True
         self.sleep(min(poll_s(head.writer.stale_s), wait_s + 0.01))
 

@@ -21,9 +21,12 @@ from x1_pretrain.errors import RefusedError, UserError
 from x1_pretrain.mirror.head import CHUNK_BYTES
 from x1_pretrain.mirror.patience import TELL_S, Patience, StoppedError, UnusableError, in_lanes
 from x1_pretrain.mirror.store import NotThereError, Store, UnreachableError
+from x1_pretrain.numbers import size
 
 SYNC_BYTES = 64 << 20
 SMALLEST_BYTES = 64 << 10  # of a read, after others were cut off
+FIRST_BYTES = 1 << 20  # of the first read of a lane: a line may be slow
+READ_S = 10.0  # a read should take no longer
 
 
 @dataclass(frozen=True)
@@ -56,13 +59,13 @@ class Progress:
 
     def text(self, now_s: float, trouble: str = "") -> str:
         here, seconds = self.kept + self.came, now_s - self.begun_s
-        line = f"fetching the {self.what}: {here / 2**20:,.0f} of {self.total / 2**20:,.0f} MiB"
+        line = f"fetching the {self.what}: {size(here)} of {size(self.total)}"
         if trouble:
             return f"{line}; waiting: {trouble}"
         if not self.came or seconds < TELL_S:
             return line
         rate = self.came / seconds
-        return f"{line}, {rate / 2**20:,.1f} MiB/s, {_duration((self.total - here) / rate)} left"
+        return f"{line}, {size(rate)}/s, {_duration((self.total - here) / rate)} left"
 
 
 def _duration(seconds: float) -> str:
@@ -166,23 +169,26 @@ class _Download:
         return data
 
     def _whole(self, part: Part, start: int, end: int) -> bytearray:
-        """The bytes, in one read, or in smaller ones where connections do not last for that."""
+        """The bytes, in one read, or in smaller ones where connections do not last for that, or are slow."""
         data = bytearray()
-        failures, most = 0, getattr(self._steps, "most", part.chunk_bytes)
+        failures, broken = 0, False
+        most = getattr(self._steps, "most", min(part.chunk_bytes, FIRST_BYTES))
         while start + len(data) < end:
             self._go_on()
-            here = start + len(data)
+            here, begun = start + len(data), time.monotonic()
             try:
                 data += self._store.read(part.key, here, min(end, here + most))
             except UnreachableError as error:
-                failures, most = failures + 1, max(SMALLEST_BYTES, most // 2)
+                failures, most, broken = failures + 1, max(SMALLEST_BYTES, most // 2), True
                 self._patience.wait(error, failures)
             except NotThereError:
                 raise UnusableError(f"{part.name} is not in the mirror any more") from None
             else:
-                failures = 0
+                failures, took_s = 0, time.monotonic() - begun
                 self._patience.came()
-        self._steps.most = min(part.chunk_bytes, 2 * most)
+                fit = int((start + len(data) - here) * READ_S / max(took_s, 1e-6))
+                most = max(SMALLEST_BYTES, min(fit, most if broken else part.chunk_bytes))
+        self._steps.most = min(part.chunk_bytes, 2 * most) if broken else most
         return data
 
     def _count(self, kept: int = 0, came: int = 0) -> bool:
@@ -211,7 +217,8 @@ def _holds(descriptor: int, part: Part, index: int, start: int, end: int) -> boo
 
 def held_bytes(folder: Path) -> int:
     """Of the disk, by the files of a folder: what lies there already needs no room."""
-    return sum(512 * path.lstat().st_blocks for path in folder.iterdir() if path.is_file())
+    files = [path for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
+    return sum(512 * path.lstat().st_blocks for path in files)
 
 
 @contextmanager

@@ -12,29 +12,30 @@ from pathlib import Path
 
 from x1_pretrain.errors import UserError
 from x1_pretrain.mirror import trash as mirror_trash
-from x1_pretrain.mirror.address import parse
-from x1_pretrain.mirror.listing import Place, mirror_of
+from x1_pretrain.mirror.address import parse, run_address
+from x1_pretrain.mirror.listing import Place, is_address, mirror_of
 from x1_pretrain.mirror.listing import places as mirrors_of
+from x1_pretrain.mirror.removal import find_folder
 from x1_pretrain.mirror.store import Store
+from x1_pretrain.numbers import size
 from x1_pretrain.records import runs, runs_table, trash
 from x1_pretrain.records.runs import Listed
-from x1_pretrain.records.runs_table import gib
 
 # -----------------------------------------------------------------------------------------------------------
 # Back
 
 
 def place_of(
-    run: str, entries: list[trash.Entry], mirror: str | None, endpoint: str | None
+    run: str, entries: list[trash.Entry], mirror: str | None, endpoint: str | None, runs_folder: Path
 ) -> tuple[Place | None, str]:
     """The mirror to look in, and what to look for there."""
-    if "://" in run:
-        text, _, name = run.rstrip("/").rpartition("/")
-        return Place(parse(text), endpoint), name
+    if is_address(run):
+        address, name = run_address(run)
+        return Place(address, endpoint), name
     if mirror:
         return Place(parse(mirror), endpoint), entries[0].name if entries else run
-    listed = runs.look(entries[0].folder, time.time()) if entries else None
-    found = mirror_of(entries[0].folder, listed.config) if entries and listed else None
+    folder = entries[0].folder if entries else find_folder(run, runs_folder)
+    found = mirror_of(folder, runs.look(folder, time.time()).config) if folder else None
     return (replace(found[0], endpoint=endpoint or found[0].endpoint), found[1]) if found else (None, run)
 
 
@@ -72,9 +73,9 @@ def age(text: str) -> float:
 def gc_here(folder: Path, age_s: float, yes: bool) -> int:
     freed, now = 0, datetime.now(UTC)
     for half in trash.half_deleted(folder):
-        size = sum(map(runs.bytes_below, trash.what_is_left(half)))
-        print(f"{half}  {gib(size)}  half deleted")
-        freed += size
+        found = sum(map(runs.bytes_below, trash.what_is_left(half)))
+        print(f"{half}  {size(found)}  half deleted")
+        freed += found
         if yes:
             trash.finish_deleting(half)
     for entry in trash.entries(folder):
@@ -82,9 +83,9 @@ def gc_here(folder: Path, age_s: float, yes: bool) -> int:
             continue
         one = runs.look(entry.folder, time.time())
         places = [entry.folder, *([Path(entry.checkpoints.now)] if entry.checkpoints else [])]
-        size = sum(map(runs.bytes_below, places))
-        print(f"{entry.folder}  {gib(size)}  {_made(one)}, in the trash since {entry.trashed:%Y-%m-%d}")
-        freed += size
+        found = sum(map(runs.bytes_below, places))
+        print(f"{entry.folder}  {size(found)}  {_made(one)}, in the trash since {entry.trashed:%Y-%m-%d}")
+        freed += found
         if yes:
             trash.delete(entry)
     return freed
@@ -98,7 +99,7 @@ def gc_there(store: Store, age_s: float, yes: bool, trouble: list[str]) -> int:
     found, wrong = mirror_trash.doomed(store, now, age_s)
     trouble += wrong
     for one in found:
-        print(f"{store.label}/{one.name}  {gib(one.bytes)}  {one.what} ({len(one.keys)} objects)")
+        print(f"{store.label}/{one.name}  {size(one.bytes)}  {one.what} ({len(one.keys)} objects)")
         freed += one.bytes
         if yes:
             mirror_trash.delete(store, one)

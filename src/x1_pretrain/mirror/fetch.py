@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from x1_pretrain.runtime.checkpoint_files import (
     NEEDED,
     SCHEMA_VERSION,
     folder_name,
+    needs_and_has,
     sync_directory,
     sync_file,
 )
@@ -65,9 +66,10 @@ def fetch_checkpoint(
     content = told(lambda: _content(store, run, published, patience), patience, what, say)
     parts = [part for part in content.parts if part.name not in without]
     with in_words(partial):
+        if partial.is_dir():
+            _remove_others(partial, parts)
+        require_room({partial: sum(part.bytes for part in parts) - held_bytes(partial)}, f"the {what}")
         partial.mkdir(parents=True, exist_ok=True)
-        _remove_others(partial, parts)
-        require_room(partial, parts, f"the {what}")
         download(store, parts, partial, what, say, lanes, patience)
         _check_state(partial, content.manifest)
         if not without:
@@ -137,15 +139,21 @@ def is_plain(name: str) -> bool:
     return bool(name) and name == Path(name).name and not name.startswith(".") and "\0" not in name
 
 
-def require_room(folder: Path, parts: list[Part], what: str) -> None:
-    """Before the first byte."""
-    needed = sum(part.bytes for part in parts) - held_bytes(folder) + MARGIN_BYTES
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise RefusedError(
-            f"{folder.parent}: no room for {what}: it needs {needed / 2**20:,.0f} MiB, the disk "
-            f"has {free / 2**20:,.0f} MiB free; free some, or take another disk (--run-dir, --ckpt-dir)"
-        )
+def require_room(missing: Mapping[Path, int], what: str) -> None:
+    """Before anything is written: `missing` are the bytes that each folder, there or not, still lacks."""
+    disks: dict[int, list[Path]] = {}
+    there = {one: next(path for path in (one, *one.absolute().parents) if path.exists()) for one in missing}
+    for folder, path in there.items():
+        disks.setdefault(path.stat().st_dev, []).append(folder)
+    for folders in disks.values():
+        needed = sum(missing[folder] for folder in folders)
+        free = shutil.disk_usage(there[folders[0]]).free
+        if needed > 0 and free < needed + MARGIN_BYTES:
+            needs, has = needs_and_has(needed + MARGIN_BYTES, free)
+            raise RefusedError(
+                f"{folders[0].parent}: no room for {what}: it needs {needs}, the disk has {has} free; "
+                "free some, or take another disk (--run-dir, --ckpt-dir)"
+            )
 
 
 def _remove_others(partial: Path, parts: list[Part]) -> None:

@@ -6,11 +6,11 @@ its standard output. When the input ends without an order to drain, the trainer 
     orders      {"do": "publish", "run_id": "...", "from_step": 1800, "fingerprints": [], "step_fields": {}}
                                                            from here on the folder is the run's
                 {"do": "drain", "within_s": 40.0, "why": "finished"}
-    happenings  {"is": "opened", ...Opened}                first, or:
+    happenings  {"is": "status", ...Status}                at every look, at least every few seconds
+                {"is": "opened", ...Opened}                after the first status, or:
                 {"is": "refused", "message": "...", "exit_code": 78, "held": false}   held: by another writer
                 {"is": "progress", "text": "..."}          one line that replaces the one before
                 {"is": "event", "name": "mirror", "message": "...", "fields": {...}}
-                {"is": "status", ...Status}                at every look, at least every few seconds
                 {"is": "lost", "message": "..."}           another writer has the run
                 {"is": "drained", "left": ["checkpoint of step 1800", ...]}    last
 """
@@ -42,7 +42,9 @@ class Job:
     must_exist: bool = False  # --resume-from: a mirror without the run is refused
     fresh: bool = False  # --fresh: a mirror with the run is refused
     goes_on: bool = False  # in the middle of training: the mirror before it ended, nothing may be restored
-    unattended: bool = False  # nobody is there to try again: a store that is away is waited for
+    unattended: bool = (
+        False  # nobody tries again: a store that is away is waited for, as is a holder that may die
+    )
     run_id: str | None = None  # of the run folder, if it has one
     step_fields: dict[str, Any] = field(default_factory=dict)  # of the config, before the corpora are open
     corpora: dict[str, str] = field(default_factory=dict)  # name -> folder
@@ -76,5 +78,6 @@ class Status:
     lag_s: float = 0.0  # age of the oldest thing that is not mirrored yet
     lag_bytes: int = 0
     mirrored: list[int] = field(default_factory=list)  # steps of the checkpoints it has
+    held_bytes: int = 0  # of the run, by its head: checkpoints, records, small files and corpora
     trouble: str = ""  # why nothing can be sent now
     sent_bytes: int = 0  # of this session

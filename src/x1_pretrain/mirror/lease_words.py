@@ -12,10 +12,17 @@ def who(writer: Writer) -> str:
     return f"{writer.host} (process {writer.pid}, epoch {writer.epoch})"
 
 
-def waiting(head: Head, silent_s: float, wait_s: float) -> str:
+def waiting(head: Head, silent_s: float, wait_s: float, patience_s: float) -> str:
+    """`patience_s`: for so long it may give signs of life and yet die; 0: the first one settles it."""
+    watching = f"watching it for up to {wait_s:.0f} s before this session takes over"
+    if patience_s:
+        watching = (
+            f"this session takes over once it has been silent for {head.writer.stale_s:.0f} s, and gives up "
+            f"if it lives on for {patience_s:.0f} s"
+        )
     return (
         f"{head.name}: {who(head.writer)} has not given this run back and may live (silent for "
-        f"{silent_s:.0f} s or more); watching it for up to {wait_s:.0f} s before this session takes over"
+        f"{silent_s:.0f} s or more); {watching}"
     )
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 
+from x1_pretrain.mirror.corpora import bytes_of
 from x1_pretrain.mirror.head import Head
 from x1_pretrain.mirror.store import Meta
 
@@ -34,3 +36,15 @@ def paths(head: Head) -> set[str]:
     pieces = [piece.path for many in head.records.values() for piece in many]
     small = [one.path for one in head.files.values()]
     return {*pieces, *small, *(one.path for one in head.checkpoints)}
+
+
+def mirrored_bytes(head: Head) -> int:
+    """Of all that the head names; the corpora apart, which other runs share."""
+    pieces = [one.bytes for many in head.records.values() for one in many]
+    files = [one.bytes for one in head.files.values()]
+    return sum([*pieces, *files, *(one.bytes for one in head.checkpoints)])
+
+
+def held_bytes(head: Head, corpora: Mapping[str, str]) -> int:
+    """The corpora too, each as large as it is in its folder here."""
+    return mirrored_bytes(head) + sum(bytes_of(Path(corpora[name])) for name in head.data if name in corpora)

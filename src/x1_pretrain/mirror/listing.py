@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from x1_pretrain.errors import UserError
-from x1_pretrain.mirror.address import Address, parse
-from x1_pretrain.mirror.head import DATA, TRASH, Head, decode
+from x1_pretrain.mirror.address import Address, is_uri, parse, run_address
+from x1_pretrain.mirror.head import DATA, NAME, TRASH, Head, decode
 from x1_pretrain.mirror.heads import look
+from x1_pretrain.mirror.leftovers import mirrored_bytes
 from x1_pretrain.mirror.opened import open_store
-from x1_pretrain.mirror.state import MirrorState, read_state
+from x1_pretrain.mirror.state import PULLED, PULLED_HOME, MirrorState, read_state
 from x1_pretrain.mirror.store import Meta, NotThereError, Store, StoreError
 from x1_pretrain.money.clock import stamp
-from x1_pretrain.records.runs import Listed
+from x1_pretrain.records.runs import Listed, is_begun
 from x1_pretrain.records.trash import KEPT
 
 PATIENCE_S = 10.0  # for all mirrors together: a list is for a person who waits
@@ -75,6 +76,11 @@ def places(runs: Iterable[Listed]) -> tuple[list[Place], list[str]]:
     return list(found.values()), trouble
 
 
+def is_address(text: str) -> bool:
+    """Of a mirrored run: a URI, or the run's folder in a mirror that is a folder."""
+    return is_uri(text) or (not is_begun(Path(text)) and (Path(text) / NAME).is_file())
+
+
 # -----------------------------------------------------------------------------------------------------------
 # Looking
 
@@ -101,7 +107,7 @@ def _answering(place: Place, until_s: float) -> queue.Queue[Seen]:
 
     def work() -> None:
         try:
-            answer.put(_seen(place.open(), until_s))
+            answer.put(_seen(place, until_s))
         except (StoreError, UserError) as error:
             answer.put(Seen(trouble=[_named(place.address, error)]))
         except Exception as error:  # a thread's traceback would be in the way of the list
@@ -116,10 +122,19 @@ def _named(address: Address, error: Exception) -> str:
     return text if str(address) in text else f"{address}: {text}"
 
 
-def _seen(store: Store, until_s: float) -> Seen:
-    """Heads and trash of one mirror, several at a time."""
+def _seen(place: Place, until_s: float) -> Seen:
+    """Heads and trash of one mirror, several at a time; or one run, where `place` is the run's own."""
+    store = place.open()
     names = [name for name in store.names() if name not in (TRASH, DATA)]
+    if NAME in names:
+        address, name = run_address(str(place.address))
+        store, names = replace(place, address=address).open(), [name]
+        return _answers(store, names, [], until_s)
     thrown = [name for name in store.names(TRASH) if name.endswith(".json")]
+    return _answers(store, names, thrown, until_s)
+
+
+def _answers(store: Store, names: Sequence[str], thrown: Sequence[str], until_s: float) -> Seen:
     now = _clock(store) if names else None  # asking writes a probe: not into a folder that holds no run
     jobs: list[Callable[[], tuple[Listed, Head | None] | None]] = [
         *(lambda name=name: _run(store, name, now) for name in names),
@@ -229,13 +244,6 @@ def of_head(store: Store, name: str, head: Head, meta: Meta, now: datetime | Non
     )
 
 
-def mirrored_bytes(head: Head) -> int:
-    """Of all that the head names; the corpora apart, which other runs share."""
-    pieces = [one.bytes for many in head.records.values() for one in many]
-    files = [one.bytes for one in head.files.values()]
-    return sum([*pieces, *files, *(one.bytes for one in head.checkpoints)])
-
-
 def standing(head: Head, silence: float | None) -> tuple[str, str]:
     """One word, and why: by the lease first, then by what the run last said of itself."""
     writer, said = head.writer, str(head.status.get("state", ""))
@@ -301,7 +309,8 @@ def _both(one: Listed, other: Listed, head: Head | None) -> Listed:
     """Its numbers are those of the later writer."""
     state = read_state(Path(one.folder)) if one.folder else None
     published = [two.step for two in head.checkpoints] if head else []
-    elsewhere = head is not None and (state is None or head.writer.epoch > state.epoch)
+    moved = head is not None and (state is None or head.writer.epoch > state.epoch)
+    elsewhere = moved or (head is not None and one.state == "copy")
     base = replace(other, folder=one.folder, stage=other.stage or one.stage) if elsewhere else one
     if elsewhere and one.state == "running":  # a session here that has not claimed yet
         base = one
@@ -330,6 +339,7 @@ def _most(*amounts: str | None) -> str | None:
 
 def _behind(one: Listed, state: MirrorState | None, published: Sequence[int]) -> dict[str, Any]:
     """What is here and not there: rows by what the last session said, checkpoints by their steps."""
-    steps = [step for step in one.steps_here if step not in published]
+    brought = state is not None and state.why in (PULLED, PULLED_HOME)
+    steps = [] if brought else [step for step in one.steps_here if step not in published]
     told = {"lag_bytes": state.lag_bytes, "lag_s": state.lag_s, "trouble": state.trouble} if state else {}
     return {"lag_bytes": None, "lag_s": None, "trouble": "", **told, "steps": steps}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ class Local:
     manifest: bytes
     manifest_sha256: str
     files: Mapping[str, tuple[int, str]]  # name -> bytes, sha256; without the manifest
-    since: float  # when it appeared, by the clock of the disk
+    since: float  # when it was first seen, by the clock of this process
 
     @property
     def bytes(self) -> int:
@@ -33,9 +34,11 @@ class Local:
 class LocalCheckpoints:
     """Those of one folder, of one run. A look at what is known costs a stat each."""
 
-    def __init__(self, folder: Path, run_id: str | None = None) -> None:
+    def __init__(
+        self, folder: Path, run_id: str | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.run_id = run_id
-        self._folder = folder
+        self._folder, self._clock = folder, clock
         self._known: dict[int, tuple[tuple[int, int, int], Local | None]] = {}
 
     def look(self) -> dict[int, Local]:
@@ -49,7 +52,7 @@ class LocalCheckpoints:
             stamp = (found.st_ino, found.st_mtime_ns, found.st_size)
             before = known.get(step_of(path))
             if before is None or before[0] != stamp:
-                before = (stamp, self._read(path, found.st_mtime))
+                before = (stamp, self._read(path, self._clock()))
             self._known[step_of(path)] = before
         return {step: local for step, (_, local) in self._known.items() if local is not None}
 

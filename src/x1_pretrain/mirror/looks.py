@@ -37,7 +37,7 @@ def claim_for(
     stale_s = max(job.stale_s, STALE_LOOKS * store.every_s_at_least)
     return Lease.claim(
         store,
-        Me(job.name, mark, host, pid or os.getpid(), stale_s),
+        Me(job.name, mark, host, pid or os.getpid(), stale_s, job.unattended and not job.goes_on),
         sleep=sleep,
         steady=time.monotonic,
         now_utc=utc_now,

@@ -38,6 +38,29 @@ def rows_only_in(local: bytes, *others: bytes) -> bytes:
     return b"".join(line for line in split_lines(local) if line not in known)
 
 
+def mended(mirrored: bytes, local: bytes, aside: bytes) -> tuple[bytes, bytes, int]:
+    """A file that lacks rows which the mirror has, and which no resume moved `aside`: as it should be, with
+    its own rows behind; those of its rows that have no place there; how many it gets back."""
+    ours, given_up = set(split_lines(local)), set(split_lines(aside))
+    theirs = [line for line in split_lines(mirrored) if line in ours or line not in given_up]
+    back = [line for line in theirs if line not in ours]
+    if not back:
+        return local, b"", 0
+    lines, known = split_lines(local), set(theirs)
+    end = max((number for number, line in enumerate(lines, start=1) if line in known), default=0)
+    changed = {_step(line) for line in back} - {None}
+    whole = b"".join(theirs + [line for line in lines[end:] if _step(line) not in changed])
+    return whole, rows_only_in(local, whole), len(back)
+
+
+def _step(line: bytes) -> int | None:
+    try:
+        step = _row(line).get("step")
+    except ValueError:
+        return None
+    return step if isinstance(step, int) else None
+
+
 def merged_ledger(mirrored: bytes, local: bytes) -> bytes:
     """The rows of both, those of the mirror first where they part, numbered anew from there.
 

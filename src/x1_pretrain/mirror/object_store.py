@@ -1,15 +1,18 @@
 """A mirror in S3 and what speaks it (R2, MinIO, ...), Google Cloud Storage or Azure: obstore does the work.
 
-Two clients of one bucket. Small requests have 20 s each and are made again within 40 s; a part of a large
-object has 50 s and is made again only in the first 10 s. So a dead store is known as one within a minute.
+Small requests have 20 s each and are made again within 40 s; a part of a large object has 50 s and is made
+again only in the first 10 s. So a dead store is known as one within a minute. On a line that is too slow for
+that, what is large is sent in single, smaller parts, with twice the time after each failure.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from typing import Any
 
 import obstore
@@ -26,10 +29,13 @@ from x1_pretrain.mirror.store import DeniedError, Meta, NotThereError, Unreachab
 
 PART_BYTES = 8 << 20
 PARTS_AT_ONCE = 3
+LEAST_PART_BYTES = 5 << 20  # of S3
+SMALL_BYTES = 256 << 10
 MOST_PARTS = 9_000  # S3 takes 10,000
 AT_ONCE_BYTES = 1000  # keys in one request of a deletion
 SMALL = {"timeout": 20, "retry_timeout": 40}  # seconds
 LARGE = {"timeout": 50, "retry_timeout": 10}
+MOST_TIMES = 8  # LARGE's timeout: for 40 kB/s
 CONNECT_S = 5
 
 
@@ -41,17 +47,21 @@ def open_object_store(address: Address, endpoint: str | None, retries: int = 2) 
     if place and not (place.keys or aws.given(os.environ) or aws.role_answers(os.environ)):
         raise UserError(f"{address}: {object_errors.NO_CREDENTIALS['s3']}")
     try:
-        clients = [_client(address, place, retries, limits) for limits in (SMALL, LARGE)]
+        small = _client(address, place, retries, SMALL)
     except (BaseError, ValueError) as error:
         raise UserError(f"{address}: {_why_not_opened(address.scheme, error)}") from None
-    return ObjectStore(address, clients[0], clients[1], place.endpoint if place else None)
+    large = cache(lambda limit_s: _client(address, place, retries, LARGE | {"timeout": limit_s}))
+    return ObjectStore(address, small, large, place.endpoint if place else None)
 
 
 class ObjectStore:
     """Store in a bucket."""
 
-    def __init__(self, address: Address, small: Any, large: Any, endpoint: str | None) -> None:
+    def __init__(
+        self, address: Address, small: Any, large: Callable[[int], Any], endpoint: str | None
+    ) -> None:
         self._address, self._small, self._large, self._endpoint = address, small, large, endpoint
+        self._limit_s = LARGE["timeout"]  # for what is large, as the line is now
         self._version = "version" if address.scheme == "gs" else "e_tag"
         self.label = str(address)
         self.conditional = True  # until a preflight finds that it is not so
@@ -71,8 +81,8 @@ class ObjectStore:
     def read(self, key: str, start: int, end: int) -> bytes:
         if start >= end:
             return b""
-        with self._said(key):
-            data = bytes(obstore.get_range(self._large, checked(key, self.label), start=start, end=end))
+        with self._in_time(end - start) as large, self._said(key):
+            data = bytes(obstore.get_range(large, checked(key, self.label), start=start, end=end))
         if len(data) != end - start:
             raise UnreachableError(f"{self.label}/{key}: {len(data)} bytes from {start}, not {end - start}")
         return data
@@ -107,7 +117,7 @@ class ObjectStore:
             if size <= PART_BYTES:
                 self._send_whole(key, b"".join(whole), None)
             else:
-                self._send_in_parts(key, whole, max(PART_BYTES, -(-size // MOST_PARTS)))
+                self._send_in_parts(key, whole, size)
         return self._sent(key, size)
 
     def create(self, key: str, data: bytes) -> str:
@@ -136,10 +146,15 @@ class ObjectStore:
     # ---- how
 
     def _send_whole(self, key: str, data: bytes, mode: Any) -> str:
+        small = len(data) <= SMALL_BYTES or mode is not None
         try:
-            with self._said(key):
+            with self._in_time(len(data)) as large, self._said(key):
                 sent: Mapping[str, Any] = obstore.put(
-                    self._small, checked(key, self.label), data, mode=mode, use_multipart=False
+                    self._small if small else large,
+                    checked(key, self.label),
+                    data,
+                    mode=mode,
+                    use_multipart=False,
                 )
         except NotThereError:  # no object was asked for
             raise DeniedError(
@@ -147,10 +162,30 @@ class ObjectStore:
             ) from None
         return str(sent[self._version] or "") or self.stat(key).etag
 
-    def _send_in_parts(self, key: str, pieces: Iterator[bytes], part_bytes: int) -> None:
-        many: dict[str, Any] = {"chunk_size": part_bytes, "max_concurrency": PARTS_AT_ONCE}
-        with self._said(key):
-            obstore.put(self._large, checked(key, self.label), pieces, use_multipart=True, **many)
+    def _send_in_parts(self, key: str, pieces: Iterator[bytes], size: int) -> None:
+        usual = self._limit_s == LARGE["timeout"]
+        least, at_once = (PART_BYTES, PARTS_AT_ONCE) if usual else (LEAST_PART_BYTES, 1)
+        many: dict[str, Any] = {
+            "chunk_size": max(least, -(-size // MOST_PARTS)),
+            "max_concurrency": at_once,
+        }
+        with self._in_time(size) as large, self._said(key):
+            obstore.put(large, checked(key, self.label), pieces, use_multipart=True, **many)
+
+    @contextmanager
+    def _in_time(self, size: int) -> Iterator[Any]:
+        """The client for so many bytes. What took too long gets twice the time, until the line is fast."""
+        limit_s, begun = self._limit_s, time.monotonic()
+        try:
+            yield self._large(limit_s)
+        except UnreachableError:
+            if time.monotonic() - begun >= limit_s:
+                more_s = min(2 * limit_s, MOST_TIMES * LARGE["timeout"])
+                self._limit_s = max(self._limit_s, more_s)
+            raise
+        usual = PARTS_AT_ONCE * PART_BYTES / LARGE["timeout"]  # bytes a second
+        if size > PART_BYTES and size / (time.monotonic() - begun) > 2 * usual:
+            self._limit_s = LARGE["timeout"]
 
     def _sent(self, key: str, size: int) -> Meta:
         """What is there now; a store that lost a part of it is found out."""

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import re
 import secrets
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from contextlib import suppress
+from typing import TypeVar
 
 from x1_pretrain.errors import RefusedError, UserError
 from x1_pretrain.mirror.head import DATA, TRASH
@@ -24,12 +27,15 @@ from x1_pretrain.mirror.store import (
     UnreachableError,
 )
 
+T = TypeVar("T")
+
 
 class AbsentError(RefusedError):
     """The store does not answer."""
 
 
 PAUSES_S = (1.0, 3.0)  # between tries of a store that does not answer
+FIRST_S = 20.0  # for its first answer, which somebody waits for; while a run goes on a store has longer
 FIRST, SECOND = b'{"kind": "preflight"}', b'{"kind": "preflight", "again": true}'
 
 
@@ -63,19 +69,26 @@ def _shown(error: StoreError) -> str:
 
 
 def _patiently(store: Store, run: str, sleep: Callable[[float], None]) -> None:
+    until = time.monotonic() + FIRST_S
     for pause_s in PAUSES_S:
         try:
-            return _tried(store, f"{run}/preflight-{secrets.token_hex(8)}")
+            return _tried(store, f"{run}/preflight-{secrets.token_hex(8)}", until)
         except UnreachableError:
+            if time.monotonic() + pause_s > until:
+                raise
             sleep(pause_s)
-    return _tried(store, f"{run}/preflight-{secrets.token_hex(8)}")
+    return _tried(store, f"{run}/preflight-{secrets.token_hex(8)}", until)
 
 
-def _tried(store: Store, probe: str) -> None:
+def _tried(store: Store, probe: str, until: float) -> None:
+    made = _begun(lambda: _made(store, probe), until)
+    if not made.done():
+        made.add_done_callback(lambda _: _remove(store, probe))
+        raise UnreachableError(f"{store.label}: no answer within {FIRST_S:g} s")
     try:
-        etag = _made(store, probe)
+        etag = made.result()
     except UnreachableError:  # it may be there all the same
-        _remove(store, probe)
+        _begun(lambda: _remove(store, probe), until)
         raise
     try:
         if store.conditional and not _keeps_two_apart(store, probe, etag):
@@ -87,6 +100,21 @@ def _tried(store: Store, probe: str) -> None:
         _remove(store, probe)
         raise
     _forgets(store, probe)
+
+
+def _begun(work: Callable[[], T], until: float) -> Future[T]:
+    """In a thread of its own, since a request can't be called off: done, or past that time still at it."""
+    future: Future[T] = Future()
+
+    def do() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=do, name="x1-preflight", daemon=True).start()
+    wait([future], max(0.0, until - time.monotonic()))
+    return future
 
 
 def _remove(store: Store, probe: str) -> None:

@@ -20,16 +20,18 @@ from x1_pretrain.mirror.cleaning import clean
 from x1_pretrain.mirror.corpora import CorpusSender
 from x1_pretrain.mirror.head import Head, Published
 from x1_pretrain.mirror.job import Job, Status
-from x1_pretrain.mirror.leftovers import SKIPPED, paths
+from x1_pretrain.mirror.leftovers import SKIPPED, held_bytes, paths
 from x1_pretrain.mirror.local import Local, LocalCheckpoints
 from x1_pretrain.mirror.outbox import Outbox, Parcel, path_of
 from x1_pretrain.mirror.records import Records
 from x1_pretrain.mirror.sending import Rate
 from x1_pretrain.mirror.small_files import SmallFiles
 from x1_pretrain.mirror.store import DeniedError, Store, StoreError, UnreachableError
+from x1_pretrain.numbers import size
 from x1_pretrain.records.metrics import read_rows
 from x1_pretrain.records.summary import Summary
-from x1_pretrain.runtime.retention import kept
+from x1_pretrain.runtime.checkpoint_files import spike_in
+from x1_pretrain.runtime.retention import kept, to_go_back_to
 
 MB = 1_000_000
 TRIES = 5  # of a look, each after training went back meanwhile
@@ -65,7 +67,7 @@ class Publisher:
         lease: Holding,
         identity: Identity,
         on_change: Callable[[], None] = lambda: None,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,  # not moved when a clock is set
     ) -> None:
         head = lease.head
         self.job, self.store, self.lease, self.identity, self.clock = job, store, lease, identity, clock
@@ -74,7 +76,7 @@ class Publisher:
         self.rate = Rate(job.max_mb_per_s * MB if job.max_mb_per_s else None)
         self.records = Records(self.folder, job.name, self.space, head.records)
         self.files = SmallFiles(self.folder, job.name, self.space, head.files, job.corpora)
-        self.local = LocalCheckpoints(Path(job.checkpoints), identity.run_id or None)
+        self.local = LocalCheckpoints(Path(job.checkpoints), identity.run_id or None, clock)
         self.outbox = Outbox(store, job.name, self.rate, on_change)
         corpora = job.corpora if job.data else {}
         self.corpora = CorpusSender(store, corpora, head.data, self.rate, on_change)
@@ -82,6 +84,7 @@ class Publisher:
         self.behind = False  # more records wait than one look takes
         self.news: list[str] = []  # lines for the run's events
         self._bad: set[str] = set()  # manifests whose checkpoints are not what they say
+        self._spikes: dict[str, int | None] = {}  # by manifests: where one began that lasted then
         self._told: set[str] = set()  # corpora that can't be sent
         self._gone_back = [] if job.goes_on else [identity.from_step]
         self._resumed_at = None if job.goes_on else identity.from_step  # until the first head of this session
@@ -167,6 +170,7 @@ class Publisher:
         losses = self.records.losses
         published = [replace(one, val_loss=losses.get(one.step, one.val_loss)) for one in published]
         keep = self._kept([one.step for one in published], published)
+        keep |= self._to_go_back_to(published, here)
         return replace(
             head,
             run_id=self.identity.run_id or head.run_id,
@@ -187,6 +191,21 @@ class Publisher:
         return kept(
             steps, job.keep_last, job.keep_every, job.keep_at, losses | self.records.losses, job.keep_best
         )
+
+    def _to_go_back_to(self, published: list[Published], here: Mapping[int, Local]) -> set[int]:
+        """What a run that goes on from the mirror's newest checkpoint, or from a newer one here, needs if the
+        spike that lasted then does not end."""
+        fields = self.identity.step_fields or self.job.step_fields
+        if fields.get("stability.policy") != "rewind":
+            return set()
+        for one in here.values():
+            if one.manifest_sha256 not in self._spikes:
+                self._spikes[one.manifest_sha256] = spike_in(one.path)
+        marks = {one.step: one.manifest_sha256 for one in published}
+        marks |= {step: one.manifest_sha256 for step, one in here.items()}
+        newest = max((one.step for one in published), default=0)
+        found = [self._spikes.get(mark) for step, mark in marks.items() if step >= newest]
+        return to_go_back_to(marks.keys(), [onset for onset in found if onset is not None])
 
     def _publish(self, new: Head) -> Head:
         self._keep_aside(new)
@@ -236,12 +255,13 @@ class Publisher:
     # --- checkpoints ---------------------------------------------------------------------------------------
 
     def wanted(self, head: Head, here: Mapping[int, Local]) -> list[Local]:
-        """Those here that the mirror lacks and would keep, newest first."""
+        """Those here that the mirror lacks and would keep: what a rewind may need, then the newest first."""
         have = {one.step for one in head.checkpoints}
-        keep = self._kept([*have, *here], head.checkpoints)
+        needed = self._to_go_back_to(head.checkpoints, here)
+        keep = self._kept([*have, *here], head.checkpoints) | needed
         lacking = [one for step, one in here.items() if step in keep and step not in have]
         lacking = [one for one in lacking if one.manifest_sha256 not in self._bad]
-        return sorted(lacking, key=lambda one: -one.step)
+        return sorted(lacking, key=lambda one: (one.step not in needed, -one.step))
 
     def _feed(self, head: Head, here: Mapping[int, Local]) -> None:
         if self.outbox.busy or self.outbox.ready():
@@ -290,6 +310,7 @@ class Publisher:
             lag_s=round(max(0.0, now - min(since, default=now)), 1),
             lag_bytes=sum(one.bytes for one in lacking) + sum(unsent.values()),
             mirrored=[one.step for one in head.checkpoints],
+            held_bytes=held_bytes(head, self.job.corpora),
             trouble=trouble,
             sent_bytes=self.rate.sent_bytes,
         )
@@ -365,12 +386,3 @@ def surviving(published: list[Published], here: Mapping[int, Local], gone_back: 
 
 def _is_folder(path: str) -> bool:
     return path.split("/")[1:2] == ["checkpoints"]
-
-
-def size(count: int) -> str:
-    """In words: 612 MB."""
-    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= factor:
-            amount = count / factor
-            return f"{amount:.0f} {unit}" if amount >= 100 else f"{amount:.3g} {unit}"
-    return f"{count} bytes"

@@ -32,9 +32,16 @@ from x1_pretrain.mirror.heads import look
 from x1_pretrain.mirror.identity import mark_in, run_id_of
 from x1_pretrain.mirror.opened import open_store
 from x1_pretrain.mirror.patience import Patience, UnusableError, in_lanes
-from x1_pretrain.mirror.restore import records_back, remove_partial
+from x1_pretrain.mirror.restore import records_back, refuse_without_room, remove_partial
 from x1_pretrain.mirror.restored_records import Source, restore_files
-from x1_pretrain.mirror.state import MirrorState, folder_id, read_state, write_state
+from x1_pretrain.mirror.state import (
+    PULLED,
+    PULLED_HOME,
+    MirrorState,
+    folder_id,
+    read_state,
+    write_state,
+)
 from x1_pretrain.mirror.store import Store, StoreError
 from x1_pretrain.money.ledger import NAME as LEDGER
 from x1_pretrain.records.metrics import read_rows
@@ -43,8 +50,6 @@ from x1_pretrain.runtime.checkpoint_files import folder_name, verify_folder
 from x1_pretrain.runtime.lock import lock_folder
 
 PATIENCE_S = 120.0
-PULLED = "pulled"  # why mirror.json was written: what is in such a folder is the mirror's
-PULLED_HOME = "pulled into the folder that it was launched from"  # but for what its guard wrote there
 GUARDS = ("STOP.json", "guard.json", "termination.json")
 Say = Callable[[str], None]
 
@@ -62,6 +67,8 @@ def mirrored_head(store: Store, name: str, patience: Patience) -> Head:
     """The head as it is now, as if ours came next: every epoch in it is another writer's."""
     (found,) = in_lanes([lambda: patience.ask(lambda: look(store, name))], patience.stop, lambda: None)
     where = f"{store.label}/{name}"
+    if found is None and (below := store.names(name)):
+        raise UserError(f"{where}: is no run; it holds {', '.join(below[:5])}; `x1 runs {where}` lists them")
     if found is None:
         raise UserError(f"{where}: there is no such run; `x1 runs {store.label}` lists those that are there")
     head = found[0]
@@ -107,10 +114,14 @@ def pull_run(store: Store, head: Head, uri: str, output: Path, weights: bool, sa
     else:
         refuse_another_run(output, head)
     before = what_it_is(output)
+    if weights:
+        refuse_without_room(head, output, output / "checkpoints", standing(output, head), {})
     output.mkdir(parents=True, exist_ok=True)
     lock = lock_folder(output)
     try:
         whose = standing(output, head)
+        if before:
+            whose = replace(whose, changed=False)  # a copy is behind, and that is no fault
         notes = records_back(source, output, output / "checkpoints", whose)
         if before or not whose.ours:
             notes += files_back(source, output, home=before == PULLED_HOME)

@@ -27,9 +27,10 @@ from x1_pretrain.mirror.looks import Looks, claim_for
 from x1_pretrain.mirror.opened import open_store
 from x1_pretrain.mirror.outage import Outage
 from x1_pretrain.mirror.preflight import preflight
-from x1_pretrain.mirror.publisher import Identity, Publisher, size
+from x1_pretrain.mirror.publisher import Identity, Publisher
 from x1_pretrain.mirror.state import MirrorState, folder_id, write_state
 from x1_pretrain.mirror.store import Store, StoreError
+from x1_pretrain.numbers import size
 from x1_pretrain.records.run_folder import Run, find_run, last_step, open_run
 from x1_pretrain.runtime.checkpoint_files import list_checkpoints, step_of
 from x1_pretrain.runtime.lock import lock_folder
@@ -192,7 +193,7 @@ def progress(sent: int, total: int, seconds: float, left: list[str]) -> str:
     said = f"{size(sent)} of {size(max(total, sent))} sent"
     if sent and seconds > 0 and total > sent:
         rate = sent / seconds
-        said += f", {size(int(rate))}/s, about {(total - sent) / rate:,.0f} s left"
+        said += f", {size(rate)}/s, about {(total - sent) / rate:,.0f} s left"
     return f"{said}; now {left[0]}"
 
 

@@ -15,13 +15,14 @@ from x1_pretrain.mirror import trash as mirror_trash
 from x1_pretrain.mirror.address import Address, run_address
 from x1_pretrain.mirror.head import Head
 from x1_pretrain.mirror.heads import look
-from x1_pretrain.mirror.listing import Place, mirror_of, of_head
+from x1_pretrain.mirror.listing import Place, is_address, mirror_of, of_head
 from x1_pretrain.mirror.state import read_state
 from x1_pretrain.mirror.store import Meta, Store, StoreError
+from x1_pretrain.numbers import size
 from x1_pretrain.records import runs, runs_table, trash
+from x1_pretrain.records.behind import copied
 from x1_pretrain.records.run_folder import read_json
 from x1_pretrain.records.runs import Listed
-from x1_pretrain.records.runs_table import gib
 from x1_pretrain.records.trash import TrashError
 from x1_pretrain.runtime.checkpoint_files import list_checkpoints
 from x1_pretrain.runtime.lock import lock_folder
@@ -89,7 +90,7 @@ def where_mirrored(
     text: str, folder: Path | None, listed: Listed | None, mirror: Address | None, endpoint: str | None
 ) -> tuple[Place, str] | None:
     """The mirror that would have a copy, and the run's name there."""
-    if "://" in text:
+    if folder is None and is_address(text):
         address, name = run_address(text)
         return Place(address, endpoint), name
     own = mirror_of(folder, listed.config) if folder and listed else None
@@ -120,6 +121,8 @@ def checkpoints_elsewhere(folder: Path, listed: Listed) -> tuple[Path | None, st
         return None, None
     if folder.resolve().is_relative_to(place):
         return None, f"{place} stays: the run folder lies in it"
+    if runs.is_begun(place.parent):
+        return None, f"{place} stays: it is of the run folder {place.parent}"
     strange = sorted(one.name for one in place.iterdir() if not OWN_NAMES.fullmatch(one.name))
     if strange:
         return None, f"{place} stays: it also holds {strange[0]}; remove its checkpoints by hand"
@@ -152,20 +155,24 @@ def plan_removal(
     held: ExitStack,
 ) -> Removal:
     """What would go. Locks the folders of it, and refuses a run that goes on."""
-    folder = None if "://" in text else find_folder(text, runs_folder)
+    folder = None if is_address(text) else find_folder(text, runs_folder)
     listed = runs.look(folder, time.time()) if folder else None
     where = where_mirrored(text, folder, listed, mirror, endpoint)
     if folder is None and where is None:
         raise UserError(
             f"{text}: no run folder, and none under {runs_folder}/; `x1 runs` lists them; one only in "
-            "a mirror is named by its URI"
+            "a mirror is named by its address"
         )
+    pulled = folder is not None and only is None and copied(folder) is not None
+    only = "here" if pulled else only
     copy, note = _asked(*where, only) if where else (None, None)
+    if copy and pulled:
+        note = f"it was pulled: the run itself stays, in {copy.listed.mirror}"
     planned = Removal(copy.listed.name if copy else listed.name if listed else text)
     if copy and folder and listed and _is_another(copy.head, folder, listed):
         note, copy = f"{copy.listed.mirror} is another run of this name, and stays", None
     if copy and only != "here":
-        _refuse_alive(copy)
+        _refuse_alive(copy, folder)
     if folder and only != "mirror":
         trash.refuse_link(folder)
     if folder:
@@ -230,9 +237,12 @@ def _asked(place: Place, name: str, only: str | None) -> tuple[Mirrored | None, 
         raise RefusedError(f"{place.address}: not known whether it has a copy ({error}){hint}") from None
 
 
-def _refuse_alive(copy: Mirrored) -> None:
+def _refuse_alive(copy: Mirrored, folder: Path | None) -> None:
     try:
         mirror_trash.refuse_alive(copy.store, copy.head, copy.meta)
+    except RefusedError as error:
+        hint = f"; `--only here` moves {folder} alone" if folder else ""
+        raise RefusedError(f"{error}{hint}") from None
     except StoreError as error:
         raise RefusedError(f"{copy.listed.mirror}: not known whether it is being trained ({error})") from None
 
@@ -314,11 +324,11 @@ def told(planned: Removal) -> list[str]:
     made = f"; it took {' and '.join(spent)} to make" if spent else ""
     said = [f"{planned.name}: {one.status}, step {runs_table.steps(one)}{made}"]
     if planned.here:
-        said.append(f"  to the trash: {planned.folder} ({gib(planned.here.bytes_here)})")
+        said.append(f"  to the trash: {planned.folder} ({size(planned.here.bytes_here or 0)})")
     if planned.checkpoints:
         said.append(f"  to the trash: {planned.checkpoints} (its checkpoints, in that place's own .trash)")
     if planned.mirrored:
         there = planned.mirrored.listed
-        said.append(f"  to the trash: {there.mirror} ({gib(there.bytes_mirror)})")
+        said.append(f"  to the trash: {there.mirror} ({size(there.bytes_mirror or 0)})")
     said += [f"  stays: {where}" for where in planned.stays]
     return said + [f"  {note}" for note in planned.notes]

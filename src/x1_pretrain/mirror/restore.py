@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,17 +18,19 @@ from x1_pretrain import config as cfg
 from x1_pretrain.errors import RefusedError, UserError
 from x1_pretrain.mirror.address import parse
 from x1_pretrain.mirror.choosing import MARKER, Candidate, Standing, candidates, given_up, losing, standing
-from x1_pretrain.mirror.fetch import fetch_checkpoint
+from x1_pretrain.mirror.download import held_bytes
+from x1_pretrain.mirror.fetch import fetch_checkpoint, require_room
 from x1_pretrain.mirror.head import NAME, Head, Published
 from x1_pretrain.mirror.heads import look
 from x1_pretrain.mirror.identity import refuse_another_run, refuse_checkpoints_of_another
 from x1_pretrain.mirror.job import Job
 from x1_pretrain.mirror.opened import open_store
-from x1_pretrain.mirror.patience import PATIENCE_S, Patience, UnusableError
-from x1_pretrain.mirror.restored_corpora import fetch_corpora, refuse_other_corpora
+from x1_pretrain.mirror.patience import PATIENCE_S, Patience, UnusableError, told
+from x1_pretrain.mirror.restored_corpora import fetch_corpora, missing_bytes, refuse_other_corpora
 from x1_pretrain.mirror.restored_records import (
     Source,
     fill_in,
+    record_names,
     restore_files,
     restore_ledger,
     rows_that_lack,
@@ -36,10 +38,18 @@ from x1_pretrain.mirror.restored_records import (
     write_whole,
 )
 from x1_pretrain.mirror.store import NotThereError, Store, StoreError
+from x1_pretrain.numbers import size
 from x1_pretrain.records.metrics import read_rows
-from x1_pretrain.runtime.checkpoint_files import FETCHING, sync_directory, verify_folder
+from x1_pretrain.runtime.checkpoint_files import (
+    FETCHING,
+    folder_name,
+    spike_in,
+    sync_directory,
+    verify_folder,
+)
 
 Say = Callable[[str], None]
+Fetch = Callable[[Published], None]
 
 
 @dataclass(frozen=True)
@@ -77,24 +87,37 @@ def restore(
     began = time.monotonic()
     whose = standing(folder, head)
     source = Source(store, head, Patience(patience_s, again_s=again_s), say)
+    data = told(
+        lambda: missing_bytes(store, job.corpora, head, source.patience), source.patience, "corpora", say
+    )
+    refuse_without_room(head, folder, checkpoints, whose, data)
     notes = records_back(source, folder, checkpoints, whose)
 
-    def fetch(one: Published) -> None:
-        fetch_checkpoint(store, head.name, one, checkpoints, say, patience_s=patience_s, again_s=again_s)
+    came = 0
 
-    chosen, skipped = checkpoint_back(where, head, folder, checkpoints, whose.ours, fetch)
+    def fetch(one: Published) -> None:
+        nonlocal came
+        fetch_checkpoint(store, head.name, one, checkpoints, say, patience_s=patience_s, again_s=again_s)
+        came += one.bytes
+
+    found = candidates(checkpoints, head, whose.ours)
+    chosen, skipped = checkpoint_back(where, head, folder, found, fetch)
     notes += skipped
     fetched = chosen.published if chosen and chosen.published else None
-    size = fetched.bytes if fetched else 0
-    size += fetch_corpora(store, job.corpora, head, say, notes, patience_s, again_s)
+    if chosen and job.step_fields.get("stability.policy") == "rewind":
+        onset = spike_in(checkpoints / folder_name(chosen.step))
+        before = [one for one in found if onset is not None and one.step < onset]
+        notes += rewind_target_back(folder, before, fetch)
+    if chosen:
+        remove_partial(checkpoints)
+    came += fetch_corpora(store, job.corpora, head, say, notes, patience_s, again_s)
     seconds = time.monotonic() - began
     if fetched:
         notes.append(
-            f"fetched the checkpoint of step {fetched.step} from {where}: "
-            f"{size / 2**20:,.1f} MiB in {seconds:.1f} s"
+            f"fetched the checkpoint of step {fetched.step} from {where}: {size(came)} in {seconds:.1f} s"
         )
         notes += rows_that_lack(folder, head, fetched.step)
-    return Restored(notes, fetched.step if fetched else None, size, seconds, last_step(head))
+    return Restored(notes, fetched.step if fetched else None, came, seconds, last_step(head))
 
 
 def last_step(head: Head) -> int | None:
@@ -124,6 +147,29 @@ def refuse_another_config(job: Job, head: Head, where: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Room
+
+
+def refuse_without_room(
+    head: Head, folder: Path, checkpoints: Path, whose: Standing, more: Mapping[Path, int]
+) -> None:
+    """Before anything is written: for rows, for `more`, and for the newest checkpoint if it is not here."""
+    missing = {folder: missing_rows(head, folder), **more}
+    newest = next(iter(candidates(checkpoints, head, whose.ours)), None)
+    if newest and newest.published:
+        partial = checkpoints / f"{FETCHING}{folder_name(newest.step)}"
+        missing[partial] = newest.published.bytes - held_bytes(partial)
+    require_room(missing, f"what {head.name} has in the mirror")
+
+
+def missing_rows(head: Head, folder: Path) -> int:
+    """Bytes by which files are longer there, at least."""
+    there = {name: sum(piece.bytes for piece in head.records[name]) for name in record_names(head)}
+    here = {path.name: path.stat().st_size for path in folder.glob("*.jsonl")}
+    return sum(max(0, count - here.get(name, 0)) for name, count in there.items())
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Records
 
 
@@ -132,10 +178,11 @@ def records_back(source: Source, folder: Path, checkpoints: Path, whose: Standin
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if whose.ours:
-            notes = fill_in(source, folder)
+            notes = fill_in(source, folder, whose.epoch)
         else:
             write_whole(folder / MARKER, json.dumps({"epoch": whose.epoch}).encode())
-            notes = set_aside(checkpoints, source.head, whose)
+            notes = ["events.jsonl is not what the mirror has of it: all rows are put back as they are there"]
+            notes = (notes if whose.changed else []) + set_aside(checkpoints, source.head, whose)
             notes += take_over(source, folder, whose.epoch)
             notes += restore_files(source, folder)
         came = restore_ledger(source, folder)
@@ -171,12 +218,33 @@ def set_aside(checkpoints: Path, head: Head, whose: Standing) -> list[str]:
 
 
 def checkpoint_back(
-    where: str, head: Head, folder: Path, checkpoints: Path, ours: bool, fetch: Callable[[Published], None]
+    where: str, head: Head, folder: Path, found: Sequence[Candidate], fetch: Fetch
 ) -> tuple[Candidate | None, list[str]]:
     """The newest one that verifies, in the checkpoint folder afterwards; and which were skipped, and why."""
+    good, skipped = first_good(folder, found, fetch)
+    if good is None and any(one.step > 0 for one in head.checkpoints):
+        raise RefusedError(
+            f"{where}: no checkpoint verifies, and a run is never restarted from zero by "
+            f"itself ({'; '.join(skipped)}); restore one from a copy, or start anew under another name"
+        )
+    return good, skipped
+
+
+def rewind_target_back(folder: Path, before: Sequence[Candidate], fetch: Fetch) -> list[str]:
+    """A spike lasted as the checkpoint was saved: the newest one from before it is here too, if it can be."""
+    try:
+        good, notes = first_good(folder, before, fetch)
+    except RefusedError as error:
+        return [f"there may be nothing to go back to from the spike: {error}"]
+    if good and good.published:
+        notes.append(f"fetched the checkpoint of step {good.step} too, to go back to if the spike stays")
+    return notes
+
+
+def first_good(folder: Path, found: Sequence[Candidate], fetch: Fetch) -> tuple[Candidate | None, list[str]]:
     gone = given_up(read_rows(folder / "events.jsonl"))
     skipped: list[str] = []
-    for one in candidates(checkpoints, head, ours):
+    for one in found:
         problem = None
         if one.local:
             problem = verify_folder(one.local)
@@ -188,14 +256,8 @@ def checkpoint_back(
             except UnusableError as error:
                 problem = str(error)
         if problem is None:
-            remove_partial(checkpoints)
             return one, skipped
         skipped.append(f"skipped {one}: {problem}")
-    if any(one.step > 0 for one in head.checkpoints):
-        raise RefusedError(
-            f"{where}: no checkpoint verifies, and a run is never restarted from zero by "
-            f"itself ({'; '.join(skipped)}); restore one from a copy, or start anew under another name"
-        )
     return None, skipped
 
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from x1_pretrain.errors import RefusedError
 from x1_pretrain.mirror.corpora import FILES, MANIFEST, hashes_of
-from x1_pretrain.mirror.download import Part, download, in_words
+from x1_pretrain.mirror.download import Part, download, held_bytes, in_words
 from x1_pretrain.mirror.fetch import require_room
 from x1_pretrain.mirror.head import DATA, Head
 from x1_pretrain.mirror.identity import mark_in
 from x1_pretrain.mirror.patience import LANES, Patience, UnusableError, told
 from x1_pretrain.mirror.store import NotThereError, Store
+from x1_pretrain.numbers import size
 from x1_pretrain.runtime.checkpoint_files import sha256, sync_directory, sync_file
 
 FETCHES = 2  # of a file of a corpus that does not match its hash
@@ -46,25 +48,45 @@ def fetch_corpora(
     again_s: Sequence[float] | None = None,
 ) -> int:
     """Bytes of the corpora that were fetched."""
-    size = 0
-    for name, where in corpora.items():
-        folder = Path(where)
-        if name in head.data and not (folder.exists() and any(folder.iterdir())):
-            patience = Patience(patience_s, again_s=again_s)
-            came = fetch_corpus(store, name, head.data[name], folder, say, patience)
-            notes.append(f"fetched the corpus {name} from {store.label}: {came / 2**20:,.1f} MiB")
-            size += came
-    return size
+    total = 0
+    for name, folder in absent(corpora, head).items():
+        patience = Patience(patience_s, again_s=again_s)
+        came = fetch_corpus(store, name, head.data[name], folder, say, patience)
+        notes.append(f"fetched the corpus {name} from {store.label}: {size(came)}")
+        total += came
+    return total
+
+
+def absent(corpora: Mapping[str, str], head: Head) -> dict[str, Path]:
+    """Folders of the corpora that are not here and that the mirror has."""
+    folders = {name: Path(where) for name, where in corpora.items() if name in head.data}
+    return {name: one for name, one in folders.items() if not (one.exists() and any(one.iterdir()))}
+
+
+def missing_bytes(
+    store: Store, corpora: Mapping[str, str], head: Head, patience: Patience
+) -> dict[Path, int]:
+    """What is still to be fetched of each, into which folder; of what can't be had nothing."""
+    found = {}
+    for name, folder in absent(corpora, head).items():
+        with suppress(UnusableError):
+            parts = _parts(store, head.data[name], patience)
+            partial = fetching(folder)
+            found[partial] = sum(part.bytes for part in parts) - held_bytes(partial)
+    return found
+
+
+def fetching(folder: Path) -> Path:
+    return folder.with_name(f".fetching-{folder.name}")
 
 
 def fetch_corpus(
     store: Store, name: str, mark: str, folder: Path, say: Callable[[str], None], patience: Patience
 ) -> int:
     """Make the corpus folder appear, verified by its own manifest, which its fingerprint covers."""
-    partial, what = folder.with_name(f".fetching-{folder.name}"), f"corpus {name}"
+    partial, what = fetching(folder), f"corpus {name}"
     with in_words(partial):
         try:
-            partial.mkdir(parents=True, exist_ok=True)
             manifest, parts = told(
                 lambda: (
                     patience.insist(lambda: _manifest(store, mark, patience)),
@@ -74,7 +96,8 @@ def fetch_corpus(
                 what,
                 say,
             )
-            require_room(partial, parts, f"the {what}")
+            require_room({partial: sum(part.bytes for part in parts) - held_bytes(partial)}, f"the {what}")
+            partial.mkdir(parents=True, exist_ok=True)
             _fetched(store, partial, parts, hashes_of(json.loads(manifest)), what, say, patience)
         except UnusableError as error:
             raise RefusedError(

@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from x1_pretrain.errors import RefusedError
+from x1_pretrain.mirror.choosing import begins_with
 from x1_pretrain.mirror.fetch import is_plain
 from x1_pretrain.mirror.head import Head, Object
 from x1_pretrain.mirror.merging import (
     common_lines,
+    mended,
     merged_ledger,
     rows_only_in,
     whole_lines,
@@ -79,30 +81,33 @@ class Source:
             return b""
 
 
-def mirrored_size(pieces: list[Object]) -> int:
-    return sum(piece.bytes for piece in pieces)
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Whose story
 
 
-def fill_in(source: Source, folder: Path) -> list[str]:
-    """The folder's rows are the run's. What it lacks at the end of a file (a power cut took it), or
-    altogether, it gets back."""
+def fill_in(source: Source, folder: Path, epoch: int) -> list[str]:
+    """The folder's rows are the run's. What the mirror has and a file here lacks (a power cut took it, or a
+    hand), and what was changed here, it gets back; the changed rows are kept apart."""
     notes: list[str] = []
-    for name in record_names(source.head):
-        local = _local(folder / name)
-        if name == LEDGER or len(local) >= mirrored_size(source.head.records[name]):
+    first = sorted(record_names(source.head), key=lambda name: ".superseded." not in name)
+    for name in first:  # by what was moved aside the others are judged
+        if name == LEDGER or begins_with(folder / name, source.head.records[name]):
             continue
+        local = _local(folder / name)
         mirrored, problems = source.content(name, local)
-        rest = mirrored[len(local) :]
-        aside = _local(superseded(folder / name))
-        if mirrored.startswith(local) and rest not in aside and not problems:
-            write_whole(folder / name, mirrored)
-            rows = mirrored.count(b"\n") - local.count(b"\n")
-            notes.append(f"{name}: {rows} rows that were missing here, from the mirror")
+        whole, apart, back = mended(mirrored, local, _local(superseded(folder / name)))
+        if not back or problems:
+            continue
+        kept = _keep_apart(folder / name, apart, epoch)
+        write_whole(folder / name, whole)
+        said = f"{name}: {_rows(back)} that {'was' if back == 1 else 'were'} missing here, from the mirror"
+        into = _apart(folder / name, epoch).name
+        notes.append(said + (f"; {_rows(kept)} of its own in their place, kept in {into}" if kept else ""))
     return notes
+
+
+def _rows(count: int) -> str:
+    return f"{count} row{'s' * (count != 1)}"
 
 
 def take_over(source: Source, folder: Path, epoch: int) -> list[str]:
@@ -142,11 +147,15 @@ def _set_aside(path: Path, local: bytes, mirrored: bytes, epoch: int, source: So
 
 def _keep_apart(path: Path, rows: bytes, epoch: int) -> int:
     """Added to what was set aside before; a kill in between doubles nothing."""
-    aside = path.with_name(path.name.removesuffix(".jsonl") + lost_suffix(epoch))
+    aside = _apart(path, epoch)
     before = _local(aside)
     if new := rows_only_in(rows, before):
         write_whole(aside, before + new)
     return rows.count(b"\n")
+
+
+def _apart(path: Path, epoch: int) -> Path:
+    return path.with_name(path.name.removesuffix(".jsonl") + lost_suffix(epoch))
 
 
 def lost_suffix(epoch: int) -> str:

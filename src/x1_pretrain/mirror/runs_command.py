@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
 import shutil
 import sys
@@ -22,7 +21,7 @@ import time
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 import typer.core
@@ -31,14 +30,14 @@ from x1_pretrain.command import run as run_app
 from x1_pretrain.errors import FAULT, FINISHED, REFUSED, UserError
 from x1_pretrain.mirror import emptying
 from x1_pretrain.mirror import removal as removing
-from x1_pretrain.mirror.address import parse
+from x1_pretrain.mirror.address import is_uri, parse
 from x1_pretrain.mirror.head import NAME as HEAD
-from x1_pretrain.mirror.listing import Place, joined, look_at, places
+from x1_pretrain.mirror.listing import Place, is_address, joined, look_at, places
 from x1_pretrain.mirror.removal import Removal
 from x1_pretrain.mirror.store import StoreError
+from x1_pretrain.numbers import size
 from x1_pretrain.records import runs, runs_table, trash
 from x1_pretrain.records.runs import Listed
-from x1_pretrain.records.runs_table import gib
 
 RUNS = "runs"
 RETRIES = 1
@@ -52,6 +51,16 @@ class Words(typer.core.TyperGroup):
             args = ["list", *args]
         return super().parse_args(ctx, args)
 
+    def format_options(self, ctx: typer.Context, formatter: Any) -> None:  # type: ignore[override]
+        """Those of the list, which has no word of its own to ask for help with."""
+        listing = self.commands["list"]
+        told = [
+            one.get_help_record(ctx) for one in listing.get_params(ctx) if one.param_type_name == "option"
+        ]
+        with formatter.section("Options of the list"):
+            formatter.write_dl([record for record in told if record])
+        self.format_commands(ctx, formatter)
+
 
 HELP = """Every run, here and in its mirror; and a trash for those that are no longer wanted.
 
@@ -59,7 +68,13 @@ HELP = """Every run, here and in its mirror; and a trash for those that are no l
 have the sizes it says; nothing is hashed (`x1 verify` does)."""
 
 app = typer.Typer(
-    cls=Words, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=HELP
+    cls=Words,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help=HELP,
+    options_metavar="",
+    subcommand_metavar="[FOLDER|URI] [OPTIONS] | COMMAND [ARGS]...",
 )
 
 Folder = Annotated[str | None, typer.Argument(metavar="[FOLDER|URI]", help="of runs; `runs` if left out")]
@@ -125,15 +140,18 @@ def collect(
         named = [Place(parse(mirror), endpoint), *(p for p in named if p.address != parse(mirror))]
     seen = look_at([] if local else named)
     found = joined(here, seen.runs, seen.heads)
+    if runs.is_begun(folder):  # the one that was asked for, and not all that its mirror has
+        found = [one for one in found if one.folder]
     return runs.newest_first(found), [*trouble, *wrong, *seen.trouble]
 
 
 def is_mirror(text: str) -> bool:
-    """A URI; or a folder whose runs have heads."""
-    if re.match(r"[A-Za-z0-9+.-]+://", text):
-        return True
+    """A URI; or a folder that has a head, or whose runs have."""
     folder = Path(text)
-    return folder.is_dir() and not runs.is_begun(folder) and next(folder.glob(f"*/{HEAD}"), None) is not None
+    if is_uri(text) or not folder.is_dir():
+        return is_uri(text)
+    heads = (one for form in (HEAD, f"*/{HEAD}") for one in folder.glob(form))
+    return not runs.is_begun(folder) and next(heads, None) is not None
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -181,7 +199,7 @@ def _way_back(planned: Removal, mirror: str | None, endpoint: str | None) -> lis
         assert planned.mirrored is not None, "a removal removes something"
         place = planned.mirrored.place
         uri = place.address.of_run(planned.name)
-        words, mirror, endpoint = [f"file://{uri}" if place.address.is_folder else uri], None, place.endpoint
+        words, mirror, endpoint = [uri], None, place.endpoint
     else:
         beside = planned.folder.absolute().parent
         elsewhere = beside.resolve() != Path(RUNS).resolve()
@@ -242,8 +260,8 @@ def restore(
     runs_folder: RunsFolder = Path(RUNS),
 ) -> int:
     """Bring a run back from the trash: here, and in the mirror it had."""
-    entries = [] if "://" in run else trash.find(runs_folder, run)
-    place, name = emptying.place_of(run, entries, mirror, endpoint)
+    entries = [] if is_address(run) else trash.find(runs_folder, run)
+    place, name = emptying.place_of(run, entries, mirror, endpoint, runs_folder)
     done, failed = [], None
     if place and not local:
         try:
@@ -283,6 +301,8 @@ def gc(
     Without --yes it only shows what would go. Corpora in a mirror are never deleted here."""
     age_s, where = emptying.age(older_than), folder or RUNS
     alone = is_mirror(where)
+    if folder and not alone and not Path(folder).is_dir():
+        raise UserError(f"{folder}: no such folder; name a folder of runs, or a mirror")
     found, trouble = ([], []) if alone else emptying.mirrors(where, mirror, endpoint, local)
     stores = [Place(parse(where), endpoint)] if alone else found
     freed = 0 if alone else emptying.gc_here(Path(where), age_s, yes)
@@ -296,9 +316,9 @@ def gc(
     if not freed:
         print(f"nothing in the trash is older than {older_than}")
     elif not yes:
-        print(f"{gib(freed)} would be freed; nothing was deleted: add --yes")
+        print(f"{size(freed)} would be freed; nothing was deleted: add --yes")
     else:
-        print(f"{gib(freed)} freed")
+        print(f"{size(freed)} freed")
     return FAULT if trouble else FINISHED
 
 

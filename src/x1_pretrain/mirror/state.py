@@ -19,6 +19,8 @@ from x1_pretrain.records.metrics import utc_now
 
 SCHEMA_VERSION = 1
 NAME = "mirror.json"
+PULLED = "pulled"  # why it was written: what is in such a folder is the mirror's
+PULLED_HOME = "pulled into the folder that it was launched from"  # but for what its guard wrote there
 
 
 @dataclass(frozen=True)

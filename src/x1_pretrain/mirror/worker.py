@@ -28,6 +28,7 @@ from x1_pretrain.mirror.heads import look
 from x1_pretrain.mirror.job import Job, Status
 from x1_pretrain.mirror.keeper import Keeper
 from x1_pretrain.mirror.lease import Lease, LostError
+from x1_pretrain.mirror.leftovers import held_bytes
 from x1_pretrain.mirror.looks import Looked, Looks, claim_for
 from x1_pretrain.mirror.opened import open_store
 from x1_pretrain.mirror.outage import Outage
@@ -182,6 +183,7 @@ class Worker:
             restored = None if self.job.goes_on else self.restore(store, keeper)
             writer = keeper.head.writer
             self.save_state(epoch=writer.epoch, token=writer.token)
+            self.tell(self.before_training(keeper))
             self.voice.say("opened", **asdict(opened(keeper.lease, restored, self.state)))
             identity = self.wait_for_publish(keeper)
         except GoneError as gone:
@@ -222,7 +224,11 @@ class Worker:
                 return identity
             if order and order != LOOK:
                 raise GoneError(order)
-            self.voice.say("status", **asdict(Status()))
+            self.tell(self.before_training(keeper))
+
+    def before_training(self, keeper: Keeper) -> Status:
+        """Nothing is behind yet; what is there is paid."""
+        return Status(held_bytes=held_bytes(keeper.head, self.job.corpora))
 
     # --- while it trains -----------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from x1_pretrain.money.account import Account, Rented, account
 from x1_pretrain.money.clock import Clock, parse_stamp, stamp
 from x1_pretrain.money.guard import dollars
 from x1_pretrain.money.ledger import NAME, Ledger, Row, find_ledger
+from x1_pretrain.money.pace import trains_here
 from x1_pretrain.money.picture import amounts
 from x1_pretrain.records.run_folder import is_number, read_jsonl
 
@@ -196,7 +197,7 @@ def _who() -> str:
 def refuse_elsewhere(folder: Path, rows: list[Row]) -> None:
     """A trainer on a rented machine reads the ledger there, not that of the computer at home."""
     rented = [m for m in account(rows).open_machines() if m.provider in ("lambda", "runpod")]
-    if rented and not (folder / "metrics.jsonl").exists():
+    if rented and not trains_here(folder):
         raise UserError(
             f"{folder}: its trainer runs on {rented[-1].machine_id} and reads the ledger there: say it on "
             f"that machine, in its own run folder. From here, `x1 teardown {folder}` ends the machine at once"

@@ -9,7 +9,7 @@ same limits as an honest one, only earlier.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from decimal import Decimal
+from decimal import ROUND_FLOOR, Decimal
 from enum import StrEnum
 from typing import Literal
 
@@ -18,6 +18,7 @@ from x1_pretrain import errors
 HOUR_S = 3600
 TEARDOWN_S = 300.0  # what ending a machine and seeing it gone takes
 ZERO = Decimal(0)
+GRAIN = Decimal("1e-9")  # of a measured rate: what arithmetic adds in the last digit is no drift
 
 
 class Action(StrEnum):
@@ -175,7 +176,7 @@ def _remembered(memory: Memory, reading: Reading | None, limits: Limits, now_s: 
     if at_s - memory.hour_at_s < HOUR_S:
         return memory
     hours = Decimal(repr(at_s - memory.hour_at_s)) / HOUR_S
-    hour_usd = (spent - memory.hour_from_usd) / hours
+    hour_usd = ((spent - memory.hour_from_usd) / hours).quantize(GRAIN, ROUND_FLOOR)
     return replace(memory, hour_at_s=at_s, hour_from_usd=spent, hour_usd=hour_usd)
 
 
@@ -276,4 +277,6 @@ def dollars(amount: Decimal) -> str:
 
 
 def minutes(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 2 * HOUR_S else f"{seconds / HOUR_S:.1f} h"

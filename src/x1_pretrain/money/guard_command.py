@@ -90,11 +90,11 @@ class OuterGuard:
         )
 
     def _ask_a_person(self, said: BudgetFile) -> None:
-        """What only a person can decide: dearer than agreed, longer than planned."""
+        """What only a person can decide: dearer than agreed (a trainer's own guard here asks that by itself),
+        longer than planned."""
         agreed, now = self.sidecar.machine.usd_per_hr, said.rate_usd_per_hr or ZERO
         name, end = self.folder.name, f"`x1 teardown {self.folder}` ends it; the ceiling holds meanwhile."
-        elsewhere = not (self.folder / "metrics.jsonl").exists()  # else the trainer's guard asks by itself
-        if elsewhere and now > DRIFT * self.agreed_usd_per_hr:
+        if not pace.trains_here(self.folder) and now > DRIFT * self.agreed_usd_per_hr:
             was = dollars(self.agreed_usd_per_hr)
             body = f"The machine costs {dollars(now)}/h, agreed were {was}/h. {end}"
             self._tell(f"guard-drift-{agreed:f}", f"X1 {name}: dearer than agreed", body)
@@ -221,7 +221,7 @@ def _sidecar(ledger: Ledger, machine: Rented, clock: Clock, ceiling_usd: Decimal
         ledger=ledger,
         clock=clock,
         notifier=Notifier(addresses(os.environ), ledger, clock, run=folder.name),
-        left_s=lambda: pace.left_s(folder, clock.speed),
+        left_s=lambda: pace.left_s(folder, clock.speed) if pace.trains_here(folder) else None,
         run_id=folder.name,
         poll_s=poll_s,
         storage_usd_per_hr=launched_with(rows, machine.tag, "storage_usd_per_hr"),

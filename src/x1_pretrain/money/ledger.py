@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from x1_pretrain.errors import FAULT, UserError
+from x1_pretrain.mirror.address import refuse_uri
 from x1_pretrain.money.clock import Clock, stamp
 from x1_pretrain.records.formats import FORMATS
 
@@ -185,6 +186,7 @@ def find_ledger(run: Path, otherwise: str) -> Path:
     folder = next((f for f in (run, Path("runs") / run) if (f / NAME).is_file()), None)
     if folder is not None:
         return folder
+    refuse_uri(str(run))
     known = run.is_dir() or (Path("runs") / run).is_dir()
     raise UserError(
         f"{run}: {f'no {NAME} in it' if known else 'no such run folder, and none under runs/'}; {otherwise}"

@@ -9,6 +9,7 @@ from typing import Any
 
 from x1_pretrain.config import parse_config, parse_yaml
 from x1_pretrain.errors import UserError
+from x1_pretrain.records.behind import copied
 from x1_pretrain.records.run_folder import is_number, is_train, read_jsonl
 
 Row = dict[str, Any]
@@ -42,6 +43,11 @@ def left_s(folder: Path, speed: float = 1.0) -> float | None:
     if rate is None or total is None:
         return None
     return max(0.0, float(total - tokens_done(rows)) / rate) * speed
+
+
+def trains_here(folder: Path) -> bool:
+    """Whether a run's rows are written into this folder by whoever trains it."""
+    return (folder / "metrics.jsonl").exists() and copied(folder) is None
 
 
 def tokens_done(rows: Sequence[Row]) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from x1_pretrain.config import RunConfig
 from x1_pretrain.errors import RefusedError, UserError
+from x1_pretrain.mirror import corpora
 from x1_pretrain.model import gpus
 from x1_pretrain.model.flops import GPT2_VOCABULARY, flops_per_token, parameter_counts
 from x1_pretrain.model.gpus import peak_bf16_flops_per_sec
@@ -91,8 +92,20 @@ def mirror_planned(config: RunConfig) -> storage.Planned | None:
     rates = storage.rates(
         mirror.uri, endpoint_of(mirror), mirror.storage_usd_per_gib_month, mirror.egress_usd_per_gib
     )
-    kept = storage.most_kept(config.checkpoint, config.training.total_steps)
-    return storage.Planned(rates, mirror.uri, kept, storage.CHECKPOINT_BYTES * counts.total / storage.GIB)
+    steps, each = config.training.total_steps, storage.CHECKPOINT_BYTES * counts.total / storage.GIB
+    held = storage.most_held(mirror.uri, config.checkpoint, steps)
+    corpus_gib = corpus_bytes(config) / storage.GIB if mirror.data else 0.0
+    return storage.Planned(rates, mirror.uri, held, each, storage.rows_gib(steps), corpus_gib)
+
+
+def corpus_bytes(config: RunConfig) -> float:
+    """Of the corpora that are here; else of every token that is trained on, once."""
+    data = config.data.mixture() if config.data.corpora or config.data.dir else {}
+    here = [corpora.bytes_of(Path(one.dir)) for one in data.values()]
+    if here and all(here):
+        return sum(here)
+    tokens = config.training.total_steps * config.training.batch_tokens
+    return tokens * storage.bytes_per_token(config.model.vocab_size or GPT2_VOCABULARY)
 
 
 def work(wanted: Wanted, tokens: int, speed: float) -> gate.Work:

@@ -28,6 +28,7 @@ FILE = Path(__file__).with_name("storage.toml")
 MONTH_H = 720
 GIB = 2**30
 CHECKPOINT_BYTES = 12  # a parameter: fp32 weight and two moments
+STEP_BYTES = 600  # of rows, as counted in runs: 256 of steps, 143 of blocks, 1,400 of metrics every ten steps
 EVENT = "storage"  # of the ledger's rows
 
 Usd = Annotated[Decimal, Field(ge=0)]
@@ -126,32 +127,60 @@ def _listed(scheme: str, at: str) -> StoragePrice | None:
 # In a plan
 
 
+def keeps_all(uri: str) -> bool:
+    """Whether the store counts what was deleted too: a repository has a history."""
+    return parse(uri).scheme == "hf"
+
+
+def most_made(every: int, total_steps: int, at: int = 0) -> int:
+    """Checkpoints of a run, at most: those of step 0 and of the end too."""
+    return total_steps // every + 2 + at
+
+
 def most_kept(checkpoint: CheckpointConfig, total_steps: int) -> int:
-    """Checkpoints that a mirror holds at once, at most: those that are kept, and one on its way."""
+    """Checkpoints that a mirror names at once, at most: those that are kept, and one on its way."""
     every = total_steps // checkpoint.keep_every + 1 if checkpoint.keep_every else 0
-    made = total_steps // checkpoint.every + 2 + len(checkpoint.at)  # those of step 0 and of the end too
     kept = checkpoint.keep_last + checkpoint.keep_best + len(checkpoint.at) + every + 1
-    return min(kept, made)
+    return min(kept, most_made(checkpoint.every, total_steps, len(checkpoint.at)))
+
+
+def most_held(uri: str, checkpoint: CheckpointConfig, total_steps: int) -> int:
+    """Checkpoints that its store bills at once, at most."""
+    if keeps_all(uri):
+        return most_made(checkpoint.every, total_steps, len(checkpoint.at))
+    return most_kept(checkpoint, total_steps)
+
+
+def bytes_per_token(vocab_size: int) -> int:
+    """Of a corpus."""
+    return 2 if vocab_size <= 65_536 else 4
+
+
+def rows_gib(total_steps: int) -> float:
+    """Of the run's records, at its end."""
+    return STEP_BYTES * total_steps / GIB
 
 
 @dataclass(frozen=True)
 class Planned:
-    """What a run's mirror is counted at before it starts: all that it keeps, all the time, and one fetch."""
+    """What a run's mirror is counted at before it starts: all that it holds, all the time, and one fetch.
+    The ledger counts the same things, as large as they are."""
 
     rates: Rates
     label: str
     checkpoints: int
     checkpoint_gib: float
+    rows_gib: float = 0.0
     corpus_gib: float = 0.0  # of what is mirrored of the data
 
     @property
     def gib(self) -> float:
-        return self.checkpoints * self.checkpoint_gib + self.corpus_gib
+        return self.checkpoints * self.checkpoint_gib + self.rows_gib + self.corpus_gib
 
     @property
     def fetched_gib(self) -> float:
-        """A machine is lost once: one checkpoint, and the data."""
-        return self.checkpoint_gib + self.corpus_gib
+        """A machine is lost once: one checkpoint, the rows, and the data."""
+        return self.checkpoint_gib + self.rows_gib + self.corpus_gib
 
     def usd(self, hours: float) -> Decimal:
         return self.rates.kept_usd(self.gib, hours) + self.rates.fetched_usd(self.fetched_gib)
@@ -161,27 +190,37 @@ class Planned:
 # In the ledger
 
 
+@dataclass(frozen=True)
+class Bytes:
+    """What a session says of itself."""
+
+    held: float  # what the mirror names of the run now
+    sent: float
+    fetched: float
+
+    def billed(self, rows: Iterable[Row], uri: str, session: str) -> float:
+        """What the store holds: in a history also what earlier sessions came to, and all that this one
+        sent. Nobody sees from here that a history was squashed."""
+        place = f"{parse(uri)} e"
+        others = [row for row in _rows_of(rows, session)[1] if str(row.get("session")).startswith(place)]
+        before = max((float(row["gib"]) * GIB for row in others), default=0.0)
+        return max(self.held, before + self.sent) if keeps_all(uri) else self.held
+
+
 def record(
-    ledger: Ledger,
-    mirror: MirrorConfig,
-    endpoint: str | None,
-    epoch: int,
-    stored_bytes: float,
-    fetched_bytes: float,
-    begun: datetime,
+    ledger: Ledger, mirror: MirrorConfig, endpoint: str | None, epoch: int, said: Bytes, begun: datetime
 ) -> None:
     """A session's row, at its start (what was fetched), at its end, and as often between as one likes.
 
-    `epoch` is that of its lease, `stored_bytes` what the mirror holds of the run now. A run without a mirror
-    has none.
+    `epoch` is that of its lease. A run without a mirror has none.
     """
     if mirror.uri is None:
         return
     bills = rates(mirror.uri, endpoint, mirror.storage_usd_per_gib_month, mirror.egress_usd_per_gib)
     with ledger.locked():
         now, rows = ledger.clock.now(), ledger.rows()
-        stored, fetched = stored_bytes / GIB, fetched_bytes / GIB
         session = f"{parse(mirror.uri)} e{epoch:04d}"  # each mirror counts its epochs from 1
+        stored, fetched = said.billed(rows, mirror.uri, session) / GIB, said.fetched / GIB
         row = storage_row(rows, session, stored, fetched, bills, begun, now)
         ledger.append(EVENT, **row)
 

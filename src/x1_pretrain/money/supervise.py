@@ -30,13 +30,13 @@ import typer
 from x1_pretrain.command import run as run_app
 from x1_pretrain.config import RunConfig, load_config, parse_assignment
 from x1_pretrain.errors import FAULT, FINISHED, INTERRUPTED, REFUSED, UserError
-from x1_pretrain.mirror.address import parse, run_address
 from x1_pretrain.money import ended, latch
 from x1_pretrain.money.budget_file import Address
 from x1_pretrain.money.channels import addresses
 from x1_pretrain.money.clock import Clock, stamp
 from x1_pretrain.money.ledger import NAME, Ledger, LedgerError, Row, read_rows
 from x1_pretrain.money.notify import Notifier
+from x1_pretrain.money.trainer_options import mirror_of, trainer_option, trainer_options, without_option
 from x1_pretrain.records.run_folder import read_jsonl
 
 GRACE_S = 45.0  # real seconds a child gets after SIGTERM: a checkpoint, and some
@@ -253,34 +253,6 @@ def say(text: str) -> None:
 # The command
 
 
-def trainer_options(arguments: Sequence[str], flag: str) -> list[str]:
-    """All values of an option that may be repeated."""
-    found, rest = list[str](), list(arguments)
-    while (value := trainer_option(rest, flag)) is not None:
-        found.append(value)
-        rest = rest[next(i for i, w in enumerate(rest) if w == flag or w.startswith(f"{flag}=")) + 1 :]
-    return found
-
-
-def without_option(arguments: Sequence[str], flag: str) -> list[str]:
-    """A person's word is given once: a relaunch does not repeat it."""
-    kept = [word for word in arguments if not word.startswith(f"{flag}=")]
-    while flag in kept:
-        place = kept.index(flag)
-        del kept[place : place + 2]
-    return kept
-
-
-def trainer_option(arguments: Sequence[str], flag: str) -> str | None:
-    """The value of one of the trainer's options, given as `--flag value` or `--flag=value`."""
-    for place, word in enumerate(arguments):
-        if word == flag and place + 1 < len(arguments):
-            return arguments[place + 1]
-        if word.startswith(f"{flag}="):
-            return word.partition("=")[2]
-    return None
-
-
 def main(
     context: typer.Context,
     provider: Annotated[
@@ -369,15 +341,6 @@ def main(
 
 # ------------------------------------------------------------------------------------------------------------
 # The ledger of a run that comes from elsewhere
-
-
-def mirror_of(config: RunConfig, arguments: Sequence[str]) -> tuple[str, str] | None:
-    """The mirror's address and the run's name in it, as the trainer takes them."""
-    if run := trainer_option(arguments, "--resume-from"):
-        address, name = run_address(run)
-        return str(address), name
-    uri = trainer_option(arguments, "--mirror") or config.mirror.uri
-    return (str(parse(uri)), config.name) if uri else None
 
 
 def bring_ledger(config: RunConfig, arguments: Sequence[str], folder: Path) -> None:

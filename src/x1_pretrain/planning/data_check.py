@@ -13,6 +13,7 @@ from x1_pretrain.config import RunConfig
 from x1_pretrain.errors import UserError
 from x1_pretrain.laws import forms
 from x1_pretrain.laws.forms import F64
+from x1_pretrain.money.storage import bytes_per_token
 
 MANIFEST = "manifest.json"
 
@@ -62,10 +63,6 @@ class Data:
         worth = np.array([self.effective(float(d)) for d in drawn])
         rising = np.concatenate([[True], np.diff(worth) > 1e-12 * worth[1:]])
         return drawn[rising], worth[rising]
-
-
-def bytes_per_token(vocab_size: int) -> int:
-    return 2 if vocab_size <= 65_536 else 4
 
 
 def stated(tokens: float, vocab_size: int) -> Data:

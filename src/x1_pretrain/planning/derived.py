@@ -95,12 +95,13 @@ def _mirror(made: Plan) -> Iterator[Derived]:
         return
     rates, hours = planned.rates, float(made.quote.hours)
     data = f" + {planned.corpus_gib:,.1f} GiB of data" if planned.corpus_gib else ""
+    rows = f" + {planned.rows_gib:,.2f} GiB of rows"
     yield Derived(
         "mirror",
         float(made.quote.mirror_usd),
         f"{gate.exact(made.quote.mirror_usd)}",
-        "what is kept x hours x price + one fetch",
-        f"({planned.checkpoints} x {planned.checkpoint_gib:,.2f} GiB{data}) x {hours:,.1f} h x "
+        "what is held x hours x price + one fetch",
+        f"({planned.checkpoints} x {planned.checkpoint_gib:,.2f} GiB{rows}{data}) x {hours:,.1f} h x "
         f"${float(rates.usd_per_gib_month):.4g} a month + {planned.fetched_gib:,.2f} GiB x "
         f"${float(rates.egress_usd_per_gib):.4g}",
         rates.said,

@@ -24,7 +24,16 @@ from x1_pretrain.model.flops import FlopsPerToken, ParameterCounts, flops_per_to
 from x1_pretrain.model.memory import Memory, largest_micro_batch, training_memory
 from x1_pretrain.money import gate
 from x1_pretrain.money.guard import ZERO
-from x1_pretrain.money.storage import CHECKPOINT_BYTES, GIB, Planned, Rates
+from x1_pretrain.money.storage import (
+    CHECKPOINT_BYTES,
+    GIB,
+    Planned,
+    Rates,
+    bytes_per_token,
+    keeps_all,
+    most_made,
+    rows_gib,
+)
 from x1_pretrain.numbers import human
 from x1_pretrain.planning import cadence
 from x1_pretrain.planning.belief import Belief
@@ -38,7 +47,7 @@ from x1_pretrain.planning.choice import (
     size_for,
 )
 from x1_pretrain.planning.cluster import Shared
-from x1_pretrain.planning.data_check import Data, bytes_per_token
+from x1_pretrain.planning.data_check import Data
 
 OFF = (2.0, 4.0, 10.0)  # tokens per parameter wrong by so much
 BUFFER = 0.10  # of the dollars, kept for restarts and for hours that are slower than thought
@@ -296,12 +305,14 @@ class Plan:
 
     @property
     def mirror(self) -> Planned | None:
-        """What is kept in the store, all the time, and one fetch."""
-        asked, disk = self.ask.mirror, self.disk
+        """What is held in the store, all the time, and one fetch."""
+        asked, disk, steps = self.ask.mirror, self.disk, self.recipe.steps
         if asked is None:
             return None
+        held = most_made(self.checkpoint_every, steps) if keeps_all(asked.uri) else self.most_kept
         corpus_gib = disk.corpus_bytes / GIB if asked.data else 0.0
-        return Planned(asked.rates, asked.uri, self.most_kept, disk.checkpoint_bytes / GIB, corpus_gib)
+        each_gib = disk.checkpoint_bytes / GIB
+        return Planned(asked.rates, asked.uri, held, each_gib, rows_gib(steps), corpus_gib)
 
     @cached_property
     def shared(self) -> Shared:

@@ -7,10 +7,12 @@ from datetime import datetime
 from pathlib import Path
 
 from x1_pretrain.errors import UserError
-from x1_pretrain.mirror.state import NAME, MirrorState, read_state
+from x1_pretrain.mirror.state import NAME, PULLED, PULLED_HOME, MirrorState, read_state
+from x1_pretrain.numbers import size
 from x1_pretrain.records.console import duration
 
 SILENT_S = 60.0  # its process looks every few seconds, and writes down what it finds
+SETTLED_S = 60.0  # a folder that was copied on: its files got their times in any order
 
 
 def last_word(folder: Path) -> MirrorState | None:
@@ -30,17 +32,36 @@ def last_word(folder: Path) -> MirrorState | None:
     return found
 
 
+def copied(folder: Path) -> MirrorState | None:
+    """Of a folder that is what `x1 pull` brought, and that nobody trained in since: what was brought."""
+    try:
+        found = last_word(folder)
+    except UserError:
+        return None
+    if found is None or found.why not in (PULLED, PULLED_HOME):
+        return None
+    brought_s, records = (folder / NAME).stat().st_mtime, folder / "events.jsonl"
+    return None if records.exists() and records.stat().st_mtime > brought_s + SETTLED_S else found
+
+
+def as_of(found: MirrorState) -> str:
+    """When a copy was brought: 2026-11-21 15:46 UTC."""
+    return f"{found.updated_utc[:16].replace('T', ' ')} UTC"
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def behind(found: MirrorState, running: bool, now_s: float) -> str:
     """A mirror of a running trainer that says nothing is behind by that time too."""
+    if found.why in (PULLED, PULLED_HOME):
+        return f"this is a copy as of {as_of(found)}"
     silent_s = silence_s(found, now_s) if running else 0.0
     silent_s = silent_s if silent_s > SILENT_S else 0.0
     if not found.lag_bytes:
         return f"no word for {duration(silent_s)}" if silent_s else "all of it"
-    return f"behind by {duration(found.lag_s + silent_s)}, {found.lag_bytes / 2**20:,.2f} MiB"
+    return f"behind by {duration(found.lag_s + silent_s)}, {size(found.lag_bytes)}"
 
 
 def silence_s(found: MirrorState, now_s: float) -> float:

@@ -20,7 +20,7 @@ from x1_pretrain.money import latch
 from x1_pretrain.money.account import Rented, account
 from x1_pretrain.money.ledger import NAME as LEDGER
 from x1_pretrain.money.ledger import read_rows
-from x1_pretrain.records.behind import last_word
+from x1_pretrain.records.behind import as_of, copied, last_word
 from x1_pretrain.records.goodput import Goodput, goodput
 from x1_pretrain.records.run_folder import (
     ENDINGS,
@@ -43,7 +43,7 @@ PACE_ROWS = 64  # training rows that the time left is counted from
 GONE_S = 90.0  # an ended trainer may be relaunched: so long it is waited for
 GOODPUT_S = 60.0  # between two looks at all files, and never more than a 50th of the time
 
-Kind = Literal["waiting", "running", "finished", "stopped", "ended", "died", "silent"]
+Kind = Literal["waiting", "running", "finished", "stopped", "ended", "died", "silent", "copy"]
 
 
 @dataclass(frozen=True)
@@ -294,6 +294,8 @@ class Seen:
             return State("running", f"and told to stop: {stop.reason}" if stop else "")
         if alive:
             return State("waiting", "it is being opened")
+        if (brought := copied(self.run.folder)) is not None:
+            return State("copy", self._elsewhere(brought, stop), over=True)
         if stop:
             return State("stopped", f"by the {stop.by}: {stop.reason}", over=alive is False or quiet > GONE_S)
         if not self.opened:
@@ -307,6 +309,19 @@ class Seen:
         if quiet > SILENT_S:
             return State("silent", "nobody says whether its process lives", over=True)
         return State("running")
+
+    def _elsewhere(self, brought: MirrorState, stop: latch.Stop | None) -> str:
+        """Where a run is that was pulled, and what its records said when it was."""
+        ending, then = self._ending(), ""
+        if stop:
+            then = f", then stopped by the {stop.by}: {stop.reason}"
+        elif ending is not None:
+            then = f", then {ENDINGS[ending['event']]}: {ending.get('message', '')}"
+        run = brought.label
+        return (
+            f"of {run} as of {as_of(brought)}{then}; `x1 runs {run}` says how it stands now, "
+            f"`x1 pull {run} --output {self.run.folder}` fetches what is new"
+        )
 
     def _ending(self) -> Row | None:
         """The last word of a session that nothing followed."""

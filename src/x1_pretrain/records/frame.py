@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -20,7 +21,8 @@ from x1_pretrain.records.run_folder import Row, is_number
 NARROWEST, WIDEST = 60, 200
 LABEL = 12  # columns for the name of a line
 COLORS = {"waiting": "yellow", "running": "green", "finished": "bold green", "stopped": "bold red",
-          "ended": "bold yellow", "died": "bold red", "silent": "bold yellow"}  # fmt: skip
+          "ended": "bold yellow", "died": "bold red", "silent": "bold yellow",
+          "copy": "bold cyan"}  # fmt: skip
 SPARKS, ASCII_SPARKS = "▁▂▃▄▅▆▇█", "_.-=+*%#"
 BAR, ASCII_BAR = ("█", "░"), ("#", ".")
 PART_COLORS = ("green", "cyan", "yellow", "blue", "magenta", "bright_blue", "white", "red", "bright_red",
@@ -100,7 +102,7 @@ def _head(seen: Seen, state: State, now_s: float, width: int, plain: bool) -> li
         lines = [first.append("  " + "  ".join(facts))]
     else:
         lines = [first, Text("  ".join(facts))]
-    lines += [Text(clean(state.why), COLORS[state.kind])] if state.why else []
+    lines += _wrapped("", state.why, width, COLORS[state.kind])
     return [*lines, _bar(seen, width, plain)]
 
 
@@ -317,9 +319,9 @@ def _mirror(seen: Seen, running: bool, now_s: float, width: int) -> list[Text]:
     facts = [behind(found, running, now_s), newest(found), found.label, f"epoch {found.epoch}"]
     said = _pairs("mirror", facts, width)
     if found.trouble:
-        said.append(_labelled("", "").append(clean(found.trouble), "yellow"))
+        said += _wrapped(" " * LABEL, found.trouble, width, "yellow")
     if found.state == "lost":
-        said.append(_labelled("", "").append(f"lost: {clean(found.why)}", "bold red"))
+        said += _wrapped(" " * LABEL, f"lost: {found.why}", width, "bold red")
     return said
 
 
@@ -348,7 +350,7 @@ def _foot(seen: Seen, width: int) -> list[Text]:
         said = f"{name} ({machine.provider}) bills: `x1 guard {seen.run.folder}` is what ends it"
         lines.append(Text(said, "yellow"))
     if seen.trouble:
-        lines.append(Text(clean(seen.trouble), "red"))
+        lines += _wrapped("", seen.trouble, width, "red")
     return [Text(""), *lines] if lines else []
 
 
@@ -372,6 +374,12 @@ def _pairs(name: str, facts: Sequence[str], width: int, colors: Sequence[str] = 
         line.append("  " if len(line) > LABEL else "")
         line.append(clean(fact), colors[number] if colors else "")
     return [*lines, line]
+
+
+def _wrapped(indent: str, text: str, width: int, color: str) -> list[Text]:
+    """What is wrong, to its last word: the cause stands at the end of a line, behind a path."""
+    lines = textwrap.wrap(clean(text), width - len(indent), break_on_hyphens=False)
+    return [Text(indent).append(line, color) for line in lines]
 
 
 def _cut(line: Text, width: int) -> Text:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from x1_pretrain.config import RunConfig, parse_config, parse_yaml
 from x1_pretrain.errors import UserError
+from x1_pretrain.mirror.address import refuse_uri
 from x1_pretrain.money.clock import parse_stamp
 from x1_pretrain.records.formats import check_manifest, refuse_newer
 
@@ -144,6 +145,7 @@ def find_run(text: str, runs: Path = Path("runs")) -> Path:
     for folder in candidates:
         if is_run(folder):
             return folder
+    refuse_uri(text)
     present = next((folder for folder in candidates if folder.exists()), None)
     raise UserError(_not_a_run(present or Path(text), runs))
 

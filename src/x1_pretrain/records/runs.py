@@ -25,6 +25,7 @@ STATES = {  # the states of a summary, as the list says them; the others are sai
     "died": "died",
     "silent": "silent",
     "finished": "finished",
+    "copy": "copy",
 }
 STOPPED_BY = {
     "by the guard": "by its budget",
@@ -79,6 +80,8 @@ class Listed:
             return (
                 f"stopped {STOPPED_BY.get(by, by or 'by its budget')}" if reason else "stopped by its budget"
             )
+        if self.state == "copy":
+            return f"copy {self.why}"
         if self.why and self.state in ("interrupted", "ended", "died"):
             return f"{word} ({_short(self.why)})" if self.state != "ended" else f"ended: {_short(self.why)}"
         return word

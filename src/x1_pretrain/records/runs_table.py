@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from decimal import Decimal
 
 from x1_pretrain.money.guard import dollars
-from x1_pretrain.numbers import compact
+from x1_pretrain.numbers import compact, size
 from x1_pretrain.records.runs import Listed
 
 GAP = "  "
@@ -88,7 +88,7 @@ def cells(one: Listed, runs: Sequence[Listed]) -> list[str]:
         good(one),
         behind(one),
         one.where,
-        "/".join(gib(size) for size in (one.bytes_here, one.bytes_mirror) if size is not None) or "-",
+        "/".join(size(known) for known in (one.bytes_here, one.bytes_mirror) if known is not None) or "-",
         compact(one.tokens) if one.tokens else "-",
         stage(one, runs),
     ]
@@ -138,22 +138,11 @@ def behind(one: Listed) -> str:
     if one.behind is None:
         return "-" if one.where == "mirror" or one.trash_until_utc else "no mirror"
     told = one.behind
-    parts = [gib(told["lag_bytes"])] if told["lag_bytes"] else []
+    parts = [size(told["lag_bytes"])] if told["lag_bytes"] else []
     parts += [f"{told['lag_s']:.0f} s"] if told["lag_bytes"] and told["lag_s"] else []
     parts += [f"{len(told['steps'])} checkpoint{'s' * (len(told['steps']) > 1)}"] if told["steps"] else []
     parts += ["in trouble"] if told["trouble"] else []
     return ", ".join(parts) or ("nothing" if told["lag_bytes"] is not None else "rows not known")
-
-
-def gib(size: int | None) -> str:
-    """1.9 GiB, 12 MiB, 3 KiB"""
-    if size is None:
-        return "-"
-    for unit, bytes_ in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if size >= bytes_:
-            amount = size / bytes_
-            return f"{amount:.1f} {unit}" if amount < 10 else f"{amount:,.0f} {unit}"
-    return f"{size} B"
 
 
 def stage(one: Listed, runs: Sequence[Listed]) -> str:

@@ -20,6 +20,7 @@ from x1_pretrain.money import latch
 from x1_pretrain.money.account import account
 from x1_pretrain.money.ledger import NAME as LEDGER
 from x1_pretrain.money.ledger import read_rows
+from x1_pretrain.records.behind import as_of, copied
 from x1_pretrain.records.following import amount, holder_lives
 from x1_pretrain.records.newest import Newest
 from x1_pretrain.records.run_folder import ENDINGS, SILENT_S, Row, is_number, moment, read_json
@@ -161,6 +162,8 @@ class Summary:
         alive = holder_lives(self.folder, now_s)
         if alive and not (ended and self._leaving(events)):
             return _at_work(opened=course is not None and not ended, stop=stop)
+        if (brought := copied(self.folder)) is not None:
+            return "copy", f"as of {as_of(brought)}"
         if stop:
             return "stopped", f"by the {stop.by}: {stop.reason}"
         if ended:

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from x1_pretrain.numbers import size
 from x1_pretrain.runtime import retention
 
 SCHEMA_VERSION = 1
@@ -90,6 +91,15 @@ def _state_problem(path: Path, manifest: dict[str, Any]) -> str | None:
         if state[key] != manifest[key]:
             return f"state.json has {key} {state[key]}, the manifest {manifest[key]}"
     return None
+
+
+def spike_in(path: Path) -> int | None:
+    """Where the spike began that lasted as this checkpoint was saved: stability.Episode.onset."""
+    try:
+        state = json.loads((path / "state.json").read_bytes())
+        return int(state["stability"]["episode"]["onset"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def _file_problem(file: Path, want: dict[str, Any]) -> str | None:
@@ -168,10 +178,14 @@ def _cleaned_up(temporary: Path) -> Iterator[None]:
 def _require_space(folder: Path, needed_bytes: int) -> None:
     free, needed_bytes = shutil.disk_usage(folder).free, needed_bytes + SAFETY_BYTES
     if free < needed_bytes:
-        raise DiskFullError(
-            f"the disk of {folder} has {free / 2**20:,.1f} MiB free, a checkpoint needs "
-            f"{needed_bytes / 2**20:,.1f} MiB"
-        )
+        needs, has = needs_and_has(needed_bytes, free)
+        raise DiskFullError(f"the disk of {folder} has {has} free, a checkpoint needs {needs}")
+
+
+def needs_and_has(needed: int, free: int) -> tuple[str, str]:
+    """In words, the one rounded up and the other down: what is not enough does not read as if it were."""
+    unit, step = (10 ** max(0, len(str(count)) - 3) for count in (needed, free))
+    return size(-(-needed // unit) * unit), size(free // step * step)
 
 
 def _seal(temporary: Path, step: int, run_id: str) -> None:
@@ -337,11 +351,8 @@ def set_aside(folder: Path) -> list[tuple[Path, int]]:
 def aside_words(folder: Path) -> str:
     """What a person may remove by hand when there is no room; empty where there is nothing."""
     aside = set_aside(folder)
-    total = sum(size for _, size in aside) / 2**20
-    names = ", ".join(path.name for path, _ in aside)
-    return (
-        f"; {names}: {total:,.1f} MiB that were set aside, remove them if you need the room" if aside else ""
-    )
+    names, total = ", ".join(path.name for path, _ in aside), size(sum(count for _, count in aside))
+    return f"; {names}: {total} that were set aside, remove them if you need the room" if aside else ""
 
 
 def size_of(path: Path) -> int:

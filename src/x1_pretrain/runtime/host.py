@@ -21,6 +21,7 @@ from x1_pretrain.runtime.machine_reading import GIB, Looker, Seen, network_mount
 from x1_pretrain.runtime.thresholds import SLOWED_LOOKS, judge
 
 WRITES = 3  # earlier ones that say what is usual
+BRIEF_S, SMALL_BYTES = 1.0, 16 << 20  # a write so short or so small holds nothing up: its rate is chance
 HUNG_LOOKS, HANGS_S = 10, 5.0  # intervals without a look, and at least so long
 
 
@@ -30,16 +31,20 @@ class Writes:
 
     rates: tuple[float, ...] = ()
     gib: float | None = None
+    brief: bool = False  # the newest: no disk is slow that wrote it
 
     def noted(self, size: int, seconds: float) -> Writes:
         if size <= 0 or seconds <= 0:
             return self
-        return Writes((*self.rates, size / 2**20 / seconds)[-20:], size / GIB)
+        brief = seconds < BRIEF_S or size < SMALL_BYTES
+        return Writes((*self.rates, size / 2**20 / seconds)[-20:], size / GIB, brief)
 
     @property
     def ratio(self) -> float | None:
         if len(self.rates) <= WRITES:
             return None
+        if self.brief:
+            return 1.0
         return self.rates[-1] / median(self.rates[:-1])
 
 

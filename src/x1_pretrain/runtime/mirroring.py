@@ -17,7 +17,7 @@ from x1_pretrain.errors import (
     REFUSED,
     UserError,
 )
-from x1_pretrain.mirror.address import parse, same_disk
+from x1_pretrain.mirror.address import parse, run_address, same_disk
 from x1_pretrain.money import storage
 from x1_pretrain.money.standing import endpoint_of
 from x1_pretrain.runtime import checkpoint_files
@@ -28,6 +28,24 @@ from x1_pretrain.runtime.session import Session
 
 FINISH_S = 900.0  # at the end of a run, for what is not mirrored yet, while the store answers
 AT_ONCE_S = 5.0  # over budget, or another writer has the run
+
+
+def resumed_from(text: str, config: RunConfig) -> RunConfig:
+    """The config with the mirror that --resume-from names."""
+    place, name = run_address(text)
+    given = config.mirror.uri
+    if name != config.name:
+        raise UserError(
+            f"--resume-from {text}: names the run {name}, this config's name is {config.name}; give "
+            f"{text.rstrip('/')}/{config.name} if that is a folder of runs, else add --set name={name}"
+        )
+    if given is not None and parse(given) != place:
+        raise UserError(
+            f"--resume-from {text}: the mirror is {given}; a run goes on in one mirror. To move it to "
+            f"another: x1 pull {text}, then x1 train --mirror {given}"
+        )
+    settings = config.mirror.model_copy(update={"uri": str(place)})
+    return config.model_copy(update={"mirror": settings})
 
 
 def publish(mirror: Mirror, config: RunConfig, session: Session, corpora: Mapping[str, Corpus]) -> None:
@@ -56,14 +74,10 @@ def bill(run: Run, mirror: Mirror) -> None:
     """What keeping and fetching cost so far, into the ledger of a run that has one."""
     if run.guard is None:
         return
-    here = checkpoint_files.list_checkpoints(run.config.checkpoint_folder)
-    each = checkpoint_files.size_of(here[0]) if here else 0
-    held, settings = each * max(1, len(mirror.status.mirrored)), run.config.mirror
-    ledger, fetched = run.guard.ledger, mirror.opened.restored_bytes
+    ledger, settings, opened = run.guard.ledger, run.config.mirror, mirror.opened
+    said = storage.Bytes(mirror.status.held_bytes, mirror.status.sent_bytes, opened.restored_bytes)
     try:
-        storage.record(
-            ledger, settings, endpoint_of(settings), mirror.opened.epoch, held, fetched, ledger.clock.now()
-        )
+        storage.record(ledger, settings, endpoint_of(settings), opened.epoch, said, ledger.clock.now())
     except UserError as error:  # a full disk; the next row counts this time too
         run.event("mirror", f"  {error}")
 

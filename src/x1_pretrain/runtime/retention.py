@@ -29,6 +29,12 @@ def kept(
     }
 
 
+def to_go_back_to(steps: Collection[int], onsets: Iterable[int]) -> set[int]:
+    """Of `steps`, the newest before each of the spikes that began at `onsets`: a rewind goes back there."""
+    before = ([step for step in steps if step < onset] for onset in onsets)
+    return {max(found) for found in before if found}
+
+
 def losses_at(rows: Iterable[Mapping[str, Any]]) -> dict[int, float]:
     """Validation loss by step, of rows of metrics; where a step is there twice, the later row's."""
     found: dict[int, float] = {}
@@ -45,4 +51,4 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-__all__ = ["kept", "losses_at"]
+__all__ = ["kept", "losses_at", "to_go_back_to"]

@@ -10,7 +10,7 @@ from x1_pretrain.records.metrics import read_rows
 from x1_pretrain.runtime import checkpoint, checkpoint_files
 from x1_pretrain.runtime.checkpoint import RunState
 from x1_pretrain.runtime.checkpoint_files import CheckpointFailedError, DiskFullError
-from x1_pretrain.runtime.retention import losses_at
+from x1_pretrain.runtime.retention import losses_at, to_go_back_to
 from x1_pretrain.runtime.run import Run
 
 
@@ -93,11 +93,11 @@ def mirrored(run: Run) -> list[int]:
 
 def needed(run: Run) -> list[int]:
     """While a spike lasts the checkpoint to go back to stays here."""
-    episode, steps = run.stability.episode, list[int]()
-    if run.config.stability.policy == "rewind" and episode is not None:
-        there = map(checkpoint_files.step_of, checkpoint_files.list_checkpoints(run.config.checkpoint_folder))
-        steps += sorted(step for step in there if step < episode.onset)[-1:]
-    return steps
+    episode = run.stability.episode
+    if run.config.stability.policy != "rewind" or episode is None:
+        return []
+    there = map(checkpoint_files.step_of, checkpoint_files.list_checkpoints(run.config.checkpoint_folder))
+    return list(to_go_back_to(list(there), [episode.onset]))
 
 
 def make_room(run: Run) -> bool:
