@@ -19,12 +19,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from x1_pretrain.config import MirrorConfig, RunConfig, load_config
-from x1_pretrain.mirror.losing import Timing
 from x1_pretrain.model.flops import flops_per_token, parameter_counts
 from x1_pretrain.model.gpus import kind
 from x1_pretrain.money.gate import ASSUMED_MFU
 from x1_pretrain.money.prices import table as prices
 from x1_pretrain.money.storage import CHECKPOINT_BYTES
+from x1_pretrain.planning.losing import Timing
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 DISK_MB_PER_S = 500.0  # that a checkpoint is written with

@@ -12,10 +12,8 @@ import ast
 import json
 import math
 import os
-import shlex
 import signal
 import subprocess
-import sys
 import sysconfig
 import time
 import warnings
@@ -25,14 +23,13 @@ from typing import Annotated, Any
 
 import typer
 import yaml
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from x1_pretrain.command import run as run_app
 from x1_pretrain.command import single
 from x1_pretrain.config import RunConfig, parse_config
 from x1_pretrain.demo_budget import rented_run
+from x1_pretrain.demo_commands import must, say, start
 from x1_pretrain.demo_law import law
 from x1_pretrain.demo_mirror import moved_run
 from x1_pretrain.errors import INTERRUPTED, UserError
@@ -47,7 +44,6 @@ SPIKE_AT, SPIKE_LINES = 0.7, 8  # of the run; of its post-mortem
 SPIKE_STEPS = 100  # a shorter run does not know yet what is usual, and does not recover
 PARTS = ("rented", "moved", "law")  # that can be left out
 PROMPTS = ["def read(self, ", "import os\n", "Return the "]
-say = Console(highlight=False, soft_wrap=True).print
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -201,14 +197,7 @@ def plan(minutes: float) -> RunConfig:
 
 def x1(*args: str | Path, env: Mapping[str, str] | None = None) -> int:
     """Show a command and run it; `env` is added to its environment."""
-    return _wait(_start(*args, env=env))
-
-
-def _start(*args: str | Path, env: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
-    words = [str(a) for a in args]
-    say(f"\n[bold]$ x1 {escape(shlex.join(words))}[/bold]")
-    command = [sys.executable, "-m", "x1_pretrain.cli", *words]
-    return subprocess.Popen(command, env={**os.environ, **(env or {})})
+    return _wait(start(*args, env=env))
 
 
 def _wait(process: subprocess.Popen[bytes]) -> int:
@@ -221,7 +210,7 @@ def _wait(process: subprocess.Popen[bytes]) -> int:
 
 def train_with_an_interruption(command: list[str | Path], run: Path, at_step: int) -> None:
     """Train; at `at_step` send SIGTERM, as a preempted machine would get it; then the same command again."""
-    process = _start(*command)
+    process = start(*command)
     try:
         while process.poll() is None and _last_step(run) < at_step:
             time.sleep(0.2)
@@ -239,16 +228,11 @@ def train_with_an_interruption(command: list[str | Path], run: Path, at_step: in
             "--[/bold]"
         )
         code = x1(*command)
-    _must(code, "train")
+    must(code, "train")
 
 
 def _last_step(run: Path) -> int:
     return max((row["step"] for row in read_rows(run / "metrics.jsonl")), default=0)
-
-
-def _must(code: int, what: str) -> None:
-    if code:
-        raise UserError(f"demo: `x1 {what}` ended with exit code {code}, see above")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -318,7 +302,7 @@ def main(
 
     say("\n[bold]2. Tokens[/bold]: a vocabulary of 4096 learned from it, then all of it as one flat file")
     tokenize: list[str | Path] = ["tokenize", "--input-dir", text, "--output-dir", corpus]
-    _must(x1(*tokenize, "--tokenizer", "train:4096", "--val-fraction", "0.02", "--workers", "2"), "tokenize")
+    must(x1(*tokenize, "--tokenizer", "train:4096", "--val-fraction", "0.02", "--workers", "2"), "tokenize")
 
     say("\n[bold]3. A plan[/bold]: what fits into the time")
     config = plan(minutes)
@@ -352,9 +336,9 @@ def main(
         law(output / "law", text, x1, minutes / MINUTES)
 
     say("\n[bold]8. Artifacts[/bold]: what to show others, and a reviewer's checks")
-    _must(x1("report", run), "report")
-    _must(x1("export", run, "--output", artifacts), "export")
-    _must(x1("verify", run, "--export", artifacts), "verify")
+    must(x1("report", run), "report")
+    must(x1("export", run, "--output", artifacts), "export")
+    must(x1("verify", run, "--export", artifacts), "verify")
     last_words(output, artifacts, run, time.perf_counter() - begun)
 
 

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.console import Console
 
 from x1_pretrain.config import RunConfig, parse_config
+from x1_pretrain.demo_commands import must, say, start
 from x1_pretrain.errors import UserError
 from x1_pretrain.money import ledger
 from x1_pretrain.records.metrics import read_rows
@@ -33,7 +33,6 @@ SPEED = 60
 TRAINING_S = 30.0  # real seconds that the run would take undisturbed, by a short measurement
 USD_PER_HR = 1.19
 JUMP = 3.0
-say = Console(highlight=False, soft_wrap=True).print
 
 
 def config_tree(run: Path, steps: int) -> dict[str, Any]:
@@ -66,7 +65,7 @@ def rented_run(folder: Path, corpus: Path, seconds_per_step: Any) -> None:
     launch += ["--budget-cap-usd", f"{ceiling:.2f}", "--every-s", "60", "--linger", "1m"]
     launch += ["--tokens-per-sec", f"{config.training.batch_tokens / each_s / SPEED:.0f}"]
     with _alerts() as alerts, _provider(folder, alerts) as environment:
-        _must(_x1(launch, environment), "launch")
+        must(_x1(launch, environment), "launch")
         if not (run / "STOP.json").exists():
             say("   (this machine was faster than measured: the run was over before the price could matter)")
             return
@@ -74,8 +73,8 @@ def rented_run(folder: Path, corpus: Path, seconds_per_step: Any) -> None:
         say("\n[bold]-- stopped below the ceiling, its checkpoint saved, its machine gone: --[/bold]")
         say(f"   {stop['reason']}", markup=False)
         say("[bold]-- a person decides: four times the ceiling, at the new price --[/bold]")
-        _must(_x1([*launch, "--raise-ceiling-to", f"{4 * ceiling:.2f}"], environment), "launch")
-        _must(_x1(["budget", "show", str(run)], environment), "budget show")
+        must(_x1([*launch, "--raise-ceiling-to", f"{4 * ceiling:.2f}"], environment), "launch")
+        must(_x1(["budget", "show", str(run)], environment), "budget show")
     _check(run, config)
 
 
@@ -155,16 +154,10 @@ def _alerts() -> Iterator[str]:
 
 
 def _x1(words: list[str], environment: Mapping[str, str]) -> int:
-    say(f"\n[bold]$ x1 {shlex.join(words)}[/bold]")
-    process = subprocess.Popen([sys.executable, "-m", "x1_pretrain.cli", *words], env=dict(environment))
+    process = start(*words, env=environment)
     try:
         return process.wait()
     except BaseException:
         process.send_signal(signal.SIGTERM)
         process.wait()
         raise
-
-
-def _must(code: int, what: str) -> None:
-    if code:
-        raise UserError(f"demo: `x1 {what}` ended with exit code {code}, see above")

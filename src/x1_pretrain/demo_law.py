@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.console import Console
 
-from x1_pretrain.errors import UserError
+from x1_pretrain.demo_commands import must, say
 from x1_pretrain.laws import sweep
 from x1_pretrain.laws.collect import collect
 from x1_pretrain.laws.fitted import Band, read_fit
@@ -30,7 +29,6 @@ LEAST_SHARE = 0.075  # with less the shortest run has no five steps
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # products this small are slower on two
 
 Command = Callable[..., int]
-say = Console(highlight=False, soft_wrap=True).print
 
 
 def law(folder: Path, text: Path, x1: Command, share: float = 1.0) -> None:
@@ -41,7 +39,7 @@ def law(folder: Path, text: Path, x1: Command, share: float = 1.0) -> None:
     base = folder / "base.yaml"
     base.write_text(yaml.safe_dump(_base(), sort_keys=False), encoding="utf-8")
     tokenizer = f"train:{VOCABULARY}"
-    _must(
+    must(
         x1(
             "tokenize",
             "--input-dir",
@@ -52,12 +50,13 @@ def law(folder: Path, text: Path, x1: Command, share: float = 1.0) -> None:
             tokenizer,
             "--val-fraction",
             0.02,
-        )
+        ),
+        "tokenize",
     )
     shared = ["--base", base, "--data-dir", corpus, "--batch-tokens", BATCH]
     shared += ["--set", f"optimizer.lr={LR}", "--brief"]
     several = ["--sizes", SIZES, "--cooldowns", COOLDOWNS, "--span", SPAN]
-    _must(
+    must(
         x1(
             "isoflop",
             "--flops",
@@ -67,9 +66,10 @@ def law(folder: Path, text: Path, x1: Command, share: float = 1.0) -> None:
             folder,
             *shared,
             env=ONE_THREAD,
-        )
+        ),
+        "isoflop",
     )
-    _must(x1("fit", "--input", runs, "--output", fit, "--n", f"{NEXT_SIZE:g}"))
+    must(x1("fit", "--input", runs, "--output", fit, "--n", f"{NEXT_SIZE:g}"), "fit")
 
     last = sweep.plan(
         {float(f"{share * NEXT_FLOPS:.3g}"): [shape_for(NEXT_SIZE, VOCABULARY, CONTEXT)]}, "true", 1, BATCH
@@ -78,7 +78,7 @@ def law(folder: Path, text: Path, x1: Command, share: float = 1.0) -> None:
     size = f"{human(last.matrices)} parameters on {human(last.tokens)} tokens"
     say(f"\n[bold]Predicted[/bold], before it is trained: {size} will end at {shown(told)} nats")
     one = ["--flops", f"{share * NEXT_FLOPS:.3g}", "--sizes", f"{NEXT_SIZE:g}", "--output", folder / "next"]
-    _must(x1("isoflop", *one, *shared, env=ONE_THREAD))
+    must(x1("isoflop", *one, *shared, env=ONE_THREAD), "isoflop")
     say("\n" + outcome(told, measured(folder / "next")))
 
 
@@ -111,8 +111,3 @@ def _base() -> dict[str, Any]:
         "optimizer": {"warmup_steps": 1, "beta2": 0.98},
         "log": {"every": 1000},
     }
-
-
-def _must(code: int) -> None:
-    if code:
-        raise UserError(f"demo: the last command ended with exit code {code}, see above")

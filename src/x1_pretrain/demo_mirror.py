@@ -6,10 +6,8 @@ A machine is a folder here, and the mirror another one; an object store differs 
 
 from __future__ import annotations
 
-import shlex
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,10 +16,9 @@ from typing import Any
 
 import psutil
 import yaml
-from rich.console import Console
-from rich.markup import escape
 
 from x1_pretrain.config import parse_config
+from x1_pretrain.demo_commands import must, say, start
 from x1_pretrain.errors import UserError
 from x1_pretrain.mirror.head import NAME as HEAD
 from x1_pretrain.mirror.head import decode
@@ -31,7 +28,6 @@ TRAINING_S, LEAST_S = 12.0, 6.0  # that the run would take undisturbed, by a sho
 DIES_AT = 0.5  # of the run
 STALE_S = 3.0  # the shortest there is: the demo waits for it
 NAME = "x1-moved"
-say = Console(highlight=False, soft_wrap=True).print
 
 
 def config_tree(steps: int) -> dict[str, Any]:
@@ -59,7 +55,7 @@ def moved_run(folder: Path, corpus: Path, seconds_per_step: Callable[..., Any], 
     file = folder / "moved.yaml"
     file.write_text(yaml.safe_dump(config_tree(steps), sort_keys=False), encoding="utf-8")
     train: list[str | Path] = ["train", "--config", file]
-    trainer = _start(*train, *_places(one), "--mirror", mirror, "--mirror-data")
+    trainer = start(*train, *_places(one), "--mirror", mirror, "--mirror-data")
     died_at = die(trainer, one / "run", mirror / NAME, steps)
     if died_at is None:
         say("   (this machine was faster than measured: the run was over before its machine could die)")
@@ -67,10 +63,10 @@ def moved_run(folder: Path, corpus: Path, seconds_per_step: Callable[..., Any], 
     shutil.rmtree(one)
     said = f"at step {died_at} trainer and mirror are killed and {one} is deleted, the corpus with it"
     say(f"\n[bold]-- {said} --[/bold]")
-    _must(_waited(_start("runs", mirror)), "runs")
+    must(_waited(start("runs", mirror)), "runs")
     say("\n[bold]-- the same run, on a machine that has nothing but the config: --[/bold]")
-    resumed = _start(*train, *_places(other), "--resume-from", mirror / NAME, "--mirror-data")
-    _must(_waited(resumed), "train")
+    resumed = start(*train, *_places(other), "--resume-from", mirror / NAME, "--mirror-data")
+    must(_waited(resumed), "train")
     say("   " + check(other / "run", steps, died_at), markup=False)
 
 
@@ -91,7 +87,7 @@ def die(trainer: subprocess.Popen[bytes], run: Path, mirrored: Path, steps: int)
     except BaseException:
         kill(trainer)
         raise
-    _must(trainer.returncode, "train")
+    must(trainer.returncode, "train")
     return None
 
 
@@ -149,12 +145,6 @@ def _last_step(run: Path) -> int:
 # The commands
 
 
-def _start(*args: str | Path) -> subprocess.Popen[bytes]:
-    words = [str(a) for a in args]
-    say(f"\n[bold]$ x1 {escape(shlex.join(words))}[/bold]")
-    return subprocess.Popen([sys.executable, "-m", "x1_pretrain.cli", *words])
-
-
 def _waited(process: subprocess.Popen[bytes]) -> int:
     try:
         return process.wait()
@@ -162,8 +152,3 @@ def _waited(process: subprocess.Popen[bytes]) -> int:
         process.terminate()
         process.wait()
         raise
-
-
-def _must(code: int, what: str) -> None:
-    if code:
-        raise UserError(f"demo: `x1 {what}` ended with exit code {code}, see above")

@@ -58,6 +58,14 @@ def size(count: float) -> str:
     return f"{count:.0f} byte{'' if round(count) == 1 else 's'}"
 
 
+def span(seconds: float) -> str:
+    """40 s, 15 min, 7 h, 3 d: from two of a unit on, in that unit."""
+    for unit_s, name in ((86_400, "d"), (3_600, "h"), (60, "min")):
+        if seconds >= 2 * unit_s:
+            return f"{seconds / unit_s:.0f} {name}"
+    return f"{seconds:.0f} s"
+
+
 def interval(low: float, high: float, point: float | None = None, digits: int = 3) -> str:
     """[20.1, 25.3], in the unit of the point where that reads well; else each end with its own unit."""
     unit, name = _unit(high if point is None else point, digits)

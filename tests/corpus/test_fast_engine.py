@@ -32,7 +32,7 @@ def faster() -> Tokenizer:
 
 
 @needs_fastokens
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.text(max_size=80), max_size=5))
 def test_it_gives_what_tiktoken_gives(texts: list[str]) -> None:
     assert faster().engine.name == "fastokens"

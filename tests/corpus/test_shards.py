@@ -42,7 +42,7 @@ def opened(corpus: Path) -> Corpus:
     return open_corpus(corpus)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_documents_of_a_span_are_those_that_overlap_it(opened: Corpus, data: st.DataObject) -> None:
     split = data.draw(st.sampled_from(SPLITS))

@@ -86,7 +86,7 @@ def test_gpt2_is_tiktokens_gpt2(text: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @needs_gpt2
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.text(max_size=200))
 def test_gpt2_agrees_with_tokenizers_and_returns(text: str) -> None:
     ids = gpt2().encode(text)
@@ -94,7 +94,7 @@ def test_gpt2_agrees_with_tokenizers_and_returns(text: str) -> None:
     assert gpt2().decode(ids) == text
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.text(max_size=200))
 def test_a_learned_vocabulary_agrees_with_tokenizers_and_returns(text: str) -> None:
     assert trained().engine.name == "tiktoken"

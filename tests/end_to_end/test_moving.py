@@ -4,16 +4,18 @@ are those of a run that nobody disturbed, and its ledger is one ledger."""
 from __future__ import annotations
 
 import random
+import subprocess
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
 
 import pytest
 from tests.corpora import write_config
-from tests.end_to_end.processes import Training, rows
+from tests.end_to_end.processes import Training, rows, wait_until
 from tests.end_to_end.rehearsal import Rehearsal, rehearsal
 from tests.mirror.s3 import Bucket, serving_apart
 
+from x1_pretrain.mirror.folder_store import FolderStore
+from x1_pretrain.mirror.heads import look
 from x1_pretrain.money.account import account
 from x1_pretrain.money.ledger import read_rows
 
@@ -51,6 +53,19 @@ def here(config: Path, folder: Path) -> Path:
     file = folder / "c.yaml"
     file.write_text(config.read_text() + f"run_dir: {folder}/runs/r\n")
     return file
+
+
+def until_it_published(r: Rehearsal, mirror: Path, moves: int, launched: subprocess.Popen[str]) -> None:
+    """The machine after so many moves has mirrored a checkpoint of its own: of two in a row that did not, the
+    second is not replaced."""
+    began = newest(mirror)
+    wait_until(lambda: len(r.ledger("moved")) == moves and newest(mirror) > began, launched, 120)
+
+
+def newest(mirror: Path) -> int:
+    """The newest checkpoint that the mirror has."""
+    found = look(FolderStore(mirror), "tiny") if mirror.exists() else None
+    return max((one.step for one in found[0].checkpoints), default=-1) if found else -1
 
 
 def test_a_bucket_that_only_the_launcher_has_the_keys_of(
@@ -128,15 +143,17 @@ def test_lost_machines_and_an_undisturbed_run(
     undisturbed: dict[int, float],
 ) -> None:
     """Without a warning, or with SIGTERM ten seconds before; at a random moment of the training."""
-    after_s = random.Random(seed).randint(300, 700)
-    fault: dict[str, Any] = {"kind": kind, "after_s": after_s, "times": times}
-    mirror = str(tmp_path / "mirror")
-    with rehearsal(tmp_path, here(config, tmp_path), corpus, [fault], disks_die=True) as r:
-        code, output = r.end(r.start("--mirror", mirror, "--provider", "fake,fake", ceiling="8"), 300)
+    dice, mirror = random.Random(seed), tmp_path / "mirror"
+    with rehearsal(tmp_path, here(config, tmp_path), corpus, disks_die=True) as r:
+        launched = r.start("--mirror", str(mirror), "--provider", "fake,fake", ceiling="8")
+        for machine in range(times):
+            until_it_published(r, mirror, machine, launched)
+            r.fake.fault(kind, machine=f"pod-{machine + 1:04d}-*", after_s=dice.randint(0, 60))
+        code, output = r.end(launched, 300)
         assert code == 0, output + r.machine_log()
         moved = r.ledger("moved")
-        assert 1 <= len(moved) <= times, output + r.machine_log()  # a fast machine is done before the second
+        assert len(moved) == times, output + r.machine_log()
         assert output.count("goes on from step") == len(moved)
-        run = pulled(r, mirror)
+        run = pulled(r, str(mirror))
         settled(r, run, undisturbed, len(moved) + 1)
         assert all(row["down_s"] > 0 for row in moved)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ from tests.mirror.run_folders import Driven, RunFolder
 from tests.mirror.s3 import Bucket
 
 from x1_pretrain.mirror.address import parse
+from x1_pretrain.mirror.folder_store import FolderStore
 from x1_pretrain.mirror.head import Head
 from x1_pretrain.mirror.heads import look
 from x1_pretrain.mirror.opened import open_store
@@ -66,11 +68,23 @@ class Trainer:
 
     def kill(self) -> None:
         """All of it at once, if it is still there, also what was stopped or outlives its trainer."""
+        if self.training.process.poll() is None:
+            for one in self.all_of_it():  # its guardian too: stopped, it would hold the pipe open
+                one.kill()
         for one in psutil.process_iter(["cmdline"]):
             if {"x1_pretrain.mirror.worker", str(self.run)} <= set(one.info["cmdline"] or []):
                 one.kill()
         if self.training.process.poll() is None:
             self.training.kill()
+
+
+def suspend(mirror: str, processes: list[psutil.Process]) -> None:
+    """All of them, none while it holds the store's lock: nobody gets past a stopped holder of it."""
+    with FolderStore(mirror)._locked("tiny/head.json"):
+        for one in processes:
+            one.suspend()
+        while any(one.status() != psutil.STATUS_STOPPED for one in processes):
+            time.sleep(0.001)
 
 
 Start = Callable[..., Trainer]
@@ -211,8 +225,7 @@ def test_a_machine_that_was_stopped_comes_back_and_gives_way(
         first = trainer(tmp_path / "a" / "run", config, mirror)
         first.trains(2 * EVERY + 5)
         processes = first.all_of_it()
-        for one in processes:
-            one.suspend()
+        suspend(mirror, processes)
         second = trainer(tmp_path / "b" / "run", config, mirror)
         code, output = second.end()
         assert code == 0, output
@@ -247,7 +260,7 @@ def test_a_mirror_that_was_stopped_ends_its_trainer(tmp_path: Path, trainer: Sta
         try:
             first.trains(2 * EVERY + 5)
             (process,) = first.mirror()
-            process.suspend()
+            suspend(mirror, [process])
             second = trainer(tmp_path / "b" / "run", config, mirror)
             takes_over(second)
             process.resume()

@@ -70,7 +70,7 @@ def test_the_optimum_of_a_small_budget() -> None:
 
 
 @given(laws, st.floats(16, 26))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_the_optimum_is_the_least_loss_on_its_budget(law: Law, log_flops: float) -> None:
     flops = 10**log_flops
     n, d = forms.optimum(law, flops)
@@ -82,7 +82,7 @@ def test_the_optimum_is_the_least_loss_on_its_budget(law: Law, log_flops: float)
 
 
 @given(laws, st.floats(16, 26))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_the_flops_to_reach_a_loss_reach_it(law: Law, log_flops: float) -> None:
     least = float(forms.loss(law, *forms.optimum(law, 10**log_flops)))
     assert forms.flops_to_reach(law, least) == pytest.approx(10**log_flops, rel=1e-4)

@@ -211,14 +211,14 @@ def random_truth(seed: int) -> tuple[Law, Floats, Floats]:
 
 
 @given(SEED)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_exact_losses_give_the_law_back(seed: int) -> None:
     law, n, d = random_truth(seed)
     assert solver.estimate(measured(n, d, law)).law == pytest.approx(law, rel=1e-6)
 
 
 @given(SEED)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_noisy_losses_give_it_within_their_error(seed: int) -> None:
     """The error to be expected is the noise through the Jacobian at the truth; Huber's, with a bend inside
     the noise, is up to sqrt(pi / 2) of that."""
@@ -236,7 +236,7 @@ def test_noisy_losses_give_it_within_their_error(seed: int) -> None:
 
 
 @given(SEED, st.floats(-9, 9), st.floats(-12, 12))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_units_change_the_two_scales_and_nothing_else(seed: int, n_unit: float, d_unit: float) -> None:
     law, n, d = random_truth(seed)
     plain = measured(n, d, law, noise=0.003, seed=seed)
@@ -251,7 +251,7 @@ def test_units_change_the_two_scales_and_nothing_else(seed: int, n_unit: float, 
 
 
 @given(SEED)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_the_order_of_the_rows_is_irrelevant(seed: int) -> None:
     p = cloud(30, seed=seed)
     shuffled = np.random.default_rng(seed).permutation(30)
@@ -262,7 +262,7 @@ def test_the_order_of_the_rows_is_irrelevant(seed: int) -> None:
 
 
 @given(SEED)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_a_weight_of_two_is_the_row_twice(seed: int) -> None:
     p = cloud(30, seed=seed)
     weights = np.random.default_rng(seed).integers(1, 4, 30)

@@ -417,7 +417,7 @@ usual = st.tuples(st.floats(0.5, 12.0), st.floats(1e-3, 1e3))
 series = st.lists(st.one_of(usual, st.tuples(anything, anything.map(abs))), max_size=60)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     rows=series,
     policy=st.sampled_from(POLICIES),
@@ -458,7 +458,7 @@ def test_always(
         assert State.from_json(json.loads(json.dumps(state.to_json()))) == state
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(steps=st.integers(0, 400), window=st.integers(16, 64), seed=st.integers(0, 9))
 def test_windows_hold_the_latest_steps(steps: int, window: int, seed: int) -> None:
     rows = quiet(steps, seed)

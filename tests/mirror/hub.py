@@ -85,6 +85,7 @@ class Hub:
     parts: dict[tuple[str, int], bytes] = field(default_factory=dict)
     part_bytes: int | None = None  # uploads come in parts of this size
     commits_left: int | None = None  # then 429, until set anew
+    ranges: bool = True  # else the whole of it is sent for a part, as some proxies do
     requests: list[str] = field(default_factory=list)
     lock: threading.RLock = field(default_factory=threading.RLock)
     counter: Iterator[int] = field(default_factory=itertools.count)
@@ -256,7 +257,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _ranged(self, data: bytes, headers: dict[str, str]) -> tuple[int, dict[str, str], bytes]:
         found = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        if not found:
+        if not (found and self.hub.ranges):
             return 200, headers, data
         start, end = int(found[1]), min(int(found[2]) + 1, len(data))
         if start >= len(data):

@@ -23,12 +23,15 @@ def mirror_run(
     steps: tuple[int, ...] = (20, 42),
     who: Writer | None = None,
     status: dict[str, Any] | None = None,
+    earlier: tuple[tuple[int, str], ...] = (),
 ) -> Head:
-    """A run in `store`, its last writer `who`, with checkpoints of a few bytes."""
+    """A run in `store`, its last writer `who`, with checkpoints of a few bytes. `earlier`: the epochs and
+    tokens of the writers before."""
     who = who or writer(why="finished")
     told = {"state": "finished", "step": 42, "total_steps": 42, "tokens": 2688, "stage": "pretrain"}
     told |= {"spent_usd": "24.80", "elapsed_s": 75_600.0, "val_loss": 2.1214, "updated_utc": SINCE}
-    head = Head(name, who, run_id, epochs=[Epoch(who.epoch, who.token, who.host, SINCE)])
+    writers = [*earlier, (who.epoch, who.token)]
+    head = Head(name, who, run_id, epochs=[Epoch(epoch, token, who.host, SINCE) for epoch, token in writers])
     row = b'{"step": 42}\n'
     piece = f"{who.space}/records/metrics.jsonl/000000000000-0000000013"
     store.put(f"{name}/{piece}", row)

@@ -64,7 +64,7 @@ def test_it_comes_back_as_it_was(run: Mirrored, tmp_path: Path) -> None:
     assert said[0].startswith("fetching the checkpoint of step 100: 0 bytes of 60.1 kB")
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     sizes=st.lists(st.integers(0, 5000), min_size=1, max_size=4),
     chunk=st.sampled_from([1, 7, 1000, 4096]),
@@ -192,6 +192,22 @@ def test_an_object_that_is_gone_or_another(run: Mirrored, tmp_path: Path, name: 
     run.store.put(run.key(one, name), b"{" + kept[1:-1] + b" ")
     with pytest.raises(UnusableError, match="does not match its hash"):
         fetch_checkpoint(run.store, run.name, one, tmp_path / "here", quiet)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 0.5])
+def test_an_object_that_became_shorter_is_not_waited_for(
+    s3: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: float
+) -> None:
+    """A bucket says 416 or breaks off, as one does that is in trouble."""
+    run = Mirrored(open_store(parse(f"s3://{s3.bucket}/runs"), None), tmp_path / "originals")
+    one = run.checkpoint(100)
+    key = run.key(one, "model.safetensors")
+    data = run.store.get(key)[0]
+    run.store.put(key, data[: int(kept * len(data))] if kept < 1 else data[:-1])
+    began = time.monotonic()
+    with pytest.raises(UnusableError, match=r"model\.safetensors has .* bytes in the mirror, not 20,"):
+        fetch_checkpoint(run.store, run.name, one, tmp_path / "here", quiet)
+    assert time.monotonic() - began < 20  # and not the time for which a store may be away
 
 
 @pytest.mark.parametrize("name", ["../evil", "/evil", ".hidden", "a/b", "", "manifest.json"])

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from huggingface_hub import get_session
 
 from tests.mirror.hub import LARGE, RUNS, Hub, opened
 from tests.mirror.proxy import FaultyProxy
@@ -78,6 +79,26 @@ def test_out_of_commits_is_said_at_once_and_nothing_is_lost(store: HubStore, hub
     hub.commits_left = None
     store.create("run/head.json", b"{}")
     assert hub.files() == {"run/rows": b"rows", "run/head.json": b"{}"}
+
+
+def test_a_part_of_a_large_file_is_not_the_whole_of_it(
+    store: HubStore, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of several lanes would hold all of it in memory."""
+    store.put_stream("large", [LARGE], len(LARGE))
+    store.close()
+    monkeypatch.setattr(hub, "ranges", False)
+    assert store.read("large", 5, len(LARGE) - 5) == LARGE[5:-5]
+    with pytest.raises(DeniedError, match=r"runs/large: the whole of it was sent for a part"):
+        store.read("large", 5, 1000)
+
+
+def test_a_second_mirror_leaves_the_requests_of_the_first_alone(store: HubStore, hub: Hub) -> None:
+    session = get_session()
+    opened(hub)
+    assert get_session() is session
+    opened(hub, timeout_s=7.0)
+    assert get_session() is not session
 
 
 def test_a_short_rate_limit_is_waited_for(store: HubStore, hub: Hub) -> None:

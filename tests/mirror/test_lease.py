@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from x1_pretrain.errors import RefusedError
 from x1_pretrain.mirror.claim import UNSAID
 from x1_pretrain.mirror.head import Head, Published, Writer, encode
 from x1_pretrain.mirror.heads import look, silence_s
+from x1_pretrain.mirror.keeper import Keeper
 from x1_pretrain.mirror.lease import LostError
 from x1_pretrain.mirror.store import DeniedError, NotThereError, UnreachableError
 
@@ -369,6 +371,14 @@ def test_nothing_is_published_after_it_was_given_back(world):
     lease.release("finished")
     with pytest.raises(AssertionError):
         lease.publish(lease.head)
+
+
+def test_no_sign_of_life_after_it_was_given_back(world):
+    lease = world.claim(replace(A, stale_s=0.04))
+    keeper = Keeper(lease, clock=iter(range(6)).__next__, asleep=lambda: lease.release("over"))
+    with suppress(StopIteration):  # time ends
+        keeper._keep()
+    assert world.head().writer.state == "released"
 
 
 # --- a store that can't keep two writers apart

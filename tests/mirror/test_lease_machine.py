@@ -260,7 +260,6 @@ def others(head: Head, own: str) -> list[str]:
 QUICK = settings(
     max_examples=120,
     stateful_step_count=30,
-    deadline=None,
     report_multiple_bugs=False,
     suppress_health_check=list(HealthCheck),
 )

@@ -50,7 +50,7 @@ def published(train: int, write: int, send: int, look: int, phase: int) -> Itera
                 due = now + look
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 60), st.integers(0, 5), st.integers(1, 150), st.integers(1, 20), st.data())
 def test_nothing_more_is_lost_than_the_formula_says_and_it_is_nearly_reached(
     train: int, write: int, send: int, look: int, data: st.DataObject

@@ -233,11 +233,33 @@ def test_nothing_shows_the_credentials(canned: Canned, store: ObjectStore) -> No
 # Other stores
 
 
-def test_google_swaps_by_generation(canned: Canned) -> None:
+def google(canned: Canned) -> ObjectStore:
     limits = {"client_options": {"allow_http": True}, "retry_config": {"max_retries": 0}}
     config = {"base_url": canned.url, "bearer_token": "t"}
     client = GCSStore("bucket", prefix="runs", config=config, **limits)
-    store = ObjectStore(parse("gs://bucket/runs"), client, lambda _: client, None)
+    return ObjectStore(parse("gs://bucket/runs"), client, lambda _: client, None)
+
+
+def test_google_takes_one_write_a_second_of_an_object(canned: Canned, store: ObjectStore) -> None:
+    assert google(canned).every_s_at_least == 1.0
+    assert store.every_s_at_least == 0.0
+
+
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_a_key_that_is_refused_keeps_no_other(canned: Canned, store: ObjectStore, scheme: str) -> None:
+    canned.say(501, code="NotImplemented", on="POST")
+    store = google(canned) if scheme == "gs" else store
+    for key in "abcd":
+        store.put(key, b"1")
+    canned.say(403, code="AccessDenied", on="DELETE", path="/a")
+    canned.say(403, code="AccessDenied", on="DELETE", path="/c")
+    with pytest.raises(DeniedError, match=r"runs/a: .*may not do that"):
+        store.delete([*"abcd", "none"])
+    assert sorted(path.rpartition("/")[2] for path in canned.objects) == ["a", "c"]
+
+
+def test_google_swaps_by_generation(canned: Canned) -> None:
+    store = google(canned)
     etag = store.create("h", b"1")
     assert etag == store.stat("h").etag == store.get("h")[1].etag == "1001"
     with pytest.raises(ChangedError):

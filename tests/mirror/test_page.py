@@ -58,5 +58,14 @@ def test_the_policy_is_json() -> None:
     assert json.loads(rule.group(1))["Rules"][0]["AbortIncompleteMultipartUpload"]["DaysAfterInitiation"] > 0
 
 
+def test_the_map_of_the_room_names_each_file_and_no_other() -> None:
+    room = ROOT / "src" / "x1_pretrain" / "mirror"
+    files = {file.stem for file in room.glob("*.py")} - {"__init__"}
+    told = (room / "__init__.py").read_text(encoding="utf-8").split("\n\n")[2]
+    words = set(re.findall(r"\w+", told))
+    assert files - words == set()
+    assert {word for word in words if "_" in word} - files == set()
+
+
 def test_its_verbs_exist() -> None:
     assert set(re.findall(r"(?:^ {4}|`)x1 ([a-z]+)", PAGE, re.M)) <= {*VERBS, "demo"}

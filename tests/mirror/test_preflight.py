@@ -164,6 +164,14 @@ def test_credentials_that_may_not_delete(s3: Bucket, proxy: FaultyProxy) -> None
     refused(open_store(parse(f"s3://{s3.bucket}/runs"), None, 0), "allow deleting")
 
 
+def test_a_store_that_knows_no_deletion_of_many(s3: Bucket) -> None:
+    with Canned() as server:
+        server.say(501, code="NotImplemented", on="POST")
+        store = open_store(parse(f"s3://{s3.bucket}/runs"), server.url, 0)
+        preflight(store, "x1-50m", without_lease=False)
+        assert server.objects == {}
+
+
 def test_the_wrong_region(s3: Bucket) -> None:
     with Canned() as server:
         server.say(301, "PermanentRedirect", headers={"x-amz-bucket-region": "eu-west-3"})
@@ -201,7 +209,7 @@ def plain(s3: Bucket) -> Iterator[Canned]:
 def test_a_store_without_conditional_writes(plain: Canned, how: str) -> None:
     plain.conditional = how
     store = open_store(parse("s3://bucket/runs"), plain.url, 0)
-    refused(store, r"can't keep two writers apart .*set mirror.without_lease if nothing else will ever train")
+    refused(store, r"can't keep two writers apart .*mirror.without_lease: true if nothing else will")
     store = open_store(parse("s3://bucket/runs"), plain.url, 0)
     preflight(store, "x1-50m", without_lease=True)
     assert not store.conditional

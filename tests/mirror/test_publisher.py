@@ -149,6 +149,25 @@ def test_files_that_an_earlier_checkpoint_has_are_copied(run: RunFolder, store: 
     assert not any("tokenizer" in key for key in sent)
 
 
+def test_what_a_store_does_not_copy_is_sent(run: RunFolder, store: ModelStore) -> None:
+    run.save(10)
+    session = Session(run, store)
+    session.settle()
+    run.save(20)
+    store.faults.append(Fault("denied", on="copy", times=10**6))
+    check_checkpoint(store, session.settle(), 20)
+
+
+def test_a_checkpoint_that_could_not_come_back_is_not_sent(run: RunFolder, store: ModelStore) -> None:
+    folder = run.save(10)
+    manifest = folder / "manifest.json"
+    tree = json.loads(manifest.read_text())
+    shutil.copy(folder / "tokenizer.json", folder / ".hidden")
+    tree["files"][".hidden"] = tree["files"]["tokenizer.json"]
+    manifest.write_text(json.dumps(tree))
+    assert Session(run, store).settle().checkpoints == []
+
+
 def test_retention_drops_from_the_head_first_and_deletes_after(run: RunFolder, store: ModelStore) -> None:
     session = Session(run, store, keep_last=2, keep_every=20)
     for step in (10, 20, 30, 40, 50):
@@ -368,11 +387,29 @@ def test_a_look_that_works_is_not_all_well_while_checkpoints_are_refused(
         told.append(looks.look())
     assert [one.told is not None for one in told].count(True) == 1
     assert "no room" in told[-2].status.trouble
+    assert looks.troubled_s() >= 120  # whatever else arrives
     store.before = lambda op, key: None
     gate.release()
     session.publisher.wait(20)
     over = [looks.look() for _ in range(4) if session.publisher.wait(20) is None]
     assert any(one.told and "again" in one.told for one in over)
+    assert looks.troubled_s() == 0
+
+
+def test_a_slow_line_on_which_something_arrives_is_no_trouble(run: RunFolder, store: ModelStore) -> None:
+    run.save(10)
+    session, clock = Session(run, store), Clock()
+    looks = Looks(session.publisher, Outage(1000.0), 15.0, clock.steady)
+    store.faults.append(Fault("fail", on="put_stream", key="model"))
+    store.faults.append(Fault("fail", on="put", key="step-000000010/manifest"))
+    looks.look()
+    session.publisher.wait(20)
+    assert looks.look().failed
+    clock.t += 1000  # the next try has been under way for long
+    assert looks.troubled_s() == 0
+    session.publisher.wait(20)
+    assert looks.look().failed
+    assert looks.troubled_s() == 0  # the model did arrive
 
 
 def test_there_is_a_pause_after_a_look_that_failed(run: RunFolder, store: ModelStore) -> None:
@@ -631,6 +668,7 @@ def test_what_earlier_sessions_left_is_removed_and_only_that(run: RunFolder, sto
     store.put(f"tiny/{space}/records/steps.jsonl/000000000000-0000000001-00000000", b"x")
     store.put(f"tiny/lost/{space}/steps.jsonl", b"kept apart")
     store.put("tiny-2/e0001-00000000/files/config.yaml", b"of another run")
+    store.put("tiny/e0001-00000000/files/config.yaml", b"of one of this name that has no head any more")
     second = Session(run, store, from_step=10)
     second.settle()
     store.put(f"tiny/{second.publisher.space}/checkpoints/step-000000030/model.safetensors", b"on its way")
@@ -945,7 +983,6 @@ TestAnyTrainer = AnyTrainer.TestCase
 TestAnyTrainer.settings = settings(
     max_examples=12,
     stateful_step_count=25,
-    deadline=None,
     phases=[Phase.generate],
     suppress_health_check=list(HealthCheck),
 )

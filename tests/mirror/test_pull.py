@@ -143,17 +143,30 @@ def test_only_the_model(run: Mirrored, tmp_path: Path, capsys: pytest.CaptureFix
     assert (tmp_path / "other" / "thesis.txt").exists()
 
 
+def test_a_model_whose_last_step_was_killed(
+    run: Mirrored, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert pull("mirror/tiny", "--only", "final", capsys=capsys)[0] == 0
+    before = tmp_path / ".pulling-tiny-final" / "before"
+    before.mkdir(parents=True)
+    (before / "model.safetensors").write_bytes(b"older")
+    code, told = pull("mirror/tiny", "--only", "final", capsys=capsys)
+    assert code == 0, told
+    assert content(tmp_path / "tiny-final") == model_of(run.originals / "step-000000200")
+    assert not list(tmp_path.glob(".pulling*"))
+
+
 @pytest.mark.slow
 def test_a_damaged_newest_is_skipped(
     run: Mirrored, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run.store.delete([run.key(run.published[-1], "optimizer.safetensors")])
+    run.store.delete([run.key(run.published[-1], "model.safetensors")])
     for only in ([], ["--only", "final"]):
         code, told = pull("mirror/tiny", *only, "--output", f"o{len(only)}", capsys=capsys)
         assert code == 0, told
-        assert "skipped the checkpoint of step 200: optimizer.safetensors is not in the mirror" in told
+        assert "skipped the checkpoint of step 200: model.safetensors is not in the mirror" in told
     assert verify_folder(tmp_path / "o0" / "checkpoints" / "step-000000100") is None
-    assert content(tmp_path / "o2") == content(run.originals / "step-000000100")
+    assert content(tmp_path / "o2") == model_of(run.originals / "step-000000100")
 
 
 def test_what_is_refused(run: Mirrored, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -84,6 +85,29 @@ def test_a_mirror_that_is_further_on_is_refused(
     assert said.count("\n") == 1
 
 
+def test_rows_that_were_cut_out_here_come_back_and_stay_there(
+    run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mirror, metrics, ledger = tmp_path / "mirror", run.folder / "metrics.jsonl", run.folder / "ledger.jsonl"
+    ledger.write_text("".join(f'{{"seq": {n}, "event": "reading", "usd": "{n}"}}\n' for n in (1, 2, 3)))
+    assert push(run, mirror) == 0
+    whole, paid = metrics.read_bytes(), ledger.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    metrics.write_bytes(b"".join(lines[:3] + lines[6:]))
+    ledger.write_bytes(paid.splitlines(keepends=True)[0])
+    capsys.readouterr()
+    assert push(run, mirror) == 0
+    said = capsys.readouterr().err
+    assert "metrics.jsonl: 3 rows that were missing here, from the mirror" in said
+    assert "ledger.jsonl: 2 rows from the mirror" in said
+    assert (metrics.read_bytes(), ledger.read_bytes()) == (whole, paid)
+    store = open_store(parse(str(mirror)), None)
+    found = look(store, "tiny")
+    assert found is not None
+    assert record(store, found[0], "metrics.jsonl") == whole
+    assert set(found[0].records) == {"events.jsonl", "ledger.jsonl", "metrics.jsonl", "steps.jsonl"}
+
+
 def test_another_run_of_the_name_is_refused(
     run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -136,6 +160,31 @@ def test_a_store_that_stays_away_ends_it_with_what_is_left(
     found = look(store, "tiny")
     assert found is not None
     assert found[0].writer.state == "released"
+
+
+def test_a_push_that_can_not_begin_gives_the_run_back(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(push_command, "write_state", full)
+    store, opened = ModelStore(Clock()), open_run(run.folder)
+    job = push_command.job_of(opened, "model://runs", None, False, None)
+    with pytest.raises(OSError, match="No space left"):
+        push_command.send(opened, job, store, print)
+    found = look(store, "tiny")
+    assert found is not None
+    assert found[0].writer.state == "released"
+    assert found[0].checkpoints == []
+
+
+def test_the_store_is_closed_at_the_end(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, closed = ModelStore(Clock()), []
+    monkeypatch.setattr(store, "close", lambda: closed.append(1))
+    monkeypatch.setattr(push_command, "open_store", lambda *_: store)
+    assert push(run, run.folder.parent / "mirror") == 0
+    assert closed == [1]
 
 
 @pytest.mark.slow

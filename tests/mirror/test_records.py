@@ -45,7 +45,7 @@ acts = st.one_of(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(acts, max_size=25))
 def test_the_pieces_are_the_complete_lines_whatever_happens_to_the_file(
     todo: list[tuple[str, int, int]],

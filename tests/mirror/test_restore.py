@@ -370,7 +370,7 @@ def test_events_that_a_hand_changed_come_back(run: Mirrored, tmp_path: Path) -> 
 lines = st.lists(st.integers(0, 12).map(lambda step: row(step)), max_size=8)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(lines, lines, lines)
 def test_no_row_is_lost_in_mending(theirs: list[bytes], ours: list[bytes], moved: list[bytes]) -> None:
     mirrored, local, aside = (b"".join(one) for one in (theirs, ours, moved))
@@ -619,7 +619,7 @@ def test_a_ledger_line_that_is_no_row(run: Mirrored, tmp_path: Path) -> None:
 amounts = st.lists(st.integers(0, 3), max_size=6)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(shared=amounts, theirs=amounts, ours=amounts)
 def test_any_two_ledgers(shared: list[int], theirs: list[int], ours: list[int]) -> None:
     """Rows told apart by more than their number, as real ones are by their time."""
@@ -638,7 +638,7 @@ def test_any_two_ledgers(shared: list[int], theirs: list[int], ours: list[int]) 
     assert merged_ledger(merged, other).count(b"\n") == merged.count(b"\n")
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(st.sampled_from([b"a\n", b"bb\n", b"c\n"])), st.lists(st.sampled_from([b"a\n", b"bb\n", b"b\n"]))
 )

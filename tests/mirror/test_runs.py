@@ -22,12 +22,14 @@ from tests.mirror.proxy import FaultyProxy
 from tests.mirror.s3 import Bucket
 from tests.records.builder import RUN_ID, build_run, event, write_lines
 from x1_pretrain.command import run as run_app
+from x1_pretrain.mirror import listing
 from x1_pretrain.mirror.address import parse
 from x1_pretrain.mirror.folder_store import FolderStore
 from x1_pretrain.mirror.heads import look
 from x1_pretrain.mirror.opened import open_store
 from x1_pretrain.mirror.runs_command import app
 from x1_pretrain.mirror.state import PULLED, MirrorState, write_state
+from x1_pretrain.mirror.store import Store
 from x1_pretrain.numbers import size
 from x1_pretrain.records import runs_table, trash
 from x1_pretrain.records.runs import Listed
@@ -286,6 +288,43 @@ def test_a_broken_run_is_listed_and_said(x1: X1) -> None:
     said = x1("--json")
     assert [one["name"] for one in said.runs] == ["tiny"]
     assert "runs/tiny/manifest.json: not valid JSON" in said.err
+
+
+def test_a_run_of_a_newer_x1_hides_no_other(x1: X1, disk: FolderStore) -> None:
+    both(disk)
+    newer = begun("newer", run_id="newer-1", mirror__uri=disk.label)
+    (newer / "mirror.json").write_text(json.dumps({"schema_version": 99, "kind": "mirror-state"}))
+    said = x1("--json")
+    assert (said.code, {one["name"] for one in said.runs}) == (0, {"tiny", "newer"})
+    assert said.err.count("runs/newer/mirror.json: schema version 99") == 1
+
+
+def test_an_unforeseen_error_of_one_run_is_a_line(
+    x1: X1, disk: FolderStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mirror_run(disk, "odd", "odd-1")
+    mirror_run(disk, "tiny", RUN_ID)
+
+    def found(store: Store, name: str, *rest: Any) -> Listed:
+        return listing_of(store, name, *rest) if name == "tiny" else {}[name]  # type: ignore[no-any-return]
+
+    listing_of = listing.of_head
+    monkeypatch.setattr(listing, "of_head", found)
+    started = time.monotonic()
+    said = x1(disk.label, "--json")
+    assert [one["name"] for one in said.runs] == ["tiny"]
+    assert said.err == f"x1: {disk.label}: KeyError: 'odd'\n"
+    assert time.monotonic() - started < listing.PATIENCE_S / 2
+
+
+@pytest.mark.parametrize("spent", ["some", 24.9, None, {"usd": 3}])
+def test_what_the_mirror_says_was_spent_may_be_no_amount(x1: X1, disk: FolderStore, spent: Any) -> None:
+    both(disk, "tiny")
+    mirror_run(disk, "tiny", RUN_ID, status={"spent_usd": spent})
+    mirror_run(disk, "alone", "alone-1", status={"spent_usd": spent})
+    assert x1().code == 0
+    assert {one["name"] for one in x1("--json").runs} == {"tiny", "alone"}
+    assert x1(disk.label).code == 0
 
 
 def test_the_run_itself_can_be_named(x1: X1, disk: FolderStore) -> None:
@@ -839,6 +878,17 @@ def test_gc_killed_at_any_time_is_finished_by_the_next(
     assert x1("gc", "--yes", "--older-than", "0s").code == 0
     assert list(Path("runs/.trash").iterdir()) == []
     assert list((elsewhere.parent / ".trash").iterdir()) == []
+
+
+def test_gc_without_the_stores_clock_says_so(
+    x1: X1, disk: FolderStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A key that may not write can't ask what time it is there."""
+    mirror_run(disk)
+    monkeypatch.setattr(FolderStore, "now", lambda self: None)
+    said = x1("gc", "--mirror", disk.label)
+    assert said.code == 1
+    assert f"x1: {disk.label}: does not say what time it is there" in said.err
 
 
 @pytest.mark.parametrize("text", ["7", "x", "-1d", "1w"])

@@ -66,8 +66,8 @@ def throw(store: Store, name: str = "tiny", now: datetime = NOW) -> str:
     return trash.throw_away(store, found[0], found[1].etag, now, "desk")
 
 
-def claim(store: Store, who: str = "other") -> Lease:
-    me = Me("tiny", who, "gpu-8", 1)
+def claim(store: Store, who: str = "other", name: str = "tiny") -> Lease:
+    me = Me(name, who, "gpu-8", 1)
     return Lease.claim(
         store, me, sleep=lambda _: None, steady=lambda: 0.0, now_utc=lambda: "2026-11-21T13:00:00Z", say=print
     )
@@ -245,7 +245,8 @@ def test_an_entry_without_its_objects_is_not_restored(folder: FolderStore) -> No
 
 
 def test_left_behind_is_what_nobody_names(folder: FolderStore) -> None:
-    head = mirror_run(folder, who=writer(epoch=3, token="cccc3333", state="writing"))
+    before = ((1, "aaaa1111"), (2, "bbbb2222"))
+    head = mirror_run(folder, who=writer(epoch=3, token="cccc3333", state="writing"), earlier=before)
     named = keys(folder)
     left = {
         "tiny/e0001-aaaa1111/checkpoints/step-000000020/model.safetensors",  # a dropped one, not deleted
@@ -254,6 +255,7 @@ def test_left_behind_is_what_nobody_names(folder: FolderStore) -> None:
     stays = {
         "tiny/e0003-cccc3333/checkpoints/step-000000050/model.safetensors",  # on its way, perhaps
         "tiny/e0004-dddd4444/files/config.yaml",  # of one that is about to take over
+        "tiny/e0001-eeee5555/files/config.yaml",  # of a run of this name whose head somebody removed
         "tiny/lost/e0002-bbbb2222/metrics.jsonl",  # rows that were set apart
         "data/ffff/train.bin",
         "notes.txt",
@@ -291,9 +293,22 @@ def test_a_damaged_head_or_entry_is_a_line_and_nothing_of_it_goes(folder: Folder
     assert before <= keys(folder)
 
 
+def test_a_copy_made_by_hand_is_no_word_on_the_run_itself(folder: FolderStore) -> None:
+    """Its head is that of an earlier day: it lacks what the run published since."""
+    copied = mirror_run(folder, steps=(20,))
+    mirror_run(folder, steps=(20, 42))
+    folder.put("copy-of-tiny/head.json", encode(copied))
+    found, (trouble,) = trash.doomed(folder, later(folder, 8), WEEK_S)
+    assert found == []
+    assert "copy-of-tiny/head.json: is the head of tiny: this folder was copied or renamed by hand" in trouble
+    with pytest.raises(RefusedError, match="is the head of tiny"):
+        claim(folder, name="copy-of-tiny")
+
+
 def test_gc_leaves_a_checkpoint_that_a_resume_passed_over(folder: FolderStore) -> None:
     """As the next writer's own cleaning does: it may be the newest there is."""
-    head = mirror_run(folder, who=writer(epoch=5, token="55555555", why="finished"))
+    who = writer(epoch=5, token="55555555", why="finished")
+    head = mirror_run(folder, who=who, earlier=((2, "22222222"), (3, "33333333")))
     passed, gone = "e0002-22222222/checkpoints/step-000000020", "e0002-22222222/checkpoints/step-000000010"
     for path in (passed, gone):
         folder.put(f"{head.name}/{path}/model.safetensors", b"w")

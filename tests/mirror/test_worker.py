@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from tests.mirror.model_store import Clock, Fault, ModelStore
 from tests.mirror.proxy import FaultyProxy
 from tests.mirror.run_folders import RUN_ID, Driven, RunFolder, check_checkpoint, record
 from tests.mirror.s3 import Bucket
+from x1_pretrain.errors import RefusedError
 from x1_pretrain.mirror import worker as worker_module
 from x1_pretrain.mirror.address import parse
 from x1_pretrain.mirror.claim import HeldError, Me
@@ -301,6 +303,73 @@ def test_where_there_is_a_run_a_store_that_is_away_is_waited_for(
     assert worker_module.AWAY_S < 1
 
 
+@pytest.mark.parametrize(
+    ("fields", "times", "passes"),
+    [
+        ({}, 1, False),
+        ({"unattended": True}, 2, True),
+        ({"goes_on": True}, 2, True),
+        ({"goes_on": True}, 3, False),
+    ],
+    ids=str,
+)
+def test_a_bad_moment_of_a_store_ends_no_run(
+    run: RunFolder, mirror: Path, monkeypatch: pytest.MonkeyPatch,
+    fields: dict[str, Any], times: int, passes: bool,
+) -> None:  # fmt: skip
+    """A 403, a flipped byte: at a first start it is said at once, a relaunch asks again."""
+    answers = iter([RefusedError("403")] * times)
+
+    def tried(*_: object) -> None:
+        for error in answers:
+            raise error
+
+    monkeypatch.setattr(worker_module, "preflight", tried)
+    monkeypatch.setattr(worker_module, "AWAY_AGAIN_S", 0.01)
+    one = worker(run, mirror, **fields)
+    one.know_the_folder()
+    if passes:
+        one.check(ModelStore(Clock()))
+    else:
+        with pytest.raises(RefusedError, match="403"):
+            one.check(ModelStore(Clock()))
+    asked_again = [line["text"] for line in said(one) if line["is"] == "progress"]
+    assert len(asked_again) == (times if passes else times - 1)
+
+
+@pytest.mark.parametrize("fields", [{}, {"must_exist": True}], ids=str)
+def test_a_run_whose_head_was_removed_is_not_begun_anew_over_what_is_left_of_it(
+    run: RunFolder, mirror: Path, fields: dict[str, Any]
+) -> None:
+    lone = "tiny/e0002-0a1b2c3d/files/config.yaml"
+    FolderStore(mirror).put(lone, b"name: tiny")
+    one = worker(run, mirror, run_id="", **fields)
+    assert one.run() == 78
+    assert "has a run's objects, and its head.json was removed; bring that back" in said(one)[-1]["message"]
+    assert (mirror / lone).exists()
+    its_own = worker(run, mirror, run_id=RUN_ID)  # the folder that has the run mirrors it anew
+    its_own.refuse_without_head(FolderStore(mirror))
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_a_mirror_that_was_started_again_does_not_know_what_is_left(
+    run: RunFolder, mirror: Path, monkeypatch: pytest.MonkeyPatch, goes_on: bool
+) -> None:
+    """The run ends while the store is away: nothing here says that what came before is mirrored."""
+
+    def away(*_: object) -> None:
+        raise AbsentError("no answer")
+
+    monkeypatch.setattr(worker_module, "preflight", away)
+    on_model(monkeypatch)
+    one = worker(run, mirror, must_exist=True, goes_on=goes_on)
+    one.orders._leaving = DRAIN
+    assert one.run() == 0
+    assert [line for line in said(one) if line["is"] == "drained"] == [{"is": "drained", "left": []}] * (
+        not goes_on
+    )
+
+
 @pytest.mark.parametrize("goes_on", [False, True])
 def test_only_a_newcomer_whom_nobody_would_start_again_is_patient(
     run: RunFolder, mirror: Path, monkeypatch: pytest.MonkeyPatch, goes_on: bool
@@ -358,6 +427,38 @@ def test_a_store_that_dies_during_the_drain_is_not_paid_for(
     assert one.drain(looks, keeper, DRAIN) == 0
     assert time.monotonic() - begun < 5
     assert "1 row of steps.jsonl" in said(one)[-1]["left"]
+
+
+def test_giving_back_to_a_store_that_was_given_up_takes_no_longer(
+    run: RunFolder, mirror: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It accepts and never answers: each call there has a minute of its own."""
+    monkeypatch.setattr(worker_module, "TROUBLE_S", 0.05)
+    monkeypatch.setattr(worker_module, "GIVEN_UP_S", 0.05)
+    over = threading.Event()
+    monkeypatch.setattr(worker_module.os, "_exit", lambda code: over.set())
+    store = ModelStore(Clock())
+    one, keeper, looks = draining(run, mirror, store)
+    run.step(1)
+    store.faults.append(Fault("fail", times=10**9))
+    waited: list[bool] = []
+    monkeypatch.setattr(keeper, "release", lambda why: waited.append(over.wait(20)))
+    one.drain(looks, keeper, DRAIN)
+    assert waited == [True]
+    assert "1 row of steps.jsonl" in next(line for line in said(one) if line["is"] == "drained")["left"]
+
+
+def test_a_process_whose_time_is_over_ends_whatever_it_finds(
+    run: RunFolder, mirror: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, _, looks = draining(run, mirror, ModelStore(Clock()))
+    codes: list[int] = []
+    monkeypatch.setattr(worker_module.os, "_exit", codes.append)
+    one.leave_at_once(looks.publisher)
+    monkeypatch.setattr(looks.publisher, "left", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        one.leave_at_once(looks.publisher)
+    assert codes == [0, 0]
 
 
 def test_a_run_that_can_not_be_given_back_is_left_without_a_traceback(

@@ -469,7 +469,7 @@ def arrivals_for(every_s: int, **kinds: st.SearchStrategy[Any]) -> st.SearchStra
 STOPPED_FOR_SPENDING = "above the ceiling"
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(data=st.data(), drawn=settings_of_a_run())
 def test_honest_amounts_keep_the_bound_whatever_the_price_does(
     data: st.DataObject, drawn: tuple[Price, Limits, int]
@@ -485,7 +485,7 @@ def test_honest_amounts_keep_the_bound_whatever_the_price_does(
     assert run.greatest_age_s <= Decimal(limits.stale_s)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data(), drawn=settings_of_a_run(), every_s=st.sampled_from([1, 7, 60]))
 def test_a_price_below_the_gates_never_passes_the_ceiling(
     data: st.DataObject, drawn: tuple[Price, Limits, int], every_s: int
@@ -500,7 +500,7 @@ def test_a_price_below_the_gates_never_passes_the_ceiling(
     assert price.spent(run.stopped_s + ROOM_S - every_s) <= limits.ceiling_usd
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data(), drawn=settings_of_a_run())
 def test_an_amount_that_lies_low_under_a_constant_price_keeps_the_bound(
     data: st.DataObject, drawn: tuple[Price, Limits, int]
@@ -514,7 +514,7 @@ def test_an_amount_that_lies_low_under_a_constant_price_keeps_the_bound(
     assert price.spent(run.stopped_s) <= bound_usd(price, limits, every_s, run) + EPSILON
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data(), drawn=settings_of_a_run(), gap=st.integers(1, 6), low=st.sampled_from([1, 50, 100]))
 def test_an_amount_that_lies_low_costs_each_change_of_price_at_most_one_gap(
     data: st.DataObject, drawn: tuple[Price, Limits, int], gap: int, low: int
@@ -527,7 +527,7 @@ def test_an_amount_that_lies_low_costs_each_change_of_price_at_most_one_gap(
     assert price.spent(run.stopped_s) <= bound_usd(price, limits, every_s, run) + more + EPSILON
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data(), drawn=settings_of_a_run(), last=st.integers(0, 40))
 def test_a_dead_watcher_ends_the_run_within_its_time(
     data: st.DataObject, drawn: tuple[Price, Limits, int], last: int
@@ -539,7 +539,7 @@ def test_a_dead_watcher_ends_the_run_within_its_time(
     assert limits.stale_s < run.stopped_s - last * every_s <= limits.stale_s + every_s
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data(), pieces=st.lists(st.tuples(st.integers(60, 7200), st.integers(1, 120)), min_size=1))
 def test_an_honest_run_within_its_price_is_left_alone(
     data: st.DataObject, pieces: list[tuple[int, int]]

@@ -105,7 +105,7 @@ hours = st.floats(1, 200_000)
 
 
 @example(1.0, 1.0, 1.0, 1.0, 12938.0, 1.0, 1.0)  # an hour that cost what was agreed, and 1e-28 dollars
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.floats(0.05, 10_000), hours, hours, hours, st.floats(0, 40_000), st.floats(1, 4), st.floats(0.1, 1.0)
 )

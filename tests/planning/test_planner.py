@@ -46,7 +46,7 @@ def test_dollars_become_tokens_by_price_reserve_and_speed() -> None:
 
 
 @given(st.floats(1.5, 5000), st.floats(0, 0.5), st.floats(0.05, 30), st.floats(0, 0.3))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_gate_never_refuses_a_plan(dollars: float, buffer: float, price: float, tax: float) -> None:
     money = replace(PRICE, usd_per_hr=Decimal(f"{price:.3f}"), tax=Decimal(f"{tax:.2f}"))
     try:

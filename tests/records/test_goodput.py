@@ -344,7 +344,7 @@ odd_row = st.dictionaries(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     files=st.lists(st.lists(odd_row, max_size=6), min_size=5, max_size=5),
     when=st.lists(st.integers(0, 100), min_size=30, max_size=30),

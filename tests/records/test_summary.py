@@ -61,7 +61,7 @@ def expected(data: bytes) -> dict[str, dict[str, Any]]:
     return found
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(changes=st.lists(change, max_size=8), block=st.sampled_from([7, 64, 1 << 18]))
 def test_the_newest_rows_are_those_of_a_reading_from_the_start(
     tmp_path_factory: pytest.TempPathFactory, changes: list[Any], block: int

@@ -16,7 +16,7 @@ from x1_pretrain.runtime.branch import SCHEDULE, optimizer_of, unlike
 from x1_pretrain.runtime.checkpoint import RunState, read_state
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     weights=st.lists(st.floats(0.01, 100), min_size=1, max_size=4),
     blocks=st.integers(3, 40),

@@ -256,7 +256,7 @@ def test_theil_sen_is_scipys(levels: list[float], seed: int) -> None:
     assert memory.theil_sen(x, y) == pytest.approx(stats.theilslopes(y, x)[0], abs=1e-9)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.floats(-10, 10), min_size=24, max_size=30))
 def test_the_best_two_jumps_are_those_of_brute_force(levels: list[float]) -> None:
     y = np.array(levels)

@@ -72,7 +72,6 @@ def test_what_the_mirror_says_of_later_steps_is_of_no_use_to_an_earlier_one(ten:
 SOME = st.sets(st.integers(0, 12), max_size=8)
 
 
-@settings(deadline=None)
 @given(
     st.sets(st.integers(0, 12), min_size=1, max_size=10),
     st.data(),
@@ -141,7 +140,7 @@ def test_a_full_disk_without_a_mirror_frees_all_but_the_newest_good_one(ten: Pat
     assert files.free(ten, newest(ten), [10]) == []
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(SOME, SOME, SOME, SOME)
 def test_room_for_counts_exactly_what_free_frees(
     here: set[int], at: set[int], needed: set[int], mirrored: set[int]

@@ -10,7 +10,7 @@ from x1_pretrain.doctor.estimate import dollars
 from x1_pretrain.doctor.findings import Finding, size
 from x1_pretrain.doctor.mirror import Visit
 from x1_pretrain.doctor.trial import Facts
-from x1_pretrain.mirror.losing import LOSS_S, Rates, Timing, round_up
+from x1_pretrain.planning.losing import LOSS_S, Rates, Timing, round_up
 from x1_pretrain.records.console import duration
 
 FAR_LOSS = 2.0  # times what a plan is made to lose: from there a better cadence is named

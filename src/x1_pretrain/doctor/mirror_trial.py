@@ -24,9 +24,8 @@ from x1_pretrain.doctor.trial import Facts, Voice, answered
 from x1_pretrain.errors import UserError
 from x1_pretrain.mirror.address import Address, parse
 from x1_pretrain.mirror.opened import open_store
-from x1_pretrain.mirror.patience import LANES
+from x1_pretrain.mirror.patience import LANES, StoppedError
 from x1_pretrain.mirror.preflight import preflight
-from x1_pretrain.mirror.sending import StoppedError
 from x1_pretrain.mirror.store import DeniedError, Store, StoreError
 
 MIB = 1 << 20

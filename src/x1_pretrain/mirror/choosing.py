@@ -95,7 +95,7 @@ def candidates(checkpoints: Path, head: Head, ours: bool) -> list[Candidate]:
     return [one for _, _, one in sorted(ranked, key=lambda entry: entry[:2], reverse=True)]
 
 
-def losing(checkpoints: Path, head: Head, standing: Standing) -> list[Path]:
+def of_lost_branch(checkpoints: Path, head: Head, standing: Standing) -> list[Path]:
     """Local checkpoints of a branch that was given up, or of which nobody knows whose they are."""
     if standing.ours:
         return []

@@ -14,8 +14,8 @@ from typing import Literal
 
 from x1_pretrain.errors import RefusedError
 from x1_pretrain.mirror import lease_words
-from x1_pretrain.mirror.head import Epoch, Head, Writer, decode, encode
-from x1_pretrain.mirror.heads import read, silence_s, where, write
+from x1_pretrain.mirror.head import Epoch, Head, Writer, encode
+from x1_pretrain.mirror.heads import decoded, read, silence_s, write
 from x1_pretrain.mirror.store import ChangedError, Meta, Store, UnreachableError
 
 UNSAID = (
@@ -57,31 +57,28 @@ def folder_mark(kept_id: str, host: str, inode: int) -> str:
 @dataclass(frozen=True)
 class Decision:
     do: Literal["claim", "wait", "held"]
-    why: str
     wait_s: float = 0.0  # as long as nothing changes
 
 
 def decide(head: Head | None, silent_s: float, lived_s: float | None, me: Me) -> Decision:
     """What to do about the head as it is. `silent_s`: it has certainly been unchanged for so long; `lived_s`:
     for so long after we first saw its writer that one certainly lived; None if nobody wrote since then."""
-    if head is None:
-        return Decision("claim", "new")
+    if head is None or head.writer.state != "writing":
+        return Decision("claim")
     holder = head.writer
-    if holder.state != "writing":
-        return Decision("claim", holder.state)
     if holder.folder == me.folder:  # its flock is ours: that session is over
-        return Decision("claim", "the same run folder")
+        return Decision("claim")
     if silent_s > holder.stale_s:  # its word, not ours: it beats as often as it promised
-        return Decision("claim", f"no sign of life for {silent_s:.0f} s")
+        return Decision("claim")
     if lived_s is not None and lived_s >= me.patience_s(holder):
-        return Decision("held", "it lives")
-    return Decision("wait", "it may live", holder.stale_s - silent_s)
+        return Decision("held")
+    return Decision("wait", holder.stale_s - silent_s)
 
 
 def claimed(head: Head | None, me: Me, token: str, now_utc: str) -> Head:
     """The head with `me` as its next writer. Of a run in the trash only the count of epochs is kept."""
     epoch = head.writer.epoch + 1 if head else 1
-    if head is None or head.writer.state == "trashed":
+    if head is None or head.trashed:
         head = Head(me.name, Writer(0, "", "", "", 0, ""))
     writer = Writer(epoch, token, me.folder, me.host, me.pid, now_utc, 0, now_utc, me.stale_s)
     row = Epoch(epoch, token, me.host, now_utc, UNSAID)
@@ -94,20 +91,13 @@ def poll_s(stale_s: float) -> float:
 
 
 @dataclass(frozen=True)
-class Base:
-    """What a claim was made over."""
-
-    head: Head | None
-    down_s: float | None  # its writer had been silent for so long, by the store's clock
-
-
-@dataclass(frozen=True)
 class Won:
     """A claim that is in the store."""
 
     data: bytes
     etag: str
-    base: Base
+    over: Head | None
+    down_s: float | None  # the writer before had been silent for so long, by the store's clock
 
 
 @dataclass
@@ -135,7 +125,7 @@ class Watch:
     def look(self) -> None:
         asked, before, known = self.steady(), self.head, self.etag
         self.data, self.meta = read(self.store, self.name) or (b"", None)
-        self.head = decode(self.data, where(self.store, self.name)) if self.meta else None
+        self.head = decoded(self.store, self.name, self.data) if self.meta else None
         if not self.looks or self.etag != known:
             self._since = self.steady()  # it has been so since this answer at the latest
             if before is None or self.head is None or before.writer.token != self.head.writer.token:
@@ -159,7 +149,7 @@ class Claim:
     now_utc: Callable[[], str]
     say: Callable[[str], None]
     wanted: Wanted = "any"
-    _sent: dict[str, Base] = field(default_factory=dict)  # by hash: any of them may be in the store
+    _sent: dict[str, Won] = field(default_factory=dict)  # by hash, without etag: any may be in the store
     _told: bool = False
     _away_since: float | None = None
     _tries: int = 0
@@ -180,9 +170,9 @@ class Claim:
     def _step(self, watch: Watch) -> Won | None:
         """One look, and what follows from it; None: look again."""
         watch.look()
-        base = self._sent.get(hash_of(watch.data))
-        if watch.meta and base:  # it did go through
-            return Won(watch.data, watch.meta.etag, base)
+        sent = self._sent.get(hash_of(watch.data))
+        if watch.meta and sent:  # it did go through
+            return replace(sent, etag=watch.meta.etag)
         check_wanted(self.store, self.me.name, watch.head, self.wanted)
         decision = decide(watch.head, watch.silent_s, watch.lived_s, self.me)
         if decision.do == "claim":
@@ -196,9 +186,9 @@ class Claim:
     def _try(self, watch: Watch) -> Won | None:
         token = secrets.token_hex(4)  # another one each time: an earlier try may have been in the store
         data = encode(claimed(watch.head, self.me, token, self.now_utc()))
-        base = self._sent[hash_of(data)] = Base(watch.head, watch.down_s)
+        sent = self._sent[hash_of(data)] = Won(data, "", watch.head, watch.down_s)
         try:
-            return Won(data, write(self.store, self.me.name, data, watch.etag), base)
+            return replace(sent, etag=write(self.store, self.me.name, data, watch.etag))
         except ChangedError as error:  # by another one, or by ourselves: the next look tells
             self._tries += 1
             if self._tries == TRIES:
@@ -228,7 +218,7 @@ def hash_of(data: bytes) -> str:
 
 
 def check_wanted(store: Store, name: str, head: Head | None, wanted: Wanted) -> None:
-    there = head is not None and head.writer.state != "trashed"
+    there = head is not None and not head.trashed
     if wanted == "there" and not there:
         raise RefusedError(lease_words.not_there(store, name, trashed=head is not None))
     if wanted == "absent" and there:

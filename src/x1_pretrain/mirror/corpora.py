@@ -16,7 +16,7 @@ from typing import Any
 
 from x1_pretrain.mirror.head import DATA
 from x1_pretrain.mirror.patience import StoppedError
-from x1_pretrain.mirror.sending import OtherContentError, Rate, hash_file, send_file
+from x1_pretrain.mirror.sending import OtherContentError, Rate, Sender, hash_file, send_file
 from x1_pretrain.mirror.store import NotThereError, Store, StoreError, UnreachableError
 
 FILES = ("tokenizer.json", "val.idx.npy", "train.idx.npy", "val.bin", "train.bin")
@@ -24,7 +24,7 @@ MANIFEST = "manifest.json"
 FOR_GOOD = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)  # else: tried again
 
 
-class CorpusSender:
+class CorpusSender(Sender):
     """The corpora of one run. `whole` maps those that the mirror has to their fingerprints."""
 
     def __init__(
@@ -35,17 +35,11 @@ class CorpusSender:
         rate: Rate,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
+        super().__init__()
         self.whole = dict(whole)
-        self.error: StoreError | None = None
-        self.failing = False  # nothing has arrived since the last error
         self.bad: dict[str, str] = {}  # names of corpora that can't be sent, and why; of the last try
         self._store, self._corpora, self._rate, self._on_change = store, dict(corpora), rate, on_change
-        self._thread: threading.Thread | None = None
-        self._stop, self._free = threading.Event(), threading.Event()
-
-    @property
-    def busy(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
+        self._free = threading.Event()
 
     def left(self) -> list[str]:
         """Those that are not there whole, and could be."""
@@ -55,19 +49,10 @@ class CorpusSender:
         """Nothing else is to be sent."""
         self._free.set()
         if self.left() and not self.busy:
-            self.error = None
-            self._thread = threading.Thread(target=self._work, name="x1-data", daemon=True)
-            self._thread.start()
+            self._start(self._work, "x1-data")
 
     def pause(self) -> None:
         self._free.clear()
-
-    def stop(self) -> None:
-        self._stop.set()
-
-    def wait(self, within_s: float) -> None:
-        if self._thread:
-            self._thread.join(max(0.0, within_s))
 
     def _work(self) -> None:
         try:
@@ -108,6 +93,7 @@ class CorpusSender:
                 content = hash_file(file, self._pausing)
             else:
                 content = send_file(self._store, key, file, self._rate, self._pausing)
+                self.arrived += 1
         if want is not None and content.sha256 != want:
             raise OtherContentError(f"{path} does not match its hash")
 

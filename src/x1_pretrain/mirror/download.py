@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,8 +20,8 @@ from pathlib import Path
 from x1_pretrain.errors import RefusedError, UserError
 from x1_pretrain.mirror.head import CHUNK_BYTES
 from x1_pretrain.mirror.patience import TELL_S, Patience, StoppedError, UnusableError, in_lanes
-from x1_pretrain.mirror.store import NotThereError, Store, UnreachableError
-from x1_pretrain.numbers import size
+from x1_pretrain.mirror.store import NotThereError, Store, StoreError, UnreachableError
+from x1_pretrain.numbers import size, span
 
 SYNC_BYTES = 64 << 20
 SMALLEST_BYTES = 64 << 10  # of a read, after others were cut off
@@ -65,14 +65,7 @@ class Progress:
         if not self.came or seconds < TELL_S:
             return line
         rate = self.came / seconds
-        return f"{line}, {size(rate)}/s, {_duration((self.total - here) / rate)} left"
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return (
-        f"{seconds:.0f} s" if seconds < 90 else f"{minutes} min" if minutes < 90 else f"{minutes / 60:.1f} h"
-    )
+        return f"{line}, {size(rate)}/s, {span((self.total - here) / rate)} left"
 
 
 @dataclass
@@ -180,6 +173,7 @@ class _Download:
                 data += self._store.read(part.key, here, min(end, here + most))
             except UnreachableError as error:
                 failures, most, broken = failures + 1, max(SMALLEST_BYTES, most // 2), True
+                self._refuse_another_size(part)
                 self._patience.wait(error, failures)
             except NotThereError:
                 raise UnusableError(f"{part.name} is not in the mirror any more") from None
@@ -190,6 +184,13 @@ class _Download:
                 most = max(SMALLEST_BYTES, min(fit, most if broken else part.chunk_bytes))
         self._steps.most = min(part.chunk_bytes, 2 * most) if broken else most
         return data
+
+    def _refuse_another_size(self, part: Part) -> None:
+        """What lies there may have become another object: then no patience helps."""
+        with suppress(StoreError):
+            there = self._store.stat(part.key).bytes
+            if there != part.bytes:
+                raise UnusableError(f"{part.name} has {there:,} bytes in the mirror, not {part.bytes:,}")
 
     def _count(self, kept: int = 0, came: int = 0) -> bool:
         """True when so much came since the last time that it should go to the disk."""

@@ -17,7 +17,7 @@ from typing import Any
 
 from x1_pretrain.errors import RefusedError
 from x1_pretrain.mirror.download import Part, download, held_bytes, in_words
-from x1_pretrain.mirror.head import Published
+from x1_pretrain.mirror.head import Published, is_plain
 from x1_pretrain.mirror.patience import (
     LANES,
     PATIENCE_S,
@@ -33,6 +33,7 @@ from x1_pretrain.runtime.checkpoint_files import (
     SCHEMA_VERSION,
     folder_name,
     needs_and_has,
+    state_problem,
     sync_directory,
     sync_file,
 )
@@ -53,8 +54,9 @@ def fetch_checkpoint(
     again_s: Sequence[float] | None = None,
     without: Collection[str] = (),
 ) -> Path:
-    """Make the checkpoint appear in `target_folder`, verified; a good one that is there already stays. With
-    files left out (`without`) it has no manifest: it is a model then, and no checkpoint to resume from.
+    """Make the checkpoint appear in `target_folder`, verified, in place of one of its step: that one is
+    kept as `bad-...`. With files left out (`without`) it has no manifest: a model, and no checkpoint to
+    resume from.
 
     `say` hears of the progress about once a second; what it raises ends the fetch. UnusableError: the mirror
     does not have it any more, or has something else, and said so for a minute (`again_s`: the pauses before
@@ -134,11 +136,6 @@ def _problem(manifest: dict[str, Any], parts: list[Part], published: Published) 
     return None
 
 
-def is_plain(name: str) -> bool:
-    """A name of a file in a folder, and of none outside it."""
-    return bool(name) and name == Path(name).name and not name.startswith(".") and "\0" not in name
-
-
 def require_room(missing: Mapping[Path, int], what: str) -> None:
     """Before anything is written: `missing` are the bytes that each folder, there or not, still lacks."""
     disks: dict[int, list[Path]] = {}
@@ -165,14 +162,12 @@ def _remove_others(partial: Path, parts: list[Part]) -> None:
 
 
 def _check_state(partial: Path, manifest: dict[str, Any]) -> None:
-    """As verify_folder asks: state.json is of the same step and run."""
     try:
-        state = json.loads((partial / "state.json").read_text(encoding="utf-8"))
-        same = all(state[key] == manifest[key] for key in ("step", "run_id"))
-    except (ValueError, LookupError, TypeError):
-        same = False
-    if not same:
-        raise UnusableError("state.json is not of the step and run that its manifest names")
+        problem = state_problem(partial, manifest)
+    except (ValueError, LookupError, TypeError) as error:
+        problem = f"state.json is not as it was written ({error})"
+    if problem:
+        raise UnusableError(problem)
 
 
 def _appear(partial: Path, final: Path) -> None:

@@ -1,7 +1,8 @@
 """A mirror in a folder: a second disk, a network disk.
 
 A file appears by rename, after it and its folder are on the disk. `create` and `swap` look and rename under a
-lock of the whole mirror, so that among processes that see the lock there is one winner.
+lock of the run, so that among processes that see the lock there is one winner. A process that is stopped
+while it holds the lock (a thousandth of a second) keeps the others out: for them the store is away.
 """
 
 from __future__ import annotations
@@ -17,20 +18,23 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import BinaryIO
 
 from x1_pretrain.mirror.clock import StoreClock
-from x1_pretrain.mirror.keys import OWN, checked
-from x1_pretrain.mirror.pieces import callers_errors, counted
+from x1_pretrain.mirror.pieces import callers_errors, counted, whole_range
 from x1_pretrain.mirror.store import (
+    OWN,
     ChangedError,
     DeniedError,
     Meta,
     NotThereError,
     StoreError,
     UnreachableError,
+    checked,
 )
 
-WRITING = f"{OWN}/writing"  # beside the lock
+WRITING = f"{OWN}/writing"  # beside the locks
+LOCKED_S, LOOK_S = 10.0, 0.01  # a lock that is held for so long is held by somebody who does not go on
 HASHED_BYTES = 1 << 20  # up to this size a version is its content, as on S3; above, size and time
 LEFT_BEHIND_S = 86_400  # a temporary file of this age belongs to nobody
 COPY_BYTES = 4 << 20
@@ -62,13 +66,7 @@ class FolderStore:
     def read(self, key: str, start: int, end: int) -> bytes:
         with self._said(key), self._path(key).open("rb") as file:
             data = os.pread(file.fileno(), end - start, start)
-            while len(data) < end - start and (
-                more := os.pread(file.fileno(), end - start - len(data), start + len(data))
-            ):
-                data += more
-        if len(data) != end - start:
-            raise UnreachableError(f"{self.label}/{key}: {len(data)} bytes from {start}, not {end - start}")
-        return data
+        return whole_range(data, start, end, f"{self.label}/{key}")
 
     def stat(self, key: str) -> Meta:
         with self._said(key):
@@ -79,7 +77,7 @@ class FolderStore:
         """With an empty etag: to know the versions all the files would have to be read."""
         top = self._path(prefix) if prefix else self._root
         with self._said(prefix):
-            for folder, folders, files in os.walk(top):
+            for folder, folders, files in os.walk(top, onerror=_unless_gone):
                 folders[:] = sorted(name for name in folders if name != OWN)
                 for name in sorted(files):
                     path = Path(folder, name)
@@ -106,13 +104,13 @@ class FolderStore:
         return self.stat(key)
 
     def create(self, key: str, data: bytes) -> str:
-        with self._written(key, [data]) as temporary, self._locked():
+        with self._written(key, [data]) as temporary, self._locked(key):
             if self._path(key).exists():
                 raise ChangedError(f"{self.label}/{key}: is already there")
             return self._published_tag(temporary, key, data)
 
     def swap(self, key: str, data: bytes, etag: str) -> str:
-        with self._written(key, [data]) as temporary, self._locked():
+        with self._written(key, [data]) as temporary, self._locked(key):
             try:
                 there = _tag(self._path(key))
             except (FileNotFoundError, NotADirectoryError):
@@ -205,10 +203,16 @@ class FolderStore:
         )
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
-        with (self._root / OWN / "lock").open("ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # let go when the file is closed, also by a kill
-            yield
+    def _locked(self, key: str) -> Iterator[None]:
+        with (self._root / OWN / f"lock-{key.partition('/')[0]}").open("ab") as file:
+            until = time.monotonic() + LOCKED_S
+            while not _lock(file):
+                if time.monotonic() > until:
+                    raise UnreachableError(
+                        f"{file.name}: another process has held this lock for {LOCKED_S:g} s; is one stopped?"
+                    )
+                time.sleep(LOOK_S)
+            yield  # let go when the file is closed, also by a kill
 
     def _remove_empty(self, folder: Path) -> None:
         while folder != self._root:
@@ -238,6 +242,14 @@ class FolderStore:
 
 # ------------------------------------------------------------------------------------------------------------
 # Pure, or of one file
+
+
+def _lock(file: BinaryIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _as_store_error(error: OSError, label: str, key: str) -> StoreError:
@@ -275,6 +287,12 @@ def _content_tag(data: bytes | None, status: os.stat_result) -> str:
 
 def _meta(key: str, status: os.stat_result, etag: str) -> Meta:
     return Meta(key, status.st_size, etag, _moment(status))
+
+
+def _unless_gone(error: OSError) -> None:
+    """Of a folder that can't be listed: one that a disk does not give now is not an empty one."""
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
 
 
 def _moment(status: os.stat_result) -> datetime:

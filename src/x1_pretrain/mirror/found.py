@@ -25,9 +25,9 @@ def is_ours(found: Head, lease: Lease, before: MirrorState | None) -> bool:
     return known and all(one.host == me.host for one in trained)
 
 
-def opened(lease: Lease, restored: Restored | None, state: MirrorState) -> Opened:
+def as_opened(lease: Lease, restored: Restored | None, state: MirrorState) -> Opened:
     """What was found, for the trainer."""
-    before = lease.before if lease.before and lease.before.writer.state != "trashed" else None
+    before = lease.before if lease.before and not lease.before.trashed else None
     moved = before is not None and before.writer.folder != lease.me.folder
     said = before.status if before else {}
     notes = list(restored.notes) if restored else []
@@ -45,7 +45,7 @@ def opened(lease: Lease, restored: Restored | None, state: MirrorState) -> Opene
         restored_s=restored.restored_s if restored else 0.0,
         moved_from=before.writer.host if before and moved else None,
         down_s=lease.down_s if moved else None,
-        last_step=restored.last_step if restored else said.get("step"),
+        last_step=restored.last_step if restored else before.last_step() if before else None,
         last_spent_usd=_dollars(said.get("spent_usd")),
     )
 

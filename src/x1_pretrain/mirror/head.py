@@ -80,6 +80,11 @@ class Object:
     sha256: str
 
 
+def is_plain(name: str) -> bool:
+    """A name of a file in a checkpoint's folder, and of none outside it."""
+    return bool(name) and "/" not in name and not name.startswith(".") and name.isprintable()
+
+
 @dataclass(frozen=True)
 class Published:
     """A checkpoint: a folder of objects, of which its manifests say what they must hold."""
@@ -110,6 +115,21 @@ class Head:
     data: dict[str, str] = field(default_factory=dict)  # corpus name -> fingerprint, of those mirrored whole
     status: dict[str, Any] = field(default_factory=dict)  # how the run stands: records.summary
     trashed_utc: str | None = None
+
+    @property
+    def trashed(self) -> bool:
+        return self.writer.state == "trashed"
+
+    def named(self) -> list[Object | Published]:
+        """All that it names, below the run; the corpora apart, which other runs share."""
+        pieces = [piece for many in self.records.values() for piece in many]
+        return [*pieces, *self.files.values(), *self.checkpoints]
+
+    def last_step(self) -> int | None:
+        """How far the run came, by its own word if it said one; None before it published anything."""
+        told, newest = self.status.get("step"), self.newest()
+        said = told if isinstance(told, int) else None
+        return said or (newest.step if newest else said)
 
     def published(self, step: int) -> Published | None:
         return next((one for one in self.checkpoints if one.step == step), None)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from x1_pretrain.mirror.head import NAME, Head, damaged, decode
+from x1_pretrain.errors import RefusedError
+from x1_pretrain.mirror.head import DATA, NAME, TRASH, Head, damaged, decode
 from x1_pretrain.mirror.store import ChangedError, Meta, NotThereError, Store
 
 READS = 3
@@ -12,6 +13,11 @@ def head_key(name: str) -> str:
     return f"{name}/{NAME}"
 
 
+def run_names(store: Store) -> list[str]:
+    """Of what may be a run in a mirror; a head tells."""
+    return [name for name in store.names() if name not in (TRASH, DATA)]
+
+
 def where(store: Store, name: str) -> str:
     return f"{store.label}/{head_key(name)}"
 
@@ -19,7 +25,18 @@ def where(store: Store, name: str) -> str:
 def look(store: Store, name: str) -> tuple[Head, Meta] | None:
     """The head of a mirrored run, or None where there is no such run. Takes no lease."""
     found = read(store, name)
-    return None if found is None else (decode(found[0], where(store, name)), found[1])
+    return None if found is None else (decoded(store, name, found[0]), found[1])
+
+
+def decoded(store: Store, name: str, data: bytes) -> Head:
+    """RefusedError where it tells of a folder of another name: what it names lies there, and may be gone."""
+    head = decode(data, where(store, name))
+    if head.name != name:
+        raise RefusedError(
+            f"{where(store, name)}: is the head of {head.name}: this folder was copied or renamed by hand; "
+            f"call it {head.name} again, in a mirror of its own where that name is taken"
+        )
+    return head
 
 
 def silence_s(store: Store, meta: Meta) -> float | None:

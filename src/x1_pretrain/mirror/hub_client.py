@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -27,6 +28,8 @@ WAITS_AT_MOST_S = 15.0  # for a Hub that says when to come again; longer is the 
 PATIENCE_S = 40.0  # no request is made again later than this
 NO_ROOM = (402, 413, 507)
 NOT_THERE = ("EntryNotFound", "RepoNotFound", "RevisionNotFound")
+
+_preparing, _prepared = threading.Lock(), (-1, 0.0)
 
 
 class TroubleError(Exception):
@@ -77,8 +80,14 @@ class Client(httpx2.Client):
 
 
 def prepare(retries: int, timeout_s: float) -> None:
-    """Let the library use this client from now on, in this process."""
-    set_client_factory(lambda: Client(retries, timeout_s))
+    """Let the library use this client from now on, in this process. A factory that is set anew closes the
+    client of requests that are under way."""
+    global _prepared
+    with _preparing:
+        if _prepared == (retries, timeout_s):
+            return
+        set_client_factory(lambda: Client(retries, timeout_s))
+        _prepared = retries, timeout_s
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what it warns of is an error of ours
     disable_progress_bars()
 

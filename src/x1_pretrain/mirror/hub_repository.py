@@ -13,7 +13,7 @@ from huggingface_hub.hf_api import RepoFile, RepoFolder
 
 from x1_pretrain.mirror.hub_client import said
 from x1_pretrain.mirror.hub_staging import Operation
-from x1_pretrain.mirror.store import NotThereError
+from x1_pretrain.mirror.store import DeniedError, NotThereError
 
 PATHS_AT_ONCE = 500  # the Hub tells of at most 1000
 MAIN = "main"
@@ -84,6 +84,13 @@ class Repository:
             headers["Range"] = f"bytes={span[0]}-{span[1] - 1}"
         with get_session().stream("GET", url, headers=headers) as response:
             response.raise_for_status()
+            if span and response.status_code == 200:
+                whole = int(response.headers.get("content-length") or 0)
+                if whole > 2 * (span[1] - span[0]):  # not into memory, and not for each part again
+                    raise DeniedError(
+                        f"{self._label}/{path}: the whole of it was sent for a part (no Range requests "
+                        "there, or a proxy that drops them)"
+                    )
             data = response.read()
         return data[span[0] : span[1]] if span and response.status_code == 200 else data
 

@@ -40,7 +40,7 @@ from x1_pretrain.mirror.hub_client import (
 )
 from x1_pretrain.mirror.hub_repository import Repository, version_of
 from x1_pretrain.mirror.hub_staging import Staged, Staging, git_oid, versions
-from x1_pretrain.mirror.pieces import callers_errors, counted
+from x1_pretrain.mirror.pieces import callers_errors, counted, whole_range
 from x1_pretrain.mirror.store import (
     ChangedError,
     DeniedError,
@@ -48,6 +48,7 @@ from x1_pretrain.mirror.store import (
     NotThereError,
     StoreError,
     UnreachableError,
+    checked,
 )
 
 SMALL_BYTES = 1 << 20  # goes with the commit
@@ -101,9 +102,7 @@ class HubStore:
                 self._commit()
             with said(self._where(key)):
                 data = self._repository.content(self._path(key), (start, end))
-        if len(data) != end - start:
-            raise UnreachableError(f"{self._where(key)}: {len(data)} bytes from {start}, not {end - start}")
-        return data
+        return whole_range(data, start, end, self._where(key))
 
     def stat(self, key: str) -> Meta:
         waiting = self._waiting(key)
@@ -170,8 +169,8 @@ class HubStore:
     def delete(self, keys: Iterable[str]) -> None:
         for key in keys:
             self._staging.add(self._path(key), Staged())
-        if self._staging.much():
-            self._commit()
+            if self._staging.much():
+                self._commit()
 
     def now(self) -> datetime | None:
         """By the Date header of the newest answer."""
@@ -282,7 +281,7 @@ class HubStore:
     # ---- how
 
     def _path(self, key: str) -> str:
-        if any(part in ("", ".", "..", ".git") for part in key.split("/")):
+        if ".git" in checked(key, self.label).split("/"):
             raise DeniedError(f"{self.label}: {key!r} is no key of an object")
         return f"{self._prefix}/{key}" if self._prefix else key
 

@@ -35,10 +35,14 @@ def refuse_another_run(head: Head, where: str, folder: str | Path, run_id: str |
 
 def refuse_checkpoints_of_another(checkpoints: Path, where: str, run_id: str | None) -> None:
     """RefusedError before one of another run is set aside: --ckpt-dir may have been mistyped."""
-    for path in list_checkpoints(checkpoints):
-        found = run_id_of(path)
-        if run_id and found and found != run_id:
-            raise RefusedError(
-                f"{path}: is a checkpoint of the run {found}, and {where} is the run {run_id}; name the "
-                "checkpoint folder of this run, or an empty one (--ckpt-dir)"
-            )
+    if run_id and (found := another_run_in(checkpoints, run_id)):
+        raise RefusedError(
+            f"{found[0]}: is a checkpoint of the run {found[1]}, and {where} is the run {run_id}; name the "
+            "checkpoint folder of this run, or an empty one (--ckpt-dir)"
+        )
+
+
+def another_run_in(checkpoints: Path, run_id: str | None) -> tuple[Path, str] | None:
+    """The first checkpoint that is not of this run, and of which it is."""
+    found = ((path, run_id_of(path)) for path in list_checkpoints(checkpoints))
+    return next(((path, other) for path, other in found if other and other != run_id), None)

@@ -18,7 +18,11 @@ its standard output. When the input ends without an order to drain, the trainer 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+from x1_pretrain import config as cfg
+from x1_pretrain.config import RunConfig
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,26 @@ class Job:
     run_id: str | None = None  # of the run folder, if it has one
     step_fields: dict[str, Any] = field(default_factory=dict)  # of the config, before the corpora are open
     corpora: dict[str, str] = field(default_factory=dict)  # name -> folder
-    total_steps: int = 0
+
+
+def of_config(config: RunConfig, folder: Path, checkpoints: Path, uri: str, **more: Any) -> Job:
+    """Of the run that a config describes; `more` are fields of the job."""
+    keep = config.checkpoint
+    return Job(
+        name=config.name,
+        folder=str(folder),
+        checkpoints=str(checkpoints),
+        uri=uri,
+        stale_s=config.mirror.stale_s,
+        without_lease=config.mirror.without_lease,
+        keep_last=keep.keep_last,
+        keep_every=keep.keep_every,
+        keep_best=keep.keep_best,
+        keep_at=list(keep.at),
+        step_fields=cfg.step_fields(config),
+        corpora={name: one.dir for name, one in config.data.mixture().items()},
+        **more,
+    )
 
 
 @dataclass(frozen=True)

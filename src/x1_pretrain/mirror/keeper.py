@@ -52,12 +52,16 @@ class Keeper:
                 wait_s = every_s
                 continue
             try:
-                self._locked(self.lease.renew)
+                self._locked(self._beat)
                 wait_s = every_s
             except LostError:
                 return
             except StoreError:
                 wait_s = min(AGAIN_S, every_s)
+
+    def _beat(self) -> None:
+        if not self.lease.released:  # while this thread waited for its turn
+            self.lease.renew()
 
     def _locked(self, work: Callable[[], T], beats: bool = True) -> T:
         with self._lock:
@@ -75,6 +79,11 @@ class Keeper:
     @property
     def head(self) -> Head:
         return self.lease.head
+
+    def check(self) -> None:
+        """LostError if it is lost."""
+        if self.lost:
+            raise self.lost
 
     def settle(self) -> Head:
         """What is in the store, for sure."""

@@ -77,7 +77,7 @@ class Lease:
             say_or_refuse(store, me.name, without_lease, say)
         won = Claim(store, me, sleep, steady, now_utc, say, wanted).win()
         head = decode(won.data, where(store, me.name))
-        lease = cls(store, me, now_utc, head, won.etag, won.base.head, won.base.down_s, steady=steady)
+        lease = cls(store, me, now_utc, head, won.etag, won.over, won.down_s, steady=steady)
         lease._sent = {hash_of(won.data)}
         return lease
 

@@ -48,7 +48,7 @@ def _what_became(store: Store, own: Head, data: bytes | None) -> str:
         now = decode(data, where(store, own.name))
     except RefusedError as error:
         return f"its mirror can't be read any more ({error})"
-    if now.writer.state == "trashed":
+    if now.trashed:
         return f"it was moved to the trash{_since(now.trashed_utc)}"
     if now.writer.token == own.writer.token:
         return (
@@ -80,8 +80,8 @@ def there_already(store: Store, name: str) -> str:
 
 def no_lease(store: Store, name: str) -> str:
     return (
-        f"{name}: {store.label} has no conditional writes, so nothing there keeps two machines from writing "
-        "this run at once; take another store, or set mirror.without_lease: true and see to it yourself"
+        f"mirror {store.label}: this store can't keep two writers apart (no conditional writes); take one "
+        f"that can, or set mirror.without_lease: true if nothing else will ever train {name}"
     )
 
 

@@ -13,13 +13,15 @@ from typing import Any
 
 from x1_pretrain.errors import UserError
 from x1_pretrain.mirror.address import Address, is_uri, parse, run_address
-from x1_pretrain.mirror.head import DATA, NAME, TRASH, Head, decode
-from x1_pretrain.mirror.heads import look
+from x1_pretrain.mirror.head import NAME, TRASH, Head, decode
+from x1_pretrain.mirror.heads import look, run_names
 from x1_pretrain.mirror.leftovers import mirrored_bytes
 from x1_pretrain.mirror.opened import open_store
 from x1_pretrain.mirror.state import PULLED, PULLED_HOME, MirrorState, read_state
 from x1_pretrain.mirror.store import Meta, NotThereError, Store, StoreError
 from x1_pretrain.money.clock import stamp
+from x1_pretrain.numbers import span
+from x1_pretrain.records.following import amount
 from x1_pretrain.records.runs import Listed, is_begun
 from x1_pretrain.records.trash import KEPT
 
@@ -108,24 +110,23 @@ def _answering(place: Place, until_s: float) -> queue.Queue[Seen]:
     def work() -> None:
         try:
             answer.put(_seen(place, until_s))
-        except (StoreError, UserError) as error:
-            answer.put(Seen(trouble=[_named(place.address, error)]))
         except Exception as error:  # a thread's traceback would be in the way of the list
-            answer.put(Seen(trouble=[f"{place.address}: {type(error).__name__}: {error}"]))
+            answer.put(Seen(trouble=[_named(str(place.address), error)]))
 
     threading.Thread(target=work, daemon=True, name="x1-runs").start()
     return answer
 
 
-def _named(address: Address, error: Exception) -> str:
-    text = str(error)
-    return text if str(address) in text else f"{address}: {text}"
+def _named(address: str, error: Exception) -> str:
+    foreseen = isinstance(error, StoreError | UserError)
+    text = str(error) if foreseen else f"{type(error).__name__}: {error}"
+    return text if address in text else f"{address}: {text}"
 
 
 def _seen(place: Place, until_s: float) -> Seen:
     """Heads and trash of one mirror, several at a time; or one run, where `place` is the run's own."""
     store = place.open()
-    names = [name for name in store.names() if name not in (TRASH, DATA)]
+    names = run_names(store)
     if NAME in names:
         address, name = run_address(str(place.address))
         store, names = replace(place, address=address).open(), [name]
@@ -143,7 +144,7 @@ def _answers(store: Store, names: Sequence[str], thrown: Sequence[str], until_s:
     seen = Seen()
     for result in side_by_side(jobs, until_s):
         if isinstance(result, Exception):
-            seen.trouble.append(str(result))
+            seen.trouble.append(_named(store.label, result))
         elif result:
             seen.runs.append(result[0])
             if result[1] and result[0].mirror:
@@ -175,7 +176,7 @@ def side_by_side(jobs: Sequence[Callable[[], Any]], until_s: float) -> list[Any]
                 return
             try:
                 done.put(job())
-            except (StoreError, UserError) as error:
+            except Exception as error:
                 done.put(error)
 
     for _ in range(min(AT_ONCE, len(jobs))):
@@ -191,7 +192,7 @@ def side_by_side(jobs: Sequence[Callable[[], Any]], until_s: float) -> list[Any]
 
 def _run(store: Store, name: str, now: datetime | None) -> tuple[Listed, Head] | None:
     found = look(store, name)
-    if found is None or found[0].writer.state == "trashed":
+    if found is None or found[0].trashed:
         return None
     return of_head(store, name, *found, now), found[0]
 
@@ -220,6 +221,7 @@ def silent_s(meta: Meta, now: datetime | None) -> float | None:
 def of_head(store: Store, name: str, head: Head, meta: Meta, now: datetime | None) -> Listed:
     """A mirrored run, as its head tells of it."""
     told, newest = head.status, head.newest()
+    spent = told.get("spent_usd")
     state, why = standing(head, silent_s(meta, now))
     parent = told.get("parent")
     return Listed(
@@ -230,11 +232,11 @@ def of_head(store: Store, name: str, head: Head, meta: Meta, now: datetime | Non
         run_id=head.run_id or None,
         stage=told.get("stage"),
         parent=parent if isinstance(parent, dict) else None,
-        step=told.get("step") or (newest.step if newest else 0),
+        step=head.last_step() or 0,
         total_steps=told.get("total_steps"),
         tokens=told.get("tokens") or 0,
         val_loss=told.get("val_loss"),
-        spent_usd=told.get("spent_usd"),
+        spent_usd=str(spent) if amount(spent) is not None else None,
         elapsed_s=told.get("elapsed_s"),
         host=head.writer.host,
         updated_utc=told.get("updated_utc") or head.writer.beat_utc or stamp(meta.modified),
@@ -252,19 +254,12 @@ def standing(head: Head, silence: float | None) -> tuple[str, str]:
             return "running", ""
         if said == "finished":
             return "finished", ""
-        return "died", f"not heard of for {_span(silence)} on {writer.host}"
+        return "died", f"not heard of for {span(silence)} on {writer.host}"
     if said == "finished" or writer.why.startswith("finished"):
         return "finished", ""
     if said in ("stopped", "interrupted", "ended"):
         return said, str(head.status.get("why") or writer.why)
     return "interrupted", writer.why
-
-
-def _span(seconds: float) -> str:
-    for size, unit in ((86_400, "d"), (3_600, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} s"
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -301,13 +296,20 @@ def _same_run(one: Listed, other: Listed) -> bool:
 
 def _alone(one: Listed) -> Listed:
     """A run that no mirror was seen to have; one whose mirror was not asked says what its files say."""
-    state = read_state(Path(one.folder)) if one.folder and one.trash_until_utc is None else None
+    state = _state(one) if one.trash_until_utc is None else None
     return replace(one, behind=_behind(one, state, state.mirrored)) if state else one
+
+
+def _state(one: Listed) -> MirrorState | None:
+    try:
+        return read_state(Path(one.folder)) if one.folder else None
+    except UserError:
+        return None  # `places` says what is wrong with it
 
 
 def _both(one: Listed, other: Listed, head: Head | None) -> Listed:
     """Its numbers are those of the later writer."""
-    state = read_state(Path(one.folder)) if one.folder else None
+    state = _state(one)
     published = [two.step for two in head.checkpoints] if head else []
     moved = head is not None and (state is None or head.writer.epoch > state.epoch)
     elsewhere = moved or (head is not None and one.state == "copy")

@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from x1_pretrain.mirror.head import is_plain
 from x1_pretrain.runtime.checkpoint_files import list_checkpoints, step_of
 
 MANIFEST = "manifest.json"
@@ -66,10 +66,6 @@ class LocalCheckpoints:
             return None
         if tree["step"] != step_of(path) or (self.run_id is not None and of_run != self.run_id):
             return None
-        if not all(_plain(name) for name in files):
-            return None
+        if not all(is_plain(name) and name not in (MANIFEST, "chunks.json") for name in files):
+            return None  # it could not come back
         return Local(step_of(path), path, data, hashlib.sha256(data).hexdigest(), files, since)
-
-
-def _plain(name: Any) -> bool:
-    return bool(name) and "/" not in name and name not in (".", "..", MANIFEST, "chunks.json")

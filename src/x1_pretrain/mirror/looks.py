@@ -65,7 +65,9 @@ class Looks:
     outage: Outage
     every_s: float
     clock: Callable[[], float] = time.monotonic
-    well_at: float = field(init=False)  # the last look that worked
+    well_at: float = field(init=False)  # the last look that worked, or at which something large had arrived
+    failed_at: float = 0.0
+    _arrived: int = 0
 
     def __post_init__(self) -> None:
         self.well_at = self.clock()
@@ -73,16 +75,20 @@ class Looks:
     def look(self) -> Looked:
         """LostError goes through. A look that worked while what is large fails is neither well nor a failure:
         a store that takes rows and refuses checkpoints is in trouble all the same."""
+        arrived, self._arrived = self._arrived, self.publisher.arrived
+        if arrived != self._arrived:
+            self.well_at = self.clock()
         try:
             status = self.publisher.look()
         except (StoreError, OSError) as error:
+            self.failed_at = self.clock()
             told = self.outage.failed(self.clock(), str(error))
             status = self.publisher.status(self.outage.text)
             return Looked(status, self.outage.wait_s(), told, str(error))
-        self.well_at = self.clock()
         wait_s = 0.0 if self.publisher.behind else self.every_s
         if self.publisher.failing:
             return Looked(replace(status, trouble=self.outage.text), wait_s, None)
+        self.well_at = self.clock()
         return Looked(status, wait_s, self.outage.worked(self.clock()))
 
     def left(self) -> tuple[list[str], list[str]]:
@@ -90,8 +96,8 @@ class Looks:
         return self.publisher.left(), self.publisher.corpora_left()
 
     def troubled_s(self) -> float:
-        """Since the last look that worked."""
-        return self.clock() - self.well_at
+        """From when all was well to the last failure: what has been under way since then may yet arrive."""
+        return max(0.0, self.failed_at - self.well_at)
 
     def pause(self, looked: Looked, within_s: float) -> None:
         """Until something that is being sent is there; in an outage, until it is worth another try."""

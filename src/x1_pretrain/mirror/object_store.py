@@ -23,16 +23,15 @@ from x1_pretrain.errors import UserError
 from x1_pretrain.mirror import aws, object_errors
 from x1_pretrain.mirror.address import Address
 from x1_pretrain.mirror.clock import StoreClock
-from x1_pretrain.mirror.keys import OWN, checked
-from x1_pretrain.mirror.pieces import callers_errors, counted
-from x1_pretrain.mirror.store import DeniedError, Meta, NotThereError, UnreachableError
+from x1_pretrain.mirror.pieces import callers_errors, counted, whole_range
+from x1_pretrain.mirror.store import OWN, DeniedError, Meta, NotThereError, UnreachableError, checked
 
 PART_BYTES = 8 << 20
 PARTS_AT_ONCE = 3
 LEAST_PART_BYTES = 5 << 20  # of S3
 SMALL_BYTES = 256 << 10
 MOST_PARTS = 9_000  # S3 takes 10,000
-AT_ONCE_BYTES = 1000  # keys in one request of a deletion
+KEYS_AT_ONCE = 1000  # in one request of a deletion
 SMALL = {"timeout": 20, "retry_timeout": 40}  # seconds
 LARGE = {"timeout": 50, "retry_timeout": 10}
 MOST_TIMES = 8  # LARGE's timeout: for 40 kB/s
@@ -48,24 +47,31 @@ def open_object_store(address: Address, endpoint: str | None, retries: int = 2) 
         raise UserError(f"{address}: {object_errors.NO_CREDENTIALS['s3']}")
     try:
         small = _client(address, place, retries, SMALL)
+        single = _client(address, place, retries, SMALL, disable_bulk_delete=True) if place else small
     except (BaseError, ValueError) as error:
         raise UserError(f"{address}: {_why_not_opened(address.scheme, error)}") from None
     large = cache(lambda limit_s: _client(address, place, retries, LARGE | {"timeout": limit_s}))
-    return ObjectStore(address, small, large, place.endpoint if place else None)
+    return ObjectStore(address, small, large, place.endpoint if place else None, single)
 
 
 class ObjectStore:
     """Store in a bucket."""
 
     def __init__(
-        self, address: Address, small: Any, large: Callable[[int], Any], endpoint: str | None
+        self,
+        address: Address,
+        small: Any,
+        large: Callable[[int], Any],
+        endpoint: str | None,
+        single: Any = None,  # as `small`, but deletes one object in a request
     ) -> None:
         self._address, self._small, self._large, self._endpoint = address, small, large, endpoint
+        self._single = single or small
         self._limit_s = LARGE["timeout"]  # for what is large, as the line is now
         self._version = "version" if address.scheme == "gs" else "e_tag"
         self.label = str(address)
         self.conditional = True  # until a preflight finds that it is not so
-        self.every_s_at_least = 0.0
+        self.every_s_at_least = 1.0 if address.scheme == "gs" else 0.0  # Google: one write a second of a key
         self._clock = StoreClock(self._probe)
 
     # ---- reading
@@ -83,9 +89,7 @@ class ObjectStore:
             return b""
         with self._in_time(end - start) as large, self._said(key):
             data = bytes(obstore.get_range(large, checked(key, self.label), start=start, end=end))
-        if len(data) != end - start:
-            raise UnreachableError(f"{self.label}/{key}: {len(data)} bytes from {start}, not {end - start}")
-        return data
+        return whole_range(data, start, end, f"{self.label}/{key}")
 
     def stat(self, key: str) -> Meta:
         with self._said(key):
@@ -134,8 +138,8 @@ class ObjectStore:
     def delete(self, keys: Iterable[str]) -> None:
         """One refused key does not keep the others."""
         wanted = list(keys)
-        for first in range(0, len(wanted), AT_ONCE_BYTES):
-            self._delete_some(wanted[first : first + AT_ONCE_BYTES])
+        for first in range(0, len(wanted), KEYS_AT_ONCE):
+            self._delete_some(wanted[first : first + KEYS_AT_ONCE])
 
     def now(self) -> datetime | None:
         return self._clock.now()
@@ -202,10 +206,16 @@ class ObjectStore:
         try:
             with self._said(keys[0]):
                 obstore.delete(self._small, keys)
-        except (NotThereError, DeniedError):  # some stores have no deletion of many at once
+        except (NotThereError, DeniedError):  # of one of them, or there is no deletion of many at once
+            refused = None
             for key in keys:
-                with suppress(NotThereError), self._said(key):
-                    obstore.delete(self._small, checked(key, self.label))
+                try:
+                    with suppress(NotThereError), self._said(key):
+                        obstore.delete(self._single, checked(key, self.label))
+                except DeniedError as error:
+                    refused = refused or error
+            if refused:
+                raise refused from None
 
     def _meta(self, found: Mapping[str, Any]) -> Meta:
         etag = found.get(self._version) or found.get("e_tag") or ""
@@ -234,7 +244,9 @@ class ObjectStore:
 # Clients
 
 
-def _client(address: Address, place: aws.Place | None, retries: int, limits: Mapping[str, int]) -> Any:
+def _client(
+    address: Address, place: aws.Place | None, retries: int, limits: Mapping[str, int], **of_s3: Any
+) -> Any:
     options: dict[str, Any] = {
         "timeout": f"{limits['timeout']}s",
         "connect_timeout": f"{CONNECT_S}s",
@@ -256,7 +268,7 @@ def _client(address: Address, place: aws.Place | None, retries: int, limits: Map
     if address.scheme == "az":
         return AzureStore(address.bucket, **shared)
     assert place is not None
-    return S3Store(address.bucket, config=_s3_config(place, options), **shared)
+    return S3Store(address.bucket, config=_s3_config(place, options) | of_s3, **shared)
 
 
 def _s3_config(place: aws.Place, options: dict[str, Any]) -> Any:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
+from x1_pretrain.numbers import span
+
 FIRST_S, MOST_S = 1.0, 60.0  # between two tries
 PATIENCE = 3  # failures in a row before anything is said
 
@@ -30,13 +32,9 @@ class Outage:
         """A try worked. The message, if there was one before."""
         told, since = self._told, self._since
         self._failures, self._told, self.text = 0, False, ""
-        return f"is mirrored again, after {_span(now - since)}" if told else None
+        return f"is mirrored again, after {span(now - since)}" if told else None
 
     def wait_s(self) -> float:
         """Before the next try: doubled with each failure, and no two machines at the same beat."""
         longest = min(MOST_S, FIRST_S * 2.0 ** (min(self._failures, 10) - 1))
         return longest * (0.5 + 0.5 * self._chance())
-
-
-def _span(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

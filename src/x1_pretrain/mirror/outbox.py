@@ -27,11 +27,12 @@ from x1_pretrain.mirror.sending import (
     Content,
     OtherContentError,
     Rate,
+    Sender,
     check_size,
     hash_file,
     send_file,
 )
-from x1_pretrain.mirror.store import NotThereError, Store, StoreError, UnreachableError
+from x1_pretrain.mirror.store import DeniedError, NotThereError, Store, StoreError, UnreachableError
 from x1_pretrain.records.metrics import utc_now
 from x1_pretrain.runtime.checkpoint_files import folder_name
 
@@ -54,21 +55,14 @@ class Parcel:
     void: bool = False  # its steps were gone back over
 
 
-class Outbox:
+class Outbox(Sender):
     """One checkpoint at a time."""
 
     def __init__(self, store: Store, run: str, rate: Rate, on_change: Callable[[], None]) -> None:
-        self.error: StoreError | None = None  # of the last try
-        self.failing = False  # nothing has arrived since the last error
+        super().__init__()
         self._store, self._run, self._rate, self._on_change = store, run, rate, on_change
-        self._thread: threading.Thread | None = None
-        self._stop = threading.Event()
         self.parcel: Parcel | None = None
         self._begun: dict[str, Parcel] = {}  # by the hash of the manifest
-
-    @property
-    def busy(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
 
     def begin(self, parcel: Parcel) -> None:
         """Send it; or go on with it, where it was begun before."""
@@ -77,10 +71,9 @@ class Outbox:
         if before:
             parcel = replace(parcel, path=before.path, sent=before.sent)
         self._begun = {parcel.local.manifest_sha256: parcel}
-        self.parcel, self.error = parcel, None
+        self.parcel = parcel
         self._stop.clear()
-        self._thread = threading.Thread(target=self._work, args=(parcel,), name="x1-send", daemon=True)
-        self._thread.start()
+        self._start(lambda: self._work(parcel), "x1-send")
 
     def ready(self) -> Parcel | None:
         """What was sent, or turned out bad; until it is forgotten."""
@@ -96,13 +89,6 @@ class Outbox:
         """Training went back to `step`: what is newer is not to be published."""
         if self.parcel and self.parcel.local.step > step:
             self.parcel.void = True
-
-    def stop(self) -> None:
-        self._stop.set()
-
-    def wait(self, within_s: float) -> None:
-        if self._thread:
-            self._thread.join(max(0.0, within_s))
 
     def _work(self, parcel: Parcel) -> None:
         try:
@@ -164,14 +150,15 @@ class Outbox:
         if content.sha256 != want[1]:
             raise OtherContentError(f"{name} does not match its hash")
         parcel.sent[name] = content
+        self.arrived += 1
 
     def _copied(self, source: str, key: str, file: BinaryIO, stop: Stop) -> Content | None:
-        """Within the store; None if it has lost the source."""
+        """Within the store; None if it has lost the source, or does not copy that."""
         content = hash_file(file, stop)
         try:
             self._store.copy(source, key)
-            check_size(self._store, key, content.bytes)
-        except NotThereError:
+            check_size(self._store, self._store.stat(key), content.bytes)
+        except (NotThereError, DeniedError):
             return None
         return content
 

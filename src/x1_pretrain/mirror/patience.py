@@ -61,6 +61,10 @@ class Patience:
     def came(self) -> None:
         self._alive, self.trouble = self._clock(), ""
 
+    def said(self, text: str) -> str:
+        """With what is waited for, if anything is."""
+        return f"{text}; waiting: {self.trouble}" if self.trouble else text
+
     def wait(self, error: UnreachableError, failures: int) -> None:
         """Before the next try; AwayError once it is too long."""
         silent_s = self._clock() - self._alive
@@ -129,11 +133,7 @@ def get_verified(
 
 def told(call: Callable[[], T], patience: Patience, what: str, say: Callable[[str], None]) -> T:
     """What `call` gives, with a word each second on what it waits for."""
-
-    def tell() -> None:
-        say(f"fetching the {what}" + (f"; waiting: {patience.trouble}" if patience.trouble else ""))
-
-    return in_lanes([call], patience.stop, tell)[0]
+    return in_lanes([call], patience.stop, lambda: say(patience.said(f"fetching the {what}")))[0]
 
 
 def in_lanes(

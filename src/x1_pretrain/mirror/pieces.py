@@ -1,4 +1,4 @@
-"""The pieces that a caller hands to a store: counted, and its own errors kept apart from the store's."""
+"""The pieces that go into a store and come out of it are counted; a caller's errors stay his own."""
 
 from __future__ import annotations
 
@@ -35,6 +35,13 @@ def counted(pieces: Iterable[bytes], size: int, where: str) -> Iterator[bytes]:
     if count != size:
         more = "more" if count > size else str(count)
         raise UnreachableError(f"{where}: {more} bytes came, not {size}; not stored")
+
+
+def whole_range(data: bytes, start: int, end: int, where: str) -> bytes:
+    """`data`, which must be the bytes [start, end) of what is `where`."""
+    if len(data) != end - start:
+        raise UnreachableError(f"{where}: {len(data)} bytes from {start}, not {end - start}")
+    return data
 
 
 @contextmanager

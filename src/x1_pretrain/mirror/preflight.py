@@ -17,6 +17,7 @@ from typing import TypeVar
 
 from x1_pretrain.errors import RefusedError, UserError
 from x1_pretrain.mirror.head import DATA, TRASH
+from x1_pretrain.mirror.lease_words import no_lease
 from x1_pretrain.mirror.object_errors import UnsupportedError
 from x1_pretrain.mirror.store import (
     ChangedError,
@@ -57,10 +58,7 @@ def preflight(
     except StoreError as error:
         raise RefusedError(f"mirror {_shown(error)}") from None
     if not (store.conditional or without_lease):
-        raise RefusedError(
-            f"mirror {store.label}: this store can't keep two writers apart (no conditional writes); take "
-            f"one that can, or set mirror.without_lease if nothing else will ever train {run}"
-        )
+        raise RefusedError(no_lease(store, run))
 
 
 def _shown(error: StoreError) -> str:

@@ -13,13 +13,14 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from x1_pretrain.mirror.choosing import given_up
-from x1_pretrain.mirror.cleaning import clean
 from x1_pretrain.mirror.corpora import CorpusSender
 from x1_pretrain.mirror.head import Head, Published
 from x1_pretrain.mirror.job import Job, Status
+from x1_pretrain.mirror.keeper import Keeper
+from x1_pretrain.mirror.lease import Lease
 from x1_pretrain.mirror.leftovers import SKIPPED, held_bytes, paths
 from x1_pretrain.mirror.local import Local, LocalCheckpoints
 from x1_pretrain.mirror.outbox import Outbox, Parcel, path_of
@@ -27,6 +28,7 @@ from x1_pretrain.mirror.records import Records
 from x1_pretrain.mirror.sending import Rate
 from x1_pretrain.mirror.small_files import SmallFiles
 from x1_pretrain.mirror.store import DeniedError, Store, StoreError, UnreachableError
+from x1_pretrain.mirror.trash import clean
 from x1_pretrain.numbers import size
 from x1_pretrain.records.metrics import read_rows
 from x1_pretrain.records.summary import Summary
@@ -36,15 +38,6 @@ from x1_pretrain.runtime.retention import kept, to_go_back_to
 MB = 1_000_000
 TRIES = 5  # of a look, each after training went back meanwhile
 SLICE_S = 5.0  # of sending records, before what was sent is published
-
-
-class Holding(Protocol):
-    """A lease, or its keeper."""
-
-    @property
-    def head(self) -> Head: ...
-    def settle(self) -> object: ...
-    def publish(self, new_head: Head) -> Head: ...
 
 
 @dataclass
@@ -64,7 +57,7 @@ class Publisher:
         self,
         job: Job,
         store: Store,
-        lease: Holding,
+        lease: Keeper | Lease,
         identity: Identity,
         on_change: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,  # not moved when a clock is set
@@ -121,6 +114,11 @@ class Publisher:
     def failing(self) -> bool:
         """What is large did not arrive at the last try, whatever else works."""
         return self.outbox.failing or self.corpora.failing
+
+    @property
+    def arrived(self) -> int:
+        """Files of what is large, in this session."""
+        return self.outbox.arrived + self.corpora.arrived
 
     def _follow(self) -> dict[int, Local] | None:
         """Send what is new but the checkpoints; those that were here all the while. None if training went
@@ -354,10 +352,11 @@ class Publisher:
             gone = clean(self.store, self.lease.head)
         except StoreError:
             return  # the next session tries
-        if gone.objects:
+        if gone:
+            freed = size(sum(one.bytes for one in gone))
             self.news.append(
-                f"removed {gone.objects} objects ({size(gone.bytes)}) from the mirror that earlier sessions "
-                "sent and nothing names"
+                f"removed {len(gone)} objects ({freed}) from the mirror that earlier sessions sent and "
+                "nothing names"
             )
 
     def save_aside(self) -> str:

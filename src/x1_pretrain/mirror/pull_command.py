@@ -72,7 +72,7 @@ def mirrored_head(store: Store, name: str, patience: Patience) -> Head:
     if found is None:
         raise UserError(f"{where}: there is no such run; `x1 runs {store.label}` lists those that are there")
     head = found[0]
-    if head.writer.state == "trashed":
+    if head.trashed:
         raise RefusedError(f"{where}: was moved to the trash; `x1 runs restore` brings it back")
     return replace(head, writer=replace(head.writer, epoch=head.writer.epoch + 1))
 
@@ -112,7 +112,7 @@ def pull_run(store: Store, head: Head, uri: str, output: Path, weights: bool, sa
     if launched_here(output):
         refuse_another_ledger(output, source)
     else:
-        refuse_another_run(output, head)
+        refuse_what_is_there(output, head)
     before = what_it_is(output)
     if weights:
         refuse_without_room(head, output, output / "checkpoints", standing(output, head), {})
@@ -178,7 +178,7 @@ def launches(ledger: bytes) -> set[str]:
     return {tag for tag in begun if isinstance(tag, str)}
 
 
-def refuse_another_run(output: Path, head: Head) -> None:
+def refuse_what_is_there(output: Path, head: Head) -> None:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not output.is_dir():
@@ -239,6 +239,7 @@ def pull_final(store: Store, head: Head, output: Path, say: Say) -> Published:
         raise UserError(f"{store.label}/{head.name}: has no checkpoint in the mirror yet; try again later")
     published, folder = found
     if output.exists():
+        shutil.rmtree(workshop / "before", ignore_errors=True)  # of one that was killed here
         output.rename(workshop / "before")
     folder.rename(output)
     shutil.rmtree(workshop)

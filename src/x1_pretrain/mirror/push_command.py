@@ -8,12 +8,12 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from typing import Annotated
 
 import typer
 
-from x1_pretrain import config as cfg
 from x1_pretrain.command import single
 from x1_pretrain.errors import FAULT, FINISHED, RefusedError, UserError
 from x1_pretrain.mirror.address import Address, parse
@@ -21,13 +21,16 @@ from x1_pretrain.mirror.choosing import standing
 from x1_pretrain.mirror.head import Head
 from x1_pretrain.mirror.heads import look
 from x1_pretrain.mirror.identity import refuse_another_run
-from x1_pretrain.mirror.job import Job
+from x1_pretrain.mirror.job import Job, of_config
 from x1_pretrain.mirror.keeper import Keeper
 from x1_pretrain.mirror.looks import Looks, claim_for
 from x1_pretrain.mirror.opened import open_store
 from x1_pretrain.mirror.outage import Outage
+from x1_pretrain.mirror.patience import Patience
 from x1_pretrain.mirror.preflight import preflight
 from x1_pretrain.mirror.publisher import Identity, Publisher
+from x1_pretrain.mirror.restore import records_back
+from x1_pretrain.mirror.restored_records import Source
 from x1_pretrain.mirror.state import MirrorState, folder_id, write_state
 from x1_pretrain.mirror.store import Store, StoreError
 from x1_pretrain.numbers import size
@@ -59,7 +62,8 @@ def push(
         raise RefusedError(f"{error}. A run with --mirror needs no push while it is trained") from None
     try:
         job = job_of(opened, uri, endpoint, mirror_data, max_mb_per_s)
-        return send(opened, job, open_store(address, endpoint), tell)
+        with closing(open_store(address, endpoint)) as store:
+            return send(opened, job, store, tell)
     except StoreError as error:
         raise RefusedError(str(error)) from None
     finally:
@@ -79,25 +83,15 @@ def refuse_run_address(address: Address, uri: str, name: str) -> None:
 
 
 def job_of(run: Run, uri: str, endpoint: str | None, data: bool, max_mb_per_s: float | None) -> Job:
-    keep = run.config.checkpoint
-    return Job(
-        name=run.name,
-        folder=str(run.folder),
-        checkpoints=str(run.checkpoints),
-        uri=uri,
+    return of_config(
+        run.config,
+        run.folder,
+        run.checkpoints,
+        uri,
         endpoint=endpoint,
         data=data,
         max_mb_per_s=max_mb_per_s,
-        stale_s=run.config.mirror.stale_s,
-        without_lease=run.config.mirror.without_lease,
-        keep_last=keep.keep_last,
-        keep_every=keep.keep_every,
-        keep_best=keep.keep_best,
-        keep_at=list(keep.at),
         run_id=run.manifest.get("run_id"),
-        step_fields=cfg.step_fields(run.config),
-        corpora={name: one.dir for name, one in run.config.data.mixture().items()},
-        total_steps=run.total_steps,
     )
 
 
@@ -105,32 +99,33 @@ def send(run: Run, job: Job, store: Store, say: Say) -> int:
     """Claim, publish, give back; the exit code."""
     preflight(store, job.name, job.without_lease)
     found = look(store, job.name)
-    if found and found[0].writer.state != "trashed":
+    if found and not found[0].trashed:
         refuse_other(run, job, found[0], f"{store.label}/{job.name}")
     state = MirrorState(job.uri, f"{store.label}/{job.name}", job.name, folder_id(run.folder))
     keeper = Keeper(claim_for(job, store, state.folder, say=say))
     keeper.start()
-    before = keeper.lease.before
-    if before and before.writer.state != "trashed":
-        refuse_other(run, job, before, state.label)  # it may have gone on while we waited
-    step = step_here(run)
-    keeper.resumed_from(step)
-    writer = keeper.head.writer
-    state = replace(state, epoch=writer.epoch, token=writer.token)
-    write_state(run.folder, state)
-    publisher = Publisher(job, store, keeper, identity_of(run, job, step))
+    publisher = None
     try:
+        before = keeper.lease.before
+        if before and not before.trashed:
+            refuse_other(run, job, before, state.label)  # it may have gone on while we waited
+            for note in rows_back(run, store, before):
+                say(note)
+        step = step_here(run)
+        keeper.resumed_from(step)
+        writer = keeper.head.writer
+        state = replace(state, epoch=writer.epoch, token=writer.token)
+        write_state(run.folder, state)
+        publisher = Publisher(job, store, keeper, identity_of(run, job, step))
         left = everything(publisher, say)
     finally:
-        publisher.stop()
-        keeper.release("pushed")
-        status = publisher.status()
-        write_state(
-            run.folder,
-            replace(
-                state, state="released", why="pushed", mirrored=status.mirrored, lag_bytes=status.lag_bytes
-            ),
-        )
+        if publisher:
+            publisher.stop()
+        keeper.release("pushed" if publisher else "nothing was pushed")
+        if publisher:
+            status = publisher.status()
+            state = replace(state, mirrored=status.mirrored, lag_bytes=status.lag_bytes)
+            write_state(run.folder, replace(state, state="released", why="pushed"))
     for line in left:
         say(f"not in the mirror: {line}")
     if not left:
@@ -141,7 +136,7 @@ def send(run: Run, job: Job, store: Store, say: Say) -> int:
 def refuse_other(run: Run, job: Job, head: Head, where: str) -> None:
     """RefusedError where the mirror's run is another one, or further on than the folder."""
     refuse_another_run(head, where, run.folder, job.run_id)
-    here, there = step_here(run), step_of_head(head)
+    here, there = step_here(run), head.last_step() or 0
     if there > here or not standing(run.folder, head).ours:
         raise RefusedError(
             f"{where}: is newer than {run.folder} (step {there} there, step {here} here): the run went on "
@@ -149,15 +144,16 @@ def refuse_other(run: Run, job: Job, head: Head, where: str) -> None:
         )
 
 
+def rows_back(run: Run, store: Store, head: Head) -> list[str]:
+    """As a session that begins has them: what was cut out of the folder's is not cut out of the mirror's."""
+    source = Source(store, head, Patience(PATIENCE_S), lambda _: None)
+    return records_back(source, run.folder, run.checkpoints, standing(run.folder, head))
+
+
 def step_here(run: Run) -> int:
     """How far the folder's run came, by its checkpoints and its records."""
     saved = max(map(step_of, list_checkpoints(run.checkpoints)), default=0)
     return max(saved, last_step(run.rows()))
-
-
-def step_of_head(head: Head) -> int:
-    newest, told = head.newest(), head.status.get("step")
-    return max(newest.step if newest else 0, told if isinstance(told, int) else 0)
 
 
 def identity_of(run: Run, job: Job, step: int) -> Identity:

@@ -7,7 +7,6 @@ rewind cuts rows off a file: pieces that it no longer begins with are given up a
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -18,6 +17,7 @@ from typing import Any, BinaryIO
 from x1_pretrain.mirror.head import Object
 from x1_pretrain.mirror.sending import Rate
 from x1_pretrain.mirror.store import Store
+from x1_pretrain.records.run_folder import parse_row
 from x1_pretrain.runtime.retention import losses_at
 
 PIECE_BYTES = 256 << 10  # from this size on a piece stays as it is
@@ -212,11 +212,5 @@ def _lines(local: BinaryIO, begin: int, size: int, past: int) -> bytes:
 
 
 def _rows_with(lines: bytes, word: bytes) -> Iterable[dict[str, Any]]:
-    for line in lines.splitlines():
-        if word in line:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict):
-                yield row
+    marked = (line for line in lines.splitlines() if word in line)
+    return [row for line in marked if (row := parse_row(line)) is not None]

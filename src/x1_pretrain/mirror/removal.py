@@ -15,16 +15,15 @@ from x1_pretrain.mirror import trash as mirror_trash
 from x1_pretrain.mirror.address import Address, run_address
 from x1_pretrain.mirror.head import Head
 from x1_pretrain.mirror.heads import look
+from x1_pretrain.mirror.identity import another_run_in
 from x1_pretrain.mirror.listing import Place, is_address, mirror_of, of_head
 from x1_pretrain.mirror.state import read_state
 from x1_pretrain.mirror.store import Meta, Store, StoreError
 from x1_pretrain.numbers import size
 from x1_pretrain.records import runs, runs_table, trash
 from x1_pretrain.records.behind import copied
-from x1_pretrain.records.run_folder import read_json
 from x1_pretrain.records.runs import Listed
 from x1_pretrain.records.trash import TrashError
-from x1_pretrain.runtime.checkpoint_files import list_checkpoints
 from x1_pretrain.runtime.lock import lock_folder
 
 # What a checkpoint folder may hold and still be one run's alone
@@ -105,7 +104,7 @@ def mirrored(place: Place, name: str) -> Mirrored | None:
     """The copy there, if there is one."""
     store = place.open(retries=1)
     found = look(store, name)
-    if found is None or found[0].writer.state == "trashed":
+    if found is None or found[0].trashed:
         return None
     return Mirrored(place, store, *found, of_head(store, name, *found, store.now()))
 
@@ -126,20 +125,9 @@ def checkpoints_elsewhere(folder: Path, listed: Listed) -> tuple[Path | None, st
     strange = sorted(one.name for one in place.iterdir() if not OWN_NAMES.fullmatch(one.name))
     if strange:
         return None, f"{place} stays: it also holds {strange[0]}; remove its checkpoints by hand"
-    if other := _another_run(place, listed.run_id):
-        return None, f"{place} stays: its checkpoints are of run {other}"
+    if other := another_run_in(place, listed.run_id):
+        return None, f"{place} stays: its checkpoints are of run {other[1]}"
     return place, None
-
-
-def _another_run(place: Path, run_id: str | None) -> str | None:
-    for checkpoint in list_checkpoints(place):
-        try:
-            found = read_json(checkpoint / "manifest.json").get("run_id")
-        except UserError:
-            continue
-        if found != run_id:
-            return str(found)
-    return None
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -320,9 +308,9 @@ def carry_out(removal: Removal, now: datetime, by: str) -> list[str]:
 def told(planned: Removal) -> list[str]:
     """What would go and what it took to make."""
     one = planned.listed
-    spent = [text for text in (runs_table.cost(one.spent_usd), runs_table.hours(one.elapsed_s)) if text]
-    made = f"; it took {' and '.join(spent)} to make" if spent else ""
-    said = [f"{planned.name}: {one.status}, step {runs_table.steps(one)}{made}"]
+    said = [f"{planned.name}: {one.status}, step {runs_table.steps(one)}"]
+    if made := runs_table.made(one):
+        said[0] += f"; it took {made} to make"
     if planned.here:
         said.append(f"  to the trash: {planned.folder} ({size(planned.here.bytes_here or 0)})")
     if planned.checkpoints:

@@ -17,7 +17,15 @@ from pathlib import Path
 from x1_pretrain import config as cfg
 from x1_pretrain.errors import RefusedError, UserError
 from x1_pretrain.mirror.address import parse
-from x1_pretrain.mirror.choosing import MARKER, Candidate, Standing, candidates, given_up, losing, standing
+from x1_pretrain.mirror.choosing import (
+    MARKER,
+    Candidate,
+    Standing,
+    candidates,
+    given_up,
+    of_lost_branch,
+    standing,
+)
 from x1_pretrain.mirror.download import held_bytes
 from x1_pretrain.mirror.fetch import fetch_checkpoint, require_room
 from x1_pretrain.mirror.head import NAME, Head, Published
@@ -117,12 +125,7 @@ def restore(
             f"fetched the checkpoint of step {fetched.step} from {where}: {size(came)} in {seconds:.1f} s"
         )
         notes += rows_that_lack(folder, head, fetched.step)
-    return Restored(notes, fetched.step if fetched else None, came, seconds, last_step(head))
-
-
-def last_step(head: Head) -> int | None:
-    step = head.status.get("step")
-    return step if isinstance(step, int) else head.checkpoints[-1].step if head.checkpoints else None
+    return Restored(notes, fetched.step if fetched else None, came, seconds, head.last_step())
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -196,7 +199,7 @@ def records_back(source: Source, folder: Path, checkpoints: Path, whose: Standin
 
 def set_aside(checkpoints: Path, head: Head, whose: Standing) -> list[str]:
     notes = []
-    for path in losing(checkpoints, head, whose):
+    for path in of_lost_branch(checkpoints, head, whose):
         aside = path.with_name(f"lost-e{whose.epoch:04d}-{path.name}")
         number = 2
         while aside.exists():
@@ -283,7 +286,7 @@ def ledger_from(uri: str, endpoint: str | None, name: str, folder: Path, patienc
         if found is None:  # asked for in another way: what the run has cost must not be forgotten
             patience.ask(lambda: store.stat(f"{name}/{NAME}"))
             found = patience.ask(lambda: look(store, name))
-        if found is None or found[0].writer.state == "trashed":
+        if found is None or found[0].trashed:
             return 0
         folder.mkdir(parents=True, exist_ok=True)
         return restore_ledger(Source(store, found[0], patience, lambda _: None), folder)

@@ -7,7 +7,6 @@ Whose rows are the run's is decided by the caller. What the other one has beside
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,8 +17,7 @@ from typing import Any
 
 from x1_pretrain.errors import RefusedError
 from x1_pretrain.mirror.choosing import begins_with
-from x1_pretrain.mirror.fetch import is_plain
-from x1_pretrain.mirror.head import Head, Object
+from x1_pretrain.mirror.head import Head, Object, is_plain
 from x1_pretrain.mirror.merging import (
     common_lines,
     mended,
@@ -32,6 +30,7 @@ from x1_pretrain.mirror.store import Store
 from x1_pretrain.money.clock import Clock
 from x1_pretrain.money.ledger import NAME as LEDGER
 from x1_pretrain.money.ledger import Ledger, LedgerError
+from x1_pretrain.records.run_folder import parse_row
 
 LOST = ".lost-"
 TAIL_BYTES = 64 << 10  # of a record file, to see where it ends
@@ -60,11 +59,7 @@ class Source:
         return b"".join(self.gathered(name, jobs)), problems
 
     def gathered(self, what: str, jobs: Sequence[Callable[[], bytes]]) -> list[bytes]:
-        return in_lanes(jobs, self.patience.stop, lambda: self._tell(what))
-
-    def _tell(self, what: str) -> None:
-        trouble = self.patience.trouble
-        self.say(f"restoring {what}" + (f"; waiting: {trouble}" if trouble else ""))
+        return in_lanes(jobs, self.patience.stop, lambda: self.say(self.patience.said(f"restoring {what}")))
 
     def _piece(self, name: str, piece: Object, here: bytes, problems: list[str]) -> bytes:
         if hashlib.sha256(here).hexdigest() == piece.sha256:
@@ -234,15 +229,8 @@ def restore_ledger(source: Source, folder: Path) -> int:
 
 def _rows_of(data: bytes) -> list[tuple[bytes, dict[str, Any]]]:
     """The lines that are rows, of what may begin or end in the middle of one."""
-    kept = []
-    for line in data.splitlines(keepends=True):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            kept.append((line, row))
-    return kept
+    lines = data.splitlines(keepends=True)
+    return [(line, row) for line in lines if (row := parse_row(line)) is not None]
 
 
 def _overwrite(file: Path, content: bytes) -> None:

@@ -1,13 +1,10 @@
 """Every run, here and in its mirror; and a trash for those that are no longer wanted.
 
-    x1 runs
-    x1 runs s3://bucket/runs
-    x1 runs rm x1-50m-a100
-    x1 runs restore x1-50m-a100
-    x1 runs gc --yes
-
-The newest good checkpoint of the list is the newest whose manifest can be read and whose files have the
-sizes it says; nothing is hashed here (`x1 verify` does).
+x1 runs
+x1 runs s3://bucket/runs
+x1 runs rm x1-50m-a100
+x1 runs restore x1-50m-a100
+x1 runs gc --yes
 """
 
 from __future__ import annotations
@@ -35,6 +32,7 @@ from x1_pretrain.mirror.head import NAME as HEAD
 from x1_pretrain.mirror.listing import Place, is_address, joined, look_at, places
 from x1_pretrain.mirror.removal import Removal
 from x1_pretrain.mirror.store import StoreError
+from x1_pretrain.money.clock import duration_s
 from x1_pretrain.numbers import size
 from x1_pretrain.records import runs, runs_table, trash
 from x1_pretrain.records.runs import Listed
@@ -97,10 +95,8 @@ def list_(
     local: Local = False,
     as_json: Annotated[bool, typer.Option("--json", help="everything, for a program")] = False,
 ) -> None:
-    """Every run: newest first. `x1 runs` is short for it.
-
-    A checkpoint counts as good if its manifest can be read and its files have the sizes it says; nothing is
-    hashed here. What a mirror does not answer within 10 s is left out, and said."""
+    """Every run: newest first. `x1 runs` is short for it. What a mirror does not answer within 10 s is left
+    out, and said."""
     found, trouble = collect(folder or RUNS, mirror, endpoint, local, missing_ok=folder is None)
     for line in trouble:
         print(f"x1: {line}", file=sys.stderr)
@@ -261,7 +257,10 @@ def restore(
 ) -> int:
     """Bring a run back from the trash: here, and in the mirror it had."""
     entries = [] if is_address(run) else trash.find(runs_folder, run)
-    place, name = emptying.place_of(run, entries, mirror, endpoint, runs_folder)
+    folder = entries[0].folder if entries else removing.find_folder(run, runs_folder)
+    listed = runs.look(folder, time.time()) if folder else None
+    where = removing.where_mirrored(run, folder, listed, parse(mirror) if mirror else None, endpoint)
+    place, name = where or (None, run)
     done, failed = [], None
     if place and not local:
         try:
@@ -273,8 +272,8 @@ def restore(
     if entries:
         done.append(f"{trash.put_back(entries[0])} is back")
     if not done:
-        where = f" or of {place.address}" if place and not local else ""
-        raise UserError(f"{run}: not in the trash of {runs_folder}/{where}; `x1 runs` lists what is there")
+        there = f" or of {place.address}" if place and not local else ""
+        raise UserError(f"{run}: not in the trash of {runs_folder}/{there}; `x1 runs` lists what is there")
     print("\n".join(done))
     for older in entries[1:]:
         print(f"an older one of this name stays in the trash: {older.folder.name}")
@@ -299,7 +298,9 @@ def gc(
     """Delete for good what has been in the trash for 7 days, and what broken uploads left in a mirror.
 
     Without --yes it only shows what would go. Corpora in a mirror are never deleted here."""
-    age_s, where = emptying.age(older_than), folder or RUNS
+    if older_than[-1:].isdigit():  # 7 seconds, where 7 days were meant, would delete it all
+        raise UserError(f"--older-than {older_than}: expected a time with its unit, such as 7d or 12h")
+    age_s, where = duration_s(older_than, "--older-than"), folder or RUNS
     alone = is_mirror(where)
     if folder and not alone and not Path(folder).is_dir():
         raise UserError(f"{folder}: no such folder; name a folder of runs, or a mirror")

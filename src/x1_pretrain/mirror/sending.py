@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from x1_pretrain.mirror.head import CHUNK_BYTES
-from x1_pretrain.mirror.patience import StoppedError as StoppedError
-from x1_pretrain.mirror.store import Store, UnreachableError
+from x1_pretrain.mirror.patience import StoppedError
+from x1_pretrain.mirror.store import Meta, Store, StoreError, UnreachableError
 
 PIECE_BYTES = 1 << 20  # in memory at a time, for each file that is sent
 
@@ -62,6 +62,33 @@ class Content:
     bytes: int
     sha256: str
     chunks: list[str]  # sha256 of each CHUNK_BYTES
+
+
+class Sender:
+    """One thread that sends large files, as those who wait for them see it."""
+
+    def __init__(self) -> None:
+        self.error: StoreError | None = None  # of the last try
+        self.failing = False  # nothing has arrived whole since the last error
+        self.arrived = 0  # files
+        self._thread: threading.Thread | None = None
+        self._stop = threading.Event()
+
+    @property
+    def busy(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def _start(self, work: Callable[[], None], name: str) -> None:
+        self.error = None
+        self._thread = threading.Thread(target=work, name=name, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def wait(self, within_s: float) -> None:
+        if self._thread:
+            self._thread.join(max(0.0, within_s))
 
 
 class Hashed:
@@ -122,16 +149,15 @@ def send_file(store: Store, key: str, file: BinaryIO, rate: Rate, stop: Callable
             raise
 
     try:
-        store.put_stream(key, paced(), size)
+        sent = store.put_stream(key, paced(), size)
     except Exception:
         if ended:  # ours, whatever the store made of it
             raise ended[0] from None
         raise
-    check_size(store, key, size)
+    check_size(store, sent, size)
     return hashed.content()
 
 
-def check_size(store: Store, key: str, size: int) -> None:
-    found = store.stat(key).bytes
-    if found != size:
-        raise UnreachableError(f"{store.label}/{key}: has {found} bytes after {size} were sent")
+def check_size(store: Store, sent: Meta, size: int) -> None:
+    if sent.bytes != size:
+        raise UnreachableError(f"{store.label}/{sent.key}: has {sent.bytes} bytes after {size} were sent")

@@ -32,6 +32,16 @@ class ChangedError(StoreError):
     """Somebody else wrote this key first: `create` found it there, or `swap` found another version."""
 
 
+OWN = ".x1-mirror"  # keys of the store itself, which no listing shows
+
+
+def checked(key: str, label: str) -> str:
+    """`key`; DeniedError if stores would differ over what it means."""
+    if any(part in ("", ".", "..") for part in key.split("/")) or not key.isprintable():
+        raise DeniedError(f"{label}: {key!r} is no key of an object")
+    return key
+
+
 @dataclass(frozen=True)
 class Meta:
     """What a store knows of an object."""

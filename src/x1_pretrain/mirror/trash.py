@@ -7,20 +7,19 @@ name at once; it writes under epochs of its own.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 
 from x1_pretrain.errors import RefusedError
 from x1_pretrain.mirror.head import NAME, TRASH, Head, Writer, decode, encode
-from x1_pretrain.mirror.heads import head_key, look, silence_s
-from x1_pretrain.mirror.leftovers import leftovers
+from x1_pretrain.mirror.heads import head_key, look, run_names, silence_s
+from x1_pretrain.mirror.leftovers import leftovers, paths
 from x1_pretrain.mirror.store import ChangedError, Meta, NotThereError, Store
 from x1_pretrain.money.clock import stamp
 from x1_pretrain.records.trash import stamped
 
 GOING = ".going"  # an entry that is being deleted: it can't come back any more
-DELETED_AT_ONCE = 500
 LOST = "lost"  # rows of writers that had lost their place
 
 
@@ -149,7 +148,7 @@ def find(store: Store, text: str) -> list[Thrown]:
 def put_back(store: Store, one: Thrown, by: str) -> None:
     """The run is in the mirror again, given back by its writer. RefusedError if another has its name now."""
     found = look(store, one.name)
-    if found is not None and found[0].writer.state != "trashed":
+    if found is not None and not found[0].trashed:
         raise RefusedError(
             f"{store.label}/{one.name}: a run of this name is there again; move that to the trash first "
             f"(`x1 runs rm {store.label}/{one.name}`)"
@@ -208,7 +207,7 @@ def doomed(store: Store, now: datetime, older_than_s: float) -> tuple[list[Doome
     Ages are by the store's own clock: `now` is that."""
     entries, trouble = thrown(store)
     heads: dict[str, Head | None] = {}
-    for name in dict.fromkeys([*(one.name for one in entries), *_runs(store)]):
+    for name in dict.fromkeys([*(one.name for one in entries), *run_names(store)]):
         try:
             heads[name] = (look(store, name) or (None,))[0]
         except RefusedError as error:
@@ -221,15 +220,25 @@ def doomed(store: Store, now: datetime, older_than_s: float) -> tuple[list[Doome
     for one in goes:
         taken = {key for other in found for key in other.keys}
         found.append(_of_entry(store, one, heads[one.name], stays, taken))
-    for name, head in heads.items():
-        own = [one for one in entries if one.name == name]
-        if head and (left := _left_behind(store, head, own, now, older_than_s)) is not None:
+    for head in heads.values():
+        if head and (left := _left_behind(store, head, entries, now, older_than_s)) is not None:
             found.append(left)
     return found, trouble
 
 
-def _runs(store: Store) -> list[str]:
-    return [name for name in store.names() if name not in (TRASH, "data") and _there(store, head_key(name))]
+def clean(store: Store, head: Head) -> list[Meta]:
+    """As the writer that `head` names, what those before it sent and never published, or dropped and had no
+    time to delete: what went. Nothing goes if an entry of the trash can't be read."""
+    entries, trouble = thrown(store)
+    gone = [] if trouble else _left_over(store, head, entries, head.writer.epoch)
+    store.delete(one.key for one in gone)
+    return gone
+
+
+def _left_over(store: Store, head: Head, entries: Iterable[Thrown], before_epoch: int) -> list[Meta]:
+    """A writer that lost its place may still be sending such objects: no head will ever name them."""
+    heads = [head, *(one.head for one in entries if one.name == head.name)]
+    return list(leftovers(list(store.below(head.name)), head, heads, before_epoch))
 
 
 def _older(meta: Meta, now: datetime, older_than_s: float) -> bool:
@@ -238,11 +247,8 @@ def _older(meta: Meta, now: datetime, older_than_s: float) -> bool:
 
 def spaces(head: Head) -> set[str]:
     """The folders of objects that a head's writers had, or that it names."""
-    named = [one.path for one in head.checkpoints]
-    named += [one.path for many in head.records.values() for one in many]
-    named += [one.path for one in head.files.values()]
     own = {one.space for one in head.epochs} | {head.writer.space}
-    return own | {path.partition("/")[0] for path in named}
+    return own | {path.partition("/")[0] for path in paths(head)}
 
 
 def _of_entry(
@@ -250,7 +256,7 @@ def _of_entry(
 ) -> Doomed:
     """The objects of a run in the trash; those that the head of today, or an entry that stays, has are not
     its own: then it was restored, and a kill left the entry."""
-    kept = spaces(live) if live and live.writer.state != "trashed" else set()
+    kept = spaces(live) if live and not live.trashed else set()
     kept |= {space for other in stays if other.name == one.name for space in spaces(other.head)}
     found: dict[str, int] = {}
     for space in sorted(spaces(one.head) - kept):
@@ -260,17 +266,15 @@ def _of_entry(
 
 
 def _left_behind(
-    store: Store, head: Head, entries: Iterable[Thrown], now: datetime, older_than_s: float
+    store: Store, head: Head, entries: Sequence[Thrown], now: datetime, older_than_s: float
 ) -> Doomed | None:
     """What earlier writers sent and never published, or what was dropped and not deleted. Nothing of the
     writer of today, nothing that a head or the trash names, and no rows that were set apart."""
     last = head.writer.epoch if head.writer.state == "writing" else head.writer.epoch + 1
-    entries = list(entries)
-    kept = {space for one in entries for space in spaces(one.head)}
-    heads = [head, *(one.head for one in entries)]
+    kept = {space for one in entries if one.name == head.name for space in spaces(one.head)}
     found = {
         meta.key: meta.bytes
-        for meta in leftovers(list(store.below(head.name)), head, heads, last)
+        for meta in _left_over(store, head, entries, last)
         if meta.key.split("/")[1] not in kept and _older(meta, now, older_than_s)
     }
     if not found:
@@ -286,8 +290,7 @@ def delete(store: Store, one: Doomed) -> None:
         if not one.entry.going:
             store.put(going, encode(one.entry.head))
             store.delete([one.entry.key])
-    for start in range(0, len(one.keys), DELETED_AT_ONCE):
-        store.delete(one.keys[start : start + DELETED_AT_ONCE])
+    store.delete(one.keys)
     if going and one.entry is not None:
         _forget(store, one.entry)
         store.delete([going])
@@ -297,7 +300,7 @@ def _forget(store: Store, one: Thrown) -> None:
     """The head of a run that is gone keeps the count of its epochs, and nothing else. A new run of the name
     may have come meanwhile: then it is left alone."""
     found = look(store, one.name)
-    if found is None or found[0].writer.state != "trashed" or found[0].trashed_utc != one.head.trashed_utc:
+    if found is None or not found[0].trashed or found[0].trashed_utc != one.head.trashed_utc:
         return
     old = found[0].writer
     writer = Writer(old.epoch, old.token, "", old.host, old.pid, old.since_utc, old.beat + 1, state="trashed")

@@ -22,13 +22,15 @@ from x1_pretrain.errors import FINISHED, INTERRUPTED, REFUSED, RefusedError, Use
 from x1_pretrain.mirror.address import parse
 from x1_pretrain.mirror.claim import HeldError, Wanted
 from x1_pretrain.mirror.folder_store import FolderStore
-from x1_pretrain.mirror.found import is_ours, opened
+from x1_pretrain.mirror.found import as_opened, is_ours
+from x1_pretrain.mirror.head import NAME as HEAD
 from x1_pretrain.mirror.head import Head
 from x1_pretrain.mirror.heads import look
 from x1_pretrain.mirror.job import Job, Status
 from x1_pretrain.mirror.keeper import Keeper
 from x1_pretrain.mirror.lease import Lease, LostError
-from x1_pretrain.mirror.leftovers import held_bytes
+from x1_pretrain.mirror.lease_words import who
+from x1_pretrain.mirror.leftovers import held_bytes, lies_there
 from x1_pretrain.mirror.looks import Looked, Looks, claim_for
 from x1_pretrain.mirror.opened import open_store
 from x1_pretrain.mirror.outage import Outage
@@ -49,8 +51,10 @@ LOST_S = 20.0  # for a trainer whose run was lost to end; then its rows are save
 CORPORA_S = 60.0  # at the end, for corpora alone: a rented machine costs more than to send them another time
 AWAY_S = 3600.0  # for a store that is away when a run goes on
 AWAY_AGAIN_S = 10.0
+REFUSALS = 3  # of a store in which the run was mirrored before: a gateway has its bad moments
 TROUBLE_S = 60.0  # at the end, of nothing but trouble: every second of it is paid for
 LAST_S = 2.0  # of the time to leave, for giving the run back
+GIVEN_UP_S = 10.0  # for the same where the store was given up
 
 
 def main() -> int:
@@ -109,10 +113,11 @@ class Worker:
             self.state = replace(self.state, label=f"{store.label}/{self.job.name}")
             self.refuse_empty_place(store)
             self.check(store)
+            self.refuse_without_head(store)
             self.keep_id()
             keeper = Keeper(self.claim(store), on_lost=self.orders.wake, asleep=self.asleep)
         except GoneError:
-            return self.leave([])
+            return self.leave_early()
         except (UserError, StoreError) as error:
             return self.refuse(error)
         keeper.start()
@@ -135,19 +140,35 @@ class Worker:
     def check(self, store: Store) -> None:
         """A store that is away is waited for where the run was mirrored before: one that is relaunched by
         itself would give up too soon."""
-        deadline = time.monotonic() + AWAY_S
-        waits = self.before is not None and bool(self.before.token)
-        waits = waits or self.job.must_exist or self.job.goes_on or self.job.unattended
+        deadline, refusals = time.monotonic() + AWAY_S, 0
+        relaunched = bool(self.before and self.before.token) or self.job.goes_on or self.job.unattended
         while True:
             try:
                 return preflight(store, self.job.name, self.job.without_lease)
             except AbsentError as error:
-                if not waits:
+                if not (relaunched or self.job.must_exist):
                     raise
                 if time.monotonic() > deadline:
                     raise AwayError(str(error)) from None
                 self.voice.progress(f"{error}; waiting for it")
-                self.orders.sleep(AWAY_AGAIN_S)
+            except RefusedError as error:
+                refusals += 1
+                if not relaunched or refusals == REFUSALS:
+                    raise
+                self.voice.progress(f"{error}; asking again")
+            self.orders.sleep(AWAY_AGAIN_S)
+
+    def refuse_without_head(self, store: Store) -> None:
+        """What lies there may be all that is left of a run: the next one of its name would hide it."""
+        name = self.job.name
+        if self.job.run_id or self.job.goes_on or look(store, name) is not None:
+            return
+        if lies_there(store, name) and look(store, name) is None:  # it comes before all else
+            raise RefusedError(
+                f"{self.state.label}: has a run's objects, and its {HEAD} was removed; bring that back (the "
+                "bucket may keep earlier versions), go on in the folder where the run was trained, or take "
+                "another name"
+            )
 
     def asleep(self) -> bool:
         """Whether the trainer is stopped (SIGSTOP, Ctrl-Z): it does not live, whatever its mirror does."""
@@ -173,8 +194,8 @@ class Worker:
         with suppress(StoreError, LostError):  # it grows stale by itself
             lease.release("another session had trained it")
         raise HeldError(
-            f"{self.job.name}: {found.writer.host} (process {found.writer.pid}, epoch {found.writer.epoch}) "
-            "has trained this run while its mirror here was away; this copy stops and publishes nothing more"
+            f"{self.job.name}: {who(found.writer)} has trained this run while its mirror here was away; "
+            "this copy stops and publishes nothing more"
         )
 
     def serve(self, store: Store, keeper: Keeper) -> int:
@@ -184,11 +205,11 @@ class Worker:
             writer = keeper.head.writer
             self.save_state(epoch=writer.epoch, token=writer.token)
             self.tell(self.before_training(keeper))
-            self.voice.say("opened", **asdict(opened(keeper.lease, restored, self.state)))
+            self.voice.say("opened", **asdict(as_opened(keeper.lease, restored, self.state)))
             identity = self.wait_for_publish(keeper)
         except GoneError as gone:
             self.give_back(keeper, str(gone.order.get("why") or "the trainer ended before it began"))
-            return self.leave([])
+            return self.leave_early()
         except LostError:
             raise
         except (UserError, StoreError, OSError) as error:
@@ -205,18 +226,18 @@ class Worker:
 
         def say(text: str) -> None:
             self.voice.progress(text)
-            check(keeper)
+            keeper.check()
             self.orders.sleep(0)  # for a trainer that is gone nothing needs to be fetched
 
         restored = restore(self.job, keeper.head, store, say)
-        check(keeper)
+        keeper.check()
         return restored
 
     def wait_for_publish(self, keeper: Keeper) -> Identity:
         """The trainer gets ready; meanwhile the keeper holds the run for it."""
         while True:
             order = self.orders.next(TICK_S)
-            check(keeper)
+            keeper.check()
             if order and order.get("do") == "publish":
                 names = ("run_id", "from_step", "fingerprints", "step_fields")
                 identity = Identity(**{name: order[name] for name in names if name in order})
@@ -237,7 +258,7 @@ class Worker:
         next_s, cleaning, looks = 0.0, False, Looks(publisher, self.outage, self.every_s)
         while True:
             order = self.orders.next(min(TICK_S, next_s - time.monotonic()))
-            check(keeper)
+            keeper.check()
             if order and order["do"] in ("drain", "gone"):
                 return self.drain(looks, keeper, order)
             if self.asleep():
@@ -281,11 +302,12 @@ class Worker:
         within_s = ORPHAN_S if gone else float(order.get("within_s", ORPHAN_S))
         why = "the trainer ended without a word" if gone else str(order.get("why", ""))
         deadline = time.monotonic() + within_s
-        late = threading.Timer(within_s + LAST_S, self.leave_at_once, [looks.publisher])
-        late.daemon = True
-        late.start()
+        late = self.late(within_s + LAST_S, looks.publisher)
         try:
             left = self.send_the_rest(looks, deadline - min(LAST_S, within_s / 4))
+            if looks.troubled_s() > TROUBLE_S:
+                late.cancel()
+                late = self.late(GIVEN_UP_S, looks.publisher)
             with suppress(StoreError):  # the lease grows stale by itself
                 keeper.release(why)
         finally:
@@ -305,14 +327,26 @@ class Worker:
                 return left + data
             looks.pause(looked, min(left_s, TICK_S))
 
+    def late(self, after_s: float, publisher: Publisher) -> threading.Timer:
+        timer = threading.Timer(after_s, self.leave_at_once, [publisher])
+        timer.daemon = True
+        timer.start()
+        return timer
+
     def leave_at_once(self, publisher: Publisher) -> None:
         """The store does not answer, and the time is over."""
-        self.voice.say("drained", left=publisher.left() + publisher.corpora_left())
-        os._exit(FINISHED)
+        try:
+            self.voice.say("drained", left=publisher.left() + publisher.corpora_left())
+        finally:
+            os._exit(FINISHED)
 
     def give_back(self, keeper: Keeper, why: str) -> None:
         with suppress(StoreError, LostError):  # the lease grows stale by itself, or another has it already
             keeper.release(why)
+
+    def leave_early(self) -> int:
+        """Nothing is left behind, unless the run had a mirror before this one: then nobody knows."""
+        return FINISHED if self.job.goes_on else self.leave([])
 
     def leave(self, left: list[str]) -> int:
         self.voice.say("drained", left=left)
@@ -373,11 +407,6 @@ class Worker:
 
 def unwritable(error: OSError, folder: Path) -> RefusedError:
     return RefusedError(f"{error.filename or folder}: can't be written ({error.strerror}); see --run-dir")
-
-
-def check(keeper: Keeper) -> None:
-    if keeper.lost:
-        raise keeper.lost
 
 
 if __name__ == "__main__":

@@ -86,8 +86,8 @@ def parse_stamp(text: object) -> datetime:
 
 
 def duration_s(text: str, flag: str) -> float:
-    """`4h`, `30m`, `90s`, or seconds."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([hms]?)", text.strip())
+    """`4h`, `30m`, `90s`, `7d`, or seconds."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([dhms]?)", text.strip())
     if not found:
-        raise UserError(f"{flag} {text}: expected a time such as 4h, 30m or 90s")
-    return float(found[1]) * {"h": 3600, "m": 60, "s": 1, "": 1}[found[2]]
+        raise UserError(f"{flag} {text}: expected a time such as 4h, 30m, 90s or 7d")
+    return float(found[1]) * {"d": 86_400, "h": 3600, "m": 60, "s": 1, "": 1}[found[2]]

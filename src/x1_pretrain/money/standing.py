@@ -51,7 +51,7 @@ class Standing:
 
 def standing(head: Head, silent_s: float | None = None) -> Standing:
     """A run in the trash has nothing to go on with."""
-    if head.writer.state == "trashed":
+    if head.trashed:
         return Standing(head.writer.epoch, head.writer.beat, False, head.writer.host, "trashed")
     said, newest = head.status, head.newest()
     return Standing(
@@ -61,7 +61,7 @@ def standing(head: Head, silent_s: float | None = None) -> Standing:
         host=head.writer.host,
         state=str(said.get("state") or "waiting"),
         why=str(said.get("why") or ""),
-        step=int(_number(said, "step") or 0),
+        step=head.last_step() or 0,
         good_step=newest.step if newest else 0,
         tokens_per_sec=_rate(said),
         spent_usd=_dollars(said.get("spent_usd")),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from x1_pretrain.mirror.losing import Rates
+from x1_pretrain.planning.losing import Rates
 
 CHECKPOINT_H = 0.5  # what an interruption may cost
 FEWEST_CHECKPOINTS = 20

@@ -22,13 +22,13 @@ from x1_pretrain.learning.recipe import (
     lr_line,
     lr_rule,
 )
-from x1_pretrain.mirror.losing import LOSS_S
 from x1_pretrain.model.flops import mfu
 from x1_pretrain.model.memory import training_memory
 from x1_pretrain.numbers import human
 from x1_pretrain.planning import cadence
 from x1_pretrain.planning.belief import spread
 from x1_pretrain.planning.choice import Candidates
+from x1_pretrain.planning.losing import LOSS_S
 from x1_pretrain.planning.planner import Ask, Plan, amount, plan, trainable
 
 UNLIKELY_MFU = 0.65  # published runs on A100 and H100 stay below

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 from x1_pretrain.laws import forms
 from x1_pretrain.learning.recipe import Derived
-from x1_pretrain.mirror.losing import LOSS_S, SAVING_SHARE
 from x1_pretrain.model import shapes
 from x1_pretrain.model.memory import GPU_MEMORY_SHARE
 from x1_pretrain.money import gate
@@ -22,6 +21,7 @@ from x1_pretrain.planning.cadence import (
     NETWORK_MB_PER_S,
 )
 from x1_pretrain.planning.critique import disk_line
+from x1_pretrain.planning.losing import LOSS_S, SAVING_SHARE
 from x1_pretrain.planning.planner import (
     EVALUATION_SHARE,
     EVALUATION_TOKENS,

@@ -18,8 +18,6 @@ from x1_pretrain.errors import UserError
 from x1_pretrain.laws.fitted import Band
 from x1_pretrain.laws.forms import regret, tokens_for
 from x1_pretrain.learning.recipe import Recipe, recipe
-from x1_pretrain.mirror.losing import Rates as Pace
-from x1_pretrain.mirror.losing import Timing
 from x1_pretrain.model.flops import FlopsPerToken, ParameterCounts, flops_per_token, mfu, parameter_counts
 from x1_pretrain.model.memory import Memory, largest_micro_batch, training_memory
 from x1_pretrain.money import gate
@@ -48,6 +46,8 @@ from x1_pretrain.planning.choice import (
 )
 from x1_pretrain.planning.cluster import Shared
 from x1_pretrain.planning.data_check import Data
+from x1_pretrain.planning.losing import Rates as Pace
+from x1_pretrain.planning.losing import Timing
 
 OFF = (2.0, 4.0, 10.0)  # tokens per parameter wrong by so much
 BUFFER = 0.10  # of the dollars, kept for restarts and for hours that are slower than thought

@@ -122,6 +122,11 @@ def hours(seconds: float | None) -> str | None:
     return f"{seconds / 60:.0f} min" if seconds < 2 * 3600 else f"{seconds / 3600:.0f} h"
 
 
+def made(one: Listed) -> str:
+    """What it took to make: $24.80 and 21 h; nothing where that is not known."""
+    return " and ".join(text for text in (cost(one.spent_usd), hours(one.elapsed_s)) if text)
+
+
 def good(one: Listed) -> str:
     """The step of the newest good checkpoint, and where it is."""
     here, there = one.good_here, one.good_mirror

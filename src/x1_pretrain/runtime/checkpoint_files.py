@@ -79,12 +79,12 @@ def verify_folder(path: Path) -> str | None:
         for name, want in listed.items():
             if problem := _file_problem(path / name, want):
                 return f"{name} {problem}"
-        return _state_problem(path, manifest)
+        return state_problem(path, manifest)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         return f"manifest.json is not as it was written ({error})"
 
 
-def _state_problem(path: Path, manifest: dict[str, Any]) -> str | None:
+def state_problem(path: Path, manifest: dict[str, Any]) -> str | None:
     """state.json must be of the same step and run."""
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     for key in ("step", "run_id"):

@@ -21,11 +21,10 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import IO, Any
 
-from x1_pretrain import config as cfg
 from x1_pretrain.config import RunConfig
 from x1_pretrain.errors import FAULT, INTERRUPTED, REFUSED, UserError
 from x1_pretrain.mirror.identity import run_id_of
-from x1_pretrain.mirror.job import Job, Opened, Status
+from x1_pretrain.mirror.job import Job, Opened, Status, of_config
 from x1_pretrain.runtime.signals import Signals
 
 LISTEN_S = 0.2  # between two looks for a signal, while the mirror opens
@@ -46,30 +45,21 @@ class MirrorRefusedError(UserError):
 
 def job_for(config: RunConfig, must_exist: bool, fresh: bool) -> Job:
     """What the mirror has to know of the run."""
-    settings, keep = config.mirror, config.checkpoint
+    settings = config.mirror
     assert settings.uri is not None
-    return Job(
-        name=config.name,
-        folder=str(config.folder.absolute()),
-        checkpoints=str(config.checkpoint_folder.absolute()),
-        uri=settings.uri,
+    return of_config(
+        config,
+        config.folder.absolute(),
+        config.checkpoint_folder.absolute(),
+        settings.uri,
         endpoint=settings.endpoint,
         every_s=settings.every_s,
         data=settings.data,
         max_mb_per_s=settings.max_mb_per_s,
-        stale_s=settings.stale_s,
-        without_lease=settings.without_lease,
-        keep_last=keep.keep_last,
-        keep_every=keep.keep_every,
-        keep_best=keep.keep_best,
-        keep_at=list(keep.at),
         must_exist=must_exist,
         fresh=fresh,
         unattended=UNATTENDED in os.environ,
         run_id=run_id_of(config.folder),
-        step_fields=cfg.step_fields(config),
-        corpora={name: one.dir for name, one in config.data.mixture().items()},
-        total_steps=config.training.total_steps,
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from x1_pretrain.mirror.losing import LOSS_S, Rates, Timing, round_down, round_up
+from x1_pretrain.planning.losing import LOSS_S, Rates, Timing, round_down, round_up
 
 A100 = Rates(step_s=2.92, write_s=2.134, send_s=10.67, look_s=15.0)  # 1.07 GB at 500 and at 100 MB/s
 SECONDS = st.floats(0.001, 1e4)
