@@ -43,7 +43,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # this checkout, whatever is installed
 
-from x1_pretrain.config import ModelConfig, RunConfig, load_config
+from x1_pretrain.config import ModelConfig, RunConfig
+from x1_pretrain.config_reading import load_config
 from x1_pretrain.learning import optimizers
 from x1_pretrain.model import attention, flops, gpus, huggingface, loss
 from x1_pretrain.model.decoder import Decoder

@@ -18,7 +18,8 @@ sys.path[:] = [folder for folder in sys.path if not folder.endswith("benchmarks"
 from collections.abc import Iterator
 from pathlib import Path
 
-from x1_pretrain.config import MirrorConfig, RunConfig, load_config
+from x1_pretrain.config import MirrorConfig, RunConfig
+from x1_pretrain.config_reading import load_config
 from x1_pretrain.model.flops import flops_per_token, parameter_counts
 from x1_pretrain.model.gpus import kind
 from x1_pretrain.money.gate import ASSUMED_MFU

@@ -37,7 +37,8 @@ import torch
 
 import gpu
 from x1_pretrain import demo, train
-from x1_pretrain.config import LogConfig, RunConfig, TelemetryConfig, load_config, parse_config
+from x1_pretrain.config import LogConfig, RunConfig, TelemetryConfig
+from x1_pretrain.config_reading import load_config, parse_config
 from x1_pretrain.learning import optimizers, stability, vitals
 from x1_pretrain.runtime import assemble, memory, spikes, telemetry
 from x1_pretrain.runtime.run import Run

@@ -14,6 +14,7 @@ from tests.corpora import tiny_config
 from x1_pretrain import config as cfg
 from x1_pretrain import train
 from x1_pretrain.command import run
+from x1_pretrain.config_reading import load_config, parse_assignment, parse_config, to_yaml
 from x1_pretrain.errors import UserError
 from x1_pretrain.learning.recipe import recipe
 from x1_pretrain.model.flops import flops_per_token, parameter_counts
@@ -22,7 +23,7 @@ PUBLISHED = REPOSITORY / "configs" / "x1-50m-a100.yaml"
 
 
 def test_the_published_config_is_what_was_published() -> None:
-    config = cfg.load_config(PUBLISHED)
+    config = load_config(PUBLISHED)
     model, optimizer = config.model, config.optimizer
     assert (model.layers, model.d_model, model.heads, model.kv_heads, model.d_ff) == (8, 768, 12, 4, 2048)
     assert (model.context, model.vocab_size, model.rope_theta, model.init_std) == (1024, 50257, 10000, 0.02)
@@ -38,42 +39,42 @@ def test_the_published_config_is_what_was_published() -> None:
 
 
 def test_a_resolved_config_reads_back_as_itself(tmp_path: Path) -> None:
-    config = cfg.load_config(
+    config = load_config(
         PUBLISHED, {"model.qk_norm": True, "data.corpora": {"web": {"dir": "a", "weight": 2.0}}}
     )
-    (tmp_path / "config.yaml").write_text(cfg.to_yaml(config))
-    assert cfg.load_config(tmp_path / "config.yaml") == config
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "config.yaml") == config
 
 
 @pytest.mark.parametrize("text", ["3e-4", "3E-4", "0.0003", "3.0e-4", "+3e-4"])
 def test_a_number_in_exponent_notation_is_a_number(text: str) -> None:
-    path, value = cfg.parse_assignment(f"optimizer.lr={text}")
-    assert cfg.load_config(PUBLISHED, {path: value}).optimizer.lr == 3e-4
+    path, value = parse_assignment(f"optimizer.lr={text}")
+    assert load_config(PUBLISHED, {path: value}).optimizer.lr == 3e-4
 
 
 def test_off_is_a_word_and_true_is_not(tmp_path: Path) -> None:
-    path, value = cfg.parse_assignment("training.compile=off")
-    assert cfg.load_config(PUBLISHED, {path: value}).training.compile == "off"
+    path, value = parse_assignment("training.compile=off")
+    assert load_config(PUBLISHED, {path: value}).training.compile == "off"
     (tmp_path / "c.yaml").write_text(PUBLISHED.read_text().replace("compile: max-autotune", "compile: off"))
-    assert cfg.load_config(tmp_path / "c.yaml").training.compile == "off"
-    assert cfg.parse_assignment("log.blocks=true") == ("log.blocks", True)
+    assert load_config(tmp_path / "c.yaml").training.compile == "off"
+    assert parse_assignment("log.blocks=true") == ("log.blocks", True)
 
 
 def test_overrides_reach_any_depth() -> None:
-    config = cfg.load_config(PUBLISHED, {"data.corpora.web.dir": "x", "data.corpora.web.weight": 3})
+    config = load_config(PUBLISHED, {"data.corpora.web.dir": "x", "data.corpora.web.weight": 3})
     assert config.data.mixture() == {"web": cfg.CorpusConfig(dir="x", weight=3.0)}
 
 
 @pytest.mark.parametrize("value", [True, 1.5, "8", [8], None])
 def test_nothing_is_converted_silently(value: Any) -> None:
     with pytest.raises(UserError, match=r"model\.layers: expected a valid integer"):
-        cfg.parse_config(tiny_config(model={"layers": value}), "test")
+        parse_config(tiny_config(model={"layers": value}), "test")
 
 
 def test_every_problem_is_named_at_once() -> None:
     tree = tiny_config(model={"layers": 0}, optimizer={"lr": -1.0}, log={"evry": 3})
     with pytest.raises(UserError) as error:
-        cfg.parse_config(tree, "c.yaml")
+        parse_config(tree, "c.yaml")
     text = str(error.value)
     assert text.startswith("c.yaml: ")
     for part in ("model.layers", "optimizer.lr", "log.evry: unknown key, did you mean 'every'?"):
@@ -81,12 +82,12 @@ def test_every_problem_is_named_at_once() -> None:
     assert "\n" not in text
 
 
-LEAVES = sorted(cfg.flatten(cfg.parse_config(tiny_config(), "test").model_dump()))
+LEAVES = sorted(cfg.flatten(parse_config(tiny_config(), "test").model_dump()))
 
 
 def test_every_field_is_either_harmless_or_part_of_the_hash() -> None:
     """A new field counts as changing a step until someone decides otherwise."""
-    config = cfg.parse_config(tiny_config(), "test")
+    config = parse_config(tiny_config(), "test")
     harmless = {leaf for leaf in LEAVES if leaf not in cfg.step_fields(config)} - set(cfg.ADDED)
     assert {leaf.split(".")[0] for leaf in harmless} <= {
         *(
@@ -126,10 +127,8 @@ CHANGES: dict[str, Any] = {"model.layers": 3, "optimizer.lr": 1e-3, "seed": 8, "
 @given(path=st.sampled_from(sorted(CHANGES)))
 def test_a_change_that_matters_changes_the_hash_and_is_named(path: str) -> None:
     section, _, field = path.partition(".")
-    before = cfg.parse_config(tiny_config(), "test")
-    after = cfg.parse_config(
-        tiny_config(**{section: {field: CHANGES[path]} if field else CHANGES[path]}), "test"
-    )
+    before = parse_config(tiny_config(), "test")
+    after = parse_config(tiny_config(**{section: {field: CHANGES[path]} if field else CHANGES[path]}), "test")
     assert cfg.config_hash(before, ["a"]) != cfg.config_hash(after, ["a"])
     assert cfg.config_hash(before, ["a"]) != cfg.config_hash(before, ["b"])
     (named,) = cfg.changed_fields(cfg.step_fields(before), cfg.step_fields(after))
@@ -138,9 +137,7 @@ def test_a_change_that_matters_changes_the_hash_and_is_named(path: str) -> None:
 
 def test_where_the_data_lie_does_not_matter_but_the_mixture_does() -> None:
     def mixture(folder: str, weight: float) -> cfg.RunConfig:
-        return cfg.parse_config(
-            tiny_config(data={"corpora": {"web": {"dir": folder, "weight": weight}}}), "test"
-        )
+        return parse_config(tiny_config(data={"corpora": {"web": {"dir": folder, "weight": weight}}}), "test")
 
     assert cfg.config_hash(mixture("a", 1.0), []) == cfg.config_hash(mixture("b", 1.0), [])
     assert cfg.config_hash(mixture("a", 1.0), []) != cfg.config_hash(mixture("a", 2.0), [])
@@ -152,11 +149,11 @@ WSD = {"schedule": "wsd", "decay_steps": 6}
 def test_fields_that_came_later_leave_an_older_run_as_it_was() -> None:
     """The hash of the tiny config as it was computed before any of them existed. A run from before spikes
     were clipped goes on unclipped: `watch` is what it did."""
-    config = cfg.parse_config(tiny_config(stability={"policy": "watch"}), "test")
+    config = parse_config(tiny_config(stability={"policy": "watch"}), "test")
     assert cfg.config_hash(config, ["a"]).startswith("e9ff6060f9441a2b")
     fields = cfg.flatten(config.model_dump())
     assert {path: fields[path] for path in cfg.ADDED} == cfg.ADDED
-    wsd = cfg.parse_config(tiny_config(optimizer=WSD, stability={"policy": "watch"}), "test")
+    wsd = parse_config(tiny_config(optimizer=WSD, stability={"policy": "watch"}), "test")
     assert cfg.config_hash(wsd, ["a"]) != cfg.config_hash(config, ["a"])
     assert cfg.changed_fields(cfg.step_fields(config), cfg.step_fields(wsd)) == [
         "optimizer.decay_steps: None -> 6",
@@ -186,7 +183,7 @@ def test_the_decay_of_wsd_is_a_fifth_of_the_run_unless_said() -> None:
 )
 def test_schedules_and_checkpoints_that_do_not_fit_are_refused(sections: dict[str, Any], named: str) -> None:
     with pytest.raises(UserError, match=named.replace("+", r"\+")):
-        cfg.parse_config(tiny_config(**sections), "test")
+        parse_config(tiny_config(**sections), "test")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -202,7 +199,7 @@ LAB = {
 @pytest.mark.parametrize("size", LAB)
 def test_the_numbers_in_a_published_configs_comments_are_its_arithmetic(size: str) -> None:
     file = REPOSITORY / "configs" / f"x1-isoflop-{size}.yaml"
-    text, config = file.read_text(), cfg.load_config(file)
+    text, config = file.read_text(), load_config(file)
     counts, flops = parameter_counts(config.model), flops_per_token(config.model)
     matrices, steps, _ = LAB[size]
     assert counts.matrices == pytest.approx(matrices, rel=0.04)
@@ -225,7 +222,7 @@ def test_the_numbers_in_a_published_configs_comments_are_its_arithmetic(size: st
 
 
 def test_the_three_sizes_share_nothing_that_they_write_and_all_that_they_read() -> None:
-    configs = [cfg.load_config(REPOSITORY / "configs" / f"x1-isoflop-{size}.yaml") for size in LAB]
+    configs = [load_config(REPOSITORY / "configs" / f"x1-isoflop-{size}.yaml") for size in LAB]
     assert len({c.folder for c in configs}) == len({c.checkpoint_folder for c in configs}) == 3
     assert {c.data.dir for c in configs} == {"/workspace/data/tokenized"}
     assert {c.mlflow.uri for c in configs} == {None}

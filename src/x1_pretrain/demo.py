@@ -27,7 +27,8 @@ from rich.table import Table
 
 from x1_pretrain.command import run as run_app
 from x1_pretrain.command import single
-from x1_pretrain.config import RunConfig, parse_config
+from x1_pretrain.config import RunConfig
+from x1_pretrain.config_reading import parse_config
 from x1_pretrain.demo_budget import rented_run
 from x1_pretrain.demo_commands import must, say, start
 from x1_pretrain.demo_law import law

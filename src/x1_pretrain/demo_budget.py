@@ -22,7 +22,8 @@ from typing import Any
 
 import yaml
 
-from x1_pretrain.config import RunConfig, parse_config
+from x1_pretrain.config import RunConfig
+from x1_pretrain.config_reading import parse_config
 from x1_pretrain.demo_commands import must, say, start
 from x1_pretrain.errors import UserError
 from x1_pretrain.money import ledger

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import yaml
 
-from x1_pretrain.config import parse_config
+from x1_pretrain.config_reading import parse_config
 from x1_pretrain.demo_commands import must, say, start
 from x1_pretrain.errors import UserError
 from x1_pretrain.mirror.head import NAME as HEAD

@@ -22,7 +22,7 @@ import typer
 
 from x1_pretrain.command import run as run_app
 from x1_pretrain.command import single
-from x1_pretrain.config import parse_config, parse_yaml
+from x1_pretrain.config_reading import parse_config, parse_yaml
 from x1_pretrain.errors import FAULT, FINISHED, UserError
 from x1_pretrain.money import audit
 from x1_pretrain.records import mlflow_store

@@ -18,10 +18,10 @@ import torch
 import typer
 from torch import Tensor
 
-from x1_pretrain import config as cfg
 from x1_pretrain import errors
 from x1_pretrain.command import run as run_app
 from x1_pretrain.command import single
+from x1_pretrain.config_reading import load_config, parse_assignment
 from x1_pretrain.corpus.reader import Batch
 from x1_pretrain.doctor.nccl_env import beside, pick_up
 from x1_pretrain.learning import optimizers, stability, vitals
@@ -356,7 +356,7 @@ class UnwrittenError(errors.UserError):
 def overrides_from(assignments: list[str], flags: dict[str, Any]) -> dict[str, Any]:
     """Flags by config path; `--set` wins over a flag."""
     given = {path: value for path, value in flags.items() if value is not None}
-    return given | dict(cfg.parse_assignment(text) for text in assignments)
+    return given | dict(parse_assignment(text) for text in assignments)
 
 
 Flag = typer.Option
@@ -436,7 +436,7 @@ def main(
         "mirror.uri": mirror,
         "mirror.data": mirror_data or None,
     }
-    loaded = cfg.load_config(config, overrides_from(set_, flags))
+    loaded = load_config(config, overrides_from(set_, flags))
     if resume_from:
         loaded = mirroring.resumed_from(resume_from, loaded)
     if data_dir and loaded.data.corpora:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tests.corpora import tiny_config
 
-from x1_pretrain.config import parse_config
+from x1_pretrain.config_reading import parse_config
 from x1_pretrain.doctor import conclusion
 from x1_pretrain.doctor.all_reduce import Attempt
 from x1_pretrain.doctor.conclusion import Page

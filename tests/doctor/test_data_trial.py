@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tests.corpora import tiny_config, write_corpus
 
-from x1_pretrain.config import parse_config
+from x1_pretrain.config_reading import parse_config
 from x1_pretrain.corpus.shards import open_corpus
 from x1_pretrain.doctor import data_trial, judge_run
 from x1_pretrain.doctor.trial import Trial

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.corpora import tiny_config
 
-from x1_pretrain.config import RunConfig, parse_config
+from x1_pretrain.config import RunConfig
+from x1_pretrain.config_reading import parse_config
 from x1_pretrain.doctor import estimate
 from x1_pretrain.doctor.estimate import Price
 from x1_pretrain.train import due

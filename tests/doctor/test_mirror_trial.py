@@ -19,7 +19,7 @@ from tests.mirror.model_store import Clock, ModelStore
 from tests.mirror.proxy import FaultyProxy
 from tests.mirror.s3 import Bucket, wait_for
 
-from x1_pretrain.config import parse_config
+from x1_pretrain.config_reading import parse_config
 from x1_pretrain.doctor import mirror, mirror_trial
 from x1_pretrain.doctor.mirror_trial import SIZES, DamagedError, Traffic, rounds
 

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from tests.corpora import tiny_config
 
-from x1_pretrain.config import RunConfig, parse_config
+from x1_pretrain.config import RunConfig
+from x1_pretrain.config_reading import parse_config
 from x1_pretrain.doctor import services, trial
 
 NOW = datetime(2026, 11, 21, tzinfo=UTC)

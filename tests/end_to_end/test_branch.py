@@ -12,7 +12,7 @@ from tests.corpora import write_config, write_corpus
 from tests.end_to_end.in_process import Outcome, train_here
 from tests.end_to_end.processes import Training, curve, last_step, rows, wait_until, weights
 
-from x1_pretrain.config import load_config
+from x1_pretrain.config_reading import load_config
 from x1_pretrain.corpus.mixture import open_corpora
 from x1_pretrain.records.run_folder import open_run
 from x1_pretrain.review.command import PASSED, verify

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from tests.records.builder import build_run
-from x1_pretrain import config as cfg
 from x1_pretrain import errors
 from x1_pretrain.command import run as run_app
+from x1_pretrain.config_reading import load_config
 from x1_pretrain.laws import isoflop, sweep, sweep_run
 from x1_pretrain.laws.sweep_run import Job, Purse
 
@@ -316,7 +316,7 @@ def test_one_budget_for_all_and_a_raise_for_the_run_that_was_stopped(tmp_path: P
 def test_the_command_of_a_run_is_one_that_anybody_could_type(jobs: list[Job], tmp_path: Path) -> None:
     trunk, branch = (sweep_run.command(job, tmp_path, ["--device", "cpu"]) for job in jobs)
     assert trunk[1:4] == ["-m", "x1_pretrain.train", "--config"]
-    assert cfg.load_config(Path(trunk[4])) == jobs[0].config
+    assert load_config(Path(trunk[4])) == jobs[0].config
     assert trunk[5:] == ["--device", "cpu"]
     assert branch[5:7] == ["--branch-from", str(jobs[1].branch_from)]
 

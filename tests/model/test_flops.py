@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from x1_pretrain.config import ModelConfig, load_config
+from x1_pretrain.config import ModelConfig
+from x1_pretrain.config_reading import load_config
 from x1_pretrain.model import flops, gpus
 from x1_pretrain.model.decoder import Decoder
 

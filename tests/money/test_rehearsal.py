@@ -25,7 +25,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rich.table import Table
 
-from x1_pretrain.config import RunConfig, parse_config
+from x1_pretrain.config import RunConfig
+from x1_pretrain.config_reading import parse_config
 from x1_pretrain.errors import FINISHED, REFUSED, UserError
 from x1_pretrain.money import guard, rehearsal
 from x1_pretrain.money.budget_file import Address, BudgetFile, write

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from x1_pretrain.config import parse_config
+from x1_pretrain.config_reading import parse_config
 from x1_pretrain.errors import RefusedError, UserError
 from x1_pretrain.mirror.folder_store import FolderStore
 from x1_pretrain.mirror.head import Head, Published, Writer, encode

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from tests.corpora import write_config
 from tests.money.fakes import START, Steps
 
-from x1_pretrain.config import CheckpointConfig, MirrorConfig, load_config
+from x1_pretrain.config import CheckpointConfig, MirrorConfig
+from x1_pretrain.config_reading import load_config
 from x1_pretrain.errors import UserError
 from x1_pretrain.money import storage
 from x1_pretrain.money.account import account

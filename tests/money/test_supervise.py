@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from x1_pretrain.config import parse_config
+from x1_pretrain.config_reading import parse_config
 from x1_pretrain.errors import UserError
 from x1_pretrain.mirror.head import Head, Object, Writer, encode
 from x1_pretrain.money import latch, supervise

@@ -16,7 +16,7 @@ import pytest
 
 from tests.records.builder import build_run, rows
 from x1_pretrain.command import run
-from x1_pretrain.config import load_config
+from x1_pretrain.config_reading import load_config
 from x1_pretrain.model.flops import flops_per_token, parameter_counts
 from x1_pretrain.money import gate, launch
 from x1_pretrain.money.clock import duration_s

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from tests.planning.plans import ask
-from x1_pretrain.config import RunConfig, load_config
+from x1_pretrain.config import RunConfig
+from x1_pretrain.config_reading import load_config
 from x1_pretrain.model import shapes
 from x1_pretrain.planning import data_check
 from x1_pretrain.planning.critique import Claim, Finding, Judged, judge

@@ -13,7 +13,7 @@ import yaml
 
 from tests.planning.plans import ask
 from x1_pretrain.command import run
-from x1_pretrain.config import load_config
+from x1_pretrain.config_reading import load_config
 from x1_pretrain.model.shapes import shape_for
 from x1_pretrain.money import storage
 from x1_pretrain.money.pricing import mirror_planned

@@ -12,7 +12,8 @@ import pytest
 
 from tests.postmortem import spiky
 from tests.records import builder
-from x1_pretrain.config import OptimizerConfig, RunConfig, parse_config
+from x1_pretrain.config import OptimizerConfig, RunConfig
+from x1_pretrain.config_reading import parse_config
 from x1_pretrain.money.clock import Clock
 from x1_pretrain.postmortem.effects import Lasting, clipping, lasting, memory, norms, price
 from x1_pretrain.postmortem.episodes import episodes

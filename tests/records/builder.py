@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from x1_pretrain.config import RunConfig, config_hash, parse_config, to_yaml
+from x1_pretrain.config import RunConfig, config_hash
+from x1_pretrain.config_reading import parse_config, to_yaml
 from x1_pretrain.review.weights import expected_shapes
 from x1_pretrain.runtime.checkpoint_files import publish
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from x1_pretrain.config import RunConfig, config_hash, parse_config, to_yaml
+from x1_pretrain.config import RunConfig, config_hash
+from x1_pretrain.config_reading import parse_config, to_yaml
 
 BEGAN = datetime(2026, 11, 20, 8, 0, 0, tzinfo=UTC)
 BATCH, STEP_S = 65_536, 0.2

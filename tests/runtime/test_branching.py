@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.corpora import tiny_config
-from x1_pretrain.config import ADDED, OptimizerConfig, config_hash, parse_config, step_fields
+from x1_pretrain.config import ADDED, OptimizerConfig, config_hash, step_fields
+from x1_pretrain.config_reading import parse_config
 from x1_pretrain.corpus.order import Order, Source
 from x1_pretrain.runtime.branch import SCHEDULE, optimizer_of, unlike
 from x1_pretrain.runtime.checkpoint import RunState, read_state

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.corpora import tiny_config
-from x1_pretrain.config import ModelConfig, RunConfig, parse_config
+from x1_pretrain.config import ModelConfig, RunConfig
+from x1_pretrain.config_reading import parse_config
 from x1_pretrain.model.decoder import Decoder
 from x1_pretrain.runtime import assemble, fit
 from x1_pretrain.runtime.signals import Signals

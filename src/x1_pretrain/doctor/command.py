@@ -25,9 +25,9 @@ import psutil
 import typer
 
 from x1_pretrain import __version__
-from x1_pretrain import config as cfg
 from x1_pretrain.command import single
 from x1_pretrain.config import RunConfig
+from x1_pretrain.config_reading import load_config, parse_assignment
 from x1_pretrain.doctor import conclusion, findings
 from x1_pretrain.doctor.examination import Options, examine
 from x1_pretrain.doctor.trial import DYING_S
@@ -170,7 +170,7 @@ def _loaded(
         return None
     flags = {"data.dir": data_dir, "checkpoint.dir": ckpt_dir, "mirror.uri": mirror}
     given: dict[str, Any] = {path: value for path, value in flags.items() if value is not None}
-    loaded = cfg.load_config(config, given | dict(cfg.parse_assignment(text) for text in assignments))
+    loaded = load_config(config, given | dict(parse_assignment(text) for text in assignments))
     if data_dir and loaded.data.corpora:
         raise UserError(
             f"--data-dir {data_dir}: the config names several corpora ({', '.join(loaded.data.corpora)}); "

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from x1_pretrain.config import RunConfig, parse_config
+from x1_pretrain.config import RunConfig
+from x1_pretrain.config_reading import parse_config
 from x1_pretrain.corpus.mixture import make_order, refuse_unfit
 from x1_pretrain.corpus.order import Order
 from x1_pretrain.corpus.reader import Reader, TokenFile

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch.optim import AdamW
 
-from x1_pretrain.config import RunConfig, parse_config
+from x1_pretrain.config import RunConfig
+from x1_pretrain.config_reading import parse_config
 from x1_pretrain.doctor.trial import Facts, Voice, answered
 from x1_pretrain.errors import UserError
 from x1_pretrain.learning import optimizers

@@ -16,10 +16,10 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from x1_pretrain import config as cfg
 from x1_pretrain.command import run as run_app
 from x1_pretrain.command import single
 from x1_pretrain.config import ModelConfig, RunConfig
+from x1_pretrain.config_reading import load_config, parse_assignment, parse_config
 from x1_pretrain.errors import RefusedError, UserError
 from x1_pretrain.laws import collect, sweep
 from x1_pretrain.laws.sweep import Count, Pace, PlannedRun
@@ -59,7 +59,7 @@ def base_config(file: Path | None, overrides: Mapping[str, Any]) -> RunConfig:
         if path in OWN:
             raise UserError(f"--set {path}: each run has its own; see {OWN[path]}")
     if file is not None:
-        return cfg.load_config(file, overrides)
+        return load_config(file, overrides)
     shape = shapes.shape_for(1e6, GPT2_VOCABULARY, 1024).model_dump(exclude={"vocab_size"})
     tree = {
         "name": "isoflop",
@@ -67,7 +67,7 @@ def base_config(file: Path | None, overrides: Mapping[str, Any]) -> RunConfig:
         "training": {"total_steps": 10**9},
         "optimizer": {"warmup_steps": 1},
     }
-    return cfg.parse_config(_with(tree, overrides), "x1 isoflop")
+    return parse_config(_with(tree, overrides), "x1 isoflop")
 
 
 def _with(tree: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -161,7 +161,7 @@ def job_of(
         "log.every": max(1, min(base.log.every, run.steps // 20)),
     }
     values |= overrides
-    config = cfg.parse_config(_with(base.model_dump(mode="json"), values), f"x1 isoflop: {run.name}")
+    config = parse_config(_with(base.model_dump(mode="json"), values), f"x1 isoflop: {run.name}")
     source = folder_of(run.trunk, output) / "checkpoints" / f"step-{run.branch_step:09d}"
     return Job(run, config, None if run.is_trunk else source)
 
@@ -279,7 +279,7 @@ def main(
     if not budgets:
         raise UserError("--flops: missing; for example --flops 1.35e17 (or --collect RUN... to read runs)")
     wanted = amounts(sizes or [], "--sizes")
-    overrides = dict(map(cfg.parse_assignment, set_)) | ({"data.dir": data_dir} if data_dir else {})
+    overrides = dict(map(parse_assignment, set_)) | ({"data.dir": data_dir} if data_dir else {})
     shared = base_config(base, overrides)
     found = held(shared)
     if found is None and not dry_run:

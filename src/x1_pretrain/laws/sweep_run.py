@@ -20,6 +20,7 @@ from typing import Any
 from x1_pretrain import config as cfg
 from x1_pretrain import errors
 from x1_pretrain.config import RunConfig
+from x1_pretrain.config_reading import to_yaml
 from x1_pretrain.laws import collect
 from x1_pretrain.laws.sweep import PlannedRun
 from x1_pretrain.money import latch
@@ -212,7 +213,7 @@ def command(job: Job, output: Path, options: Sequence[str]) -> list[str]:
     """The same one starts and resumes the run."""
     file = output / "configs" / f"{job.run.name}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
-    write(file, cfg.to_yaml(job.config))
+    write(file, to_yaml(job.config))
     branch = ["--branch-from", str(job.branch_from)] if job.branch_from else []
     return [sys.executable, "-m", "x1_pretrain.train", "--config", str(file), *branch, *options]
 

@@ -187,6 +187,6 @@ def decode(data: bytes, origin: str) -> Head:
         raise
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise RefusedError(
-            f"{origin}: not the head of a mirrored run ({error}); restore it from a copy, or give the "
-            "run another name"
+            f"{origin}: not the head of a mirrored run ({error}); bring back an earlier version of it "
+            "(the bucket may keep them), or remove it and go on in the folder where the run was trained"
         ) from None

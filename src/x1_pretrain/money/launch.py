@@ -19,10 +19,10 @@ from typing import Annotated
 
 import typer
 
-from x1_pretrain import config as cfg
 from x1_pretrain.command import run as run_app
 from x1_pretrain.command import single
 from x1_pretrain.config import RunConfig
+from x1_pretrain.config_reading import load_config, parse_assignment
 from x1_pretrain.errors import FINISHED, REFUSED, RefusedError, UserError
 from x1_pretrain.model import gpus
 from x1_pretrain.money import gate, latch
@@ -193,8 +193,8 @@ def main(
     ] = [],  # noqa: B006
 ) -> int:
     """Price a run, rent its machine, and guard it until it is gone."""
-    overrides = dict(cfg.parse_assignment(text) for text in set_)
-    loaded = with_mirror(cfg.load_config(config, overrides), mirror, mirror_data)
+    overrides = dict(parse_assignment(text) for text in set_)
+    loaded = with_mirror(load_config(config, overrides), mirror, mirror_data)
     names = provider_names(provider, loaded)
     clock = Clock.from_environment()
     raised = positive("--raise-ceiling-to", raise_ceiling_to)

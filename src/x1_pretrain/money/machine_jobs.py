@@ -15,6 +15,7 @@ from pathlib import Path
 
 from x1_pretrain import config as cfg
 from x1_pretrain.config import RunConfig
+from x1_pretrain.config_reading import to_yaml
 from x1_pretrain.errors import FINISHED, UserError
 from x1_pretrain.money import bootstrap, credentials
 from x1_pretrain.money.channels import VARIABLE as ALERTS_VARIABLE
@@ -63,7 +64,7 @@ def job_for(
     return Job(
         run_name=config.name,
         tag=tag,
-        config_text=cfg.to_yaml(tree),
+        config_text=to_yaml(tree),
         source=options.source or this_checkout(),
         provider=provider,
         rate_usd_per_hr=usd_per_hr,
@@ -190,9 +191,9 @@ def on_this_computer(
     words += ["--data-dir", str(Path(options.data_dir).absolute())] if options.data_dir else []
     if not mirrored:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "launch.yaml").write_text(cfg.to_yaml(config), encoding="utf-8")
+        (folder / "launch.yaml").write_text(to_yaml(config), encoding="utf-8")
         return f"#!/bin/bash\nexec {shlex.join(words)}\n"
-    text = cfg.to_yaml(config.model_copy(update={"run_dir": None}))
+    text = to_yaml(config.model_copy(update={"run_dir": None}))
     write = f"mkdir -p {folder}\ncat >{folder}/launch.yaml <<'{CONFIG_END}'\n{text}{CONFIG_END}\n"
     return f"#!/bin/bash\n{write}exec {shlex.join(words)}\n"
 

@@ -7,7 +7,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from x1_pretrain.config import parse_config, parse_yaml
+from x1_pretrain.config_reading import parse_config, parse_yaml
 from x1_pretrain.errors import UserError
 from x1_pretrain.records.behind import copied
 from x1_pretrain.records.run_folder import is_number, is_train, read_jsonl

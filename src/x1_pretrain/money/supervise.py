@@ -28,7 +28,8 @@ from typing import IO, Annotated, Any
 import typer
 
 from x1_pretrain.command import run as run_app
-from x1_pretrain.config import RunConfig, load_config, parse_assignment
+from x1_pretrain.config import RunConfig
+from x1_pretrain.config_reading import load_config, parse_assignment
 from x1_pretrain.errors import FAULT, FINISHED, INTERRUPTED, REFUSED, UserError
 from x1_pretrain.money import ended, latch
 from x1_pretrain.money.budget_file import Address

@@ -17,7 +17,8 @@ import typer
 
 from x1_pretrain.command import run as run_app
 from x1_pretrain.command import single
-from x1_pretrain.config import RunConfig, load_config
+from x1_pretrain.config import RunConfig
+from x1_pretrain.config_reading import load_config
 from x1_pretrain.errors import UserError
 from x1_pretrain.model import shapes
 from x1_pretrain.model.flops import GPT2_VOCABULARY

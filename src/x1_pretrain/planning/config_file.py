@@ -8,7 +8,8 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from x1_pretrain.config import RunConfig, parse_config, parse_yaml
+from x1_pretrain.config import RunConfig
+from x1_pretrain.config_reading import parse_config, parse_yaml
 from x1_pretrain.errors import RefusedError, UserError
 from x1_pretrain.learning.recipe import Derived
 from x1_pretrain.money import gate

@@ -13,7 +13,7 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, Literal
 
-from x1_pretrain.config import parse_config, parse_yaml
+from x1_pretrain.config_reading import parse_config, parse_yaml
 from x1_pretrain.errors import UserError
 from x1_pretrain.mirror.state import MirrorState
 from x1_pretrain.money import latch

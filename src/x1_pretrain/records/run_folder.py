@@ -15,7 +15,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from x1_pretrain.config import RunConfig, parse_config, parse_yaml
+from x1_pretrain.config import RunConfig
+from x1_pretrain.config_reading import parse_config, parse_yaml
 from x1_pretrain.errors import UserError
 from x1_pretrain.mirror.address import refuse_uri
 from x1_pretrain.money.clock import parse_stamp

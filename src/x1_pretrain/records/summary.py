@@ -14,7 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from x1_pretrain.config import RunConfig, parse_config, parse_yaml
+from x1_pretrain.config import RunConfig
+from x1_pretrain.config_reading import parse_config, parse_yaml
 from x1_pretrain.errors import UserError
 from x1_pretrain.money import latch
 from x1_pretrain.money.account import account

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from x1_pretrain.config import to_yaml
+from x1_pretrain.config_reading import to_yaml
 from x1_pretrain.report import state, words
 from x1_pretrain.report.blocks import Block, Folded, Line, Section, Table, Verbatim
 from x1_pretrain.report.learning import steps_up

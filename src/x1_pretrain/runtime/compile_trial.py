@@ -14,7 +14,7 @@ import threading
 
 import torch
 
-from x1_pretrain.config import parse_config
+from x1_pretrain.config_reading import parse_config
 from x1_pretrain.model import attention
 from x1_pretrain.model.decoder import Decoder
 from x1_pretrain.model.loss import compiled_chunk_terms

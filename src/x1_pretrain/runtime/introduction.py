@@ -9,6 +9,7 @@ import torch
 
 from x1_pretrain import config as cfg
 from x1_pretrain.config import RunConfig
+from x1_pretrain.config_reading import to_yaml
 from x1_pretrain.errors import UserError
 from x1_pretrain.model.flops import parameter_counts
 from x1_pretrain.records import run_manifest
@@ -26,7 +27,7 @@ def open_folder(run: Run) -> None:
         run.records = open_records(config.folder, config.log.blocks, run.screen.say)
     except OSError as error:
         raise UserError(f"{error.filename or config.folder}: can't be written ({error.strerror})") from None
-    write_atomically(config.folder / "config.yaml", cfg.to_yaml(without_secrets(config)))
+    write_atomically(config.folder / "config.yaml", to_yaml(without_secrets(config)))
     link_checkpoints(config)
     run.screen.say(introduction(run))
     for note in dict.fromkeys(lock.note for lock in session.locks if lock.note):
@@ -51,7 +52,7 @@ def write_again(run: Run) -> None:
     assert run.records is not None
     folder = run.config.folder
     run.records.restore()
-    write_atomically(folder / "config.yaml", cfg.to_yaml(without_secrets(run.config)))
+    write_atomically(folder / "config.yaml", to_yaml(without_secrets(run.config)))
     write_atomically(folder / "manifest.json", json.dumps(manifest(run), indent=1) + "\n")
     said = f"{folder} was deleted while the run goes on: records, config and manifest are written again"
     run.event("deleted", f"{said}; a checkpoint is saved now, earlier ones are lost if they were there")

@@ -25,6 +25,7 @@ from x1_pretrain.config import RunConfig
 from x1_pretrain.errors import FAULT, INTERRUPTED, REFUSED, UserError
 from x1_pretrain.mirror.identity import run_id_of
 from x1_pretrain.mirror.job import Job, Opened, Status, of_config
+from x1_pretrain.numbers import size
 from x1_pretrain.runtime.signals import Signals
 
 LISTEN_S = 0.2  # between two looks for a signal, while the mirror opens
@@ -232,7 +233,7 @@ class Mirror:
             beat()
         if self.left is None:
             lag = self.status.lag_bytes
-            self.left = [f"it did not answer; by its last word {lag / 2**20:,.1f} MiB were not mirrored"]
+            self.left = [f"it did not answer; by its last word {size(lag)} were not mirrored"]
         return self.left
 
     @property
