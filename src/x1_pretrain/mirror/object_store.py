@@ -1,8 +1,9 @@
 """A mirror in S3 and what speaks it (R2, MinIO, ...), Google Cloud Storage or Azure: obstore does the work.
 
 Small requests have 20 s each and are made again within 40 s; a part of a large object has 50 s and is made
-again only in the first 10 s. So a dead store is known as one within a minute. On a line that is too slow for
-that, what is large is sent in single, smaller parts, with twice the time after each failure.
+again only in the first 10 s. So a store that dies is known as dead within a minute. On a line that is too slow
+for that, what is large is sent in single, smaller parts, with twice the time after each failure, up to 400 s;
+what is small, and so the looks that notice a store's death, keeps its 20 s.
 """
 
 from __future__ import annotations
@@ -188,7 +189,7 @@ class ObjectStore:
                 self._limit_s = max(self._limit_s, more_s)
             raise
         usual = PARTS_AT_ONCE * PART_BYTES / LARGE["timeout"]  # bytes a second
-        if size > PART_BYTES and size / (time.monotonic() - begun) > 2 * usual:
+        if size >= LEAST_PART_BYTES and size / (time.monotonic() - begun) > 2 * usual:
             self._limit_s = LARGE["timeout"]
 
     def _sent(self, key: str, size: int) -> Meta:

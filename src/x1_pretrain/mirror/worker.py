@@ -76,6 +76,7 @@ class Worker:
         self.before: MirrorState | None = None
         self.outage = Outage(job.stale_s / 3)
         self.leaving = False  # the last order was taken
+        self.refused = False  # nothing began
 
     def run(self) -> int:
         try:
@@ -87,7 +88,11 @@ class Worker:
         try:
             return self.hold(store)
         finally:
-            store.close()
+            if (
+                not self.refused
+            ):  # else nothing is on its way, and a request that was given up may still hold it
+                with suppress(StoreError):
+                    store.close()
 
     def know_the_folder(self) -> None:
         """Which mirror it had."""
@@ -113,7 +118,6 @@ class Worker:
             self.state = replace(self.state, label=f"{store.label}/{self.job.name}")
             self.refuse_empty_place(store)
             self.check(store)
-            self.refuse_without_head(store)
             self.keep_id()
             keeper = Keeper(self.claim(store), on_lost=self.orders.wake, asleep=self.asleep)
         except GoneError:
@@ -144,14 +148,15 @@ class Worker:
         relaunched = bool(self.before and self.before.token) or self.job.goes_on or self.job.unattended
         while True:
             try:
-                return preflight(store, self.job.name, self.job.without_lease)
+                preflight(store, self.job.name, self.job.without_lease)
+                return self.refuse_without_head(store)
             except AbsentError as error:
                 if not (relaunched or self.job.must_exist):
                     raise
                 if time.monotonic() > deadline:
                     raise AwayError(str(error)) from None
                 self.voice.progress(f"{error}; waiting for it")
-            except RefusedError as error:
+            except (RefusedError, StoreError) as error:
                 refusals += 1
                 if not relaunched or refusals == REFUSALS:
                     raise
@@ -355,7 +360,7 @@ class Worker:
     def refuse(self, error: Exception) -> int:
         away = isinstance(error, UnreachableError)  # it may be there when this is relaunched
         code = error.exit_code if isinstance(error, UserError) else INTERRUPTED if away else REFUSED
-        held = isinstance(error, HeldError)
+        held, self.refused = isinstance(error, HeldError), True
         self.voice.say("refused", message=str(error), exit_code=code, held=held)
         return code
 
