@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from tests.corpora import write_config
-from tests.end_to_end.processes import Training, rows
+from tests.end_to_end.processes import Training, rows, wait_until
 from tests.end_to_end.rehearsal import POLL_S, SPEED, Rehearsal, rehearsal
 
 STEPS = 2400
@@ -151,10 +151,11 @@ def test_each_fault_of_a_provider(
 def test_a_lost_machine_and_a_second_one(
     kind: str, tmp_path: Path, config: Path, corpus: Path, undisturbed: dict[int, float]
 ) -> None:
-    with rehearsal(
-        tmp_path, here(config, tmp_path), corpus, [{"kind": kind, "after_s": 300, "times": 1}]
-    ) as r:
-        assert r.end(r.start(linger="1m"))[0] == 0
+    with rehearsal(tmp_path, here(config, tmp_path), corpus) as r:
+        launched = r.start(linger="1m")
+        wait_until(lambda: r.step() > 0, launched, 120)
+        r.fake.fault(kind, machine="pod-0001-*")
+        assert r.end(launched)[0] == 0
         assert r.ledger("lost")
         assert 0 < r.step() < STEPS
         code, output = r.end(r.start(linger="1m"))

@@ -14,6 +14,8 @@ from tests.corpora import write_config, write_corpus
 from tests.end_to_end.in_process import train_here
 from tests.end_to_end.processes import Training, curve, rows, weights
 
+from x1_pretrain.mirror.state import PULLED, MirrorState, read_state, write_state
+from x1_pretrain.records.behind import copied
 from x1_pretrain.runtime.checkpoint_files import list_checkpoints, newest_good, verify_folder
 
 Capture = pytest.CaptureFixture[str]
@@ -153,6 +155,26 @@ def test_a_finished_run_stays_finished(run: Path, config: Path, corpus: Path, ca
     assert (outcome.code, outcome.err) == (0, "")
     assert "finished before, at step 30" in outcome.out
     assert (run / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_a_pulled_folder_is_a_copy_until_somebody_trains_in_it(
+    mirrored: bool, run: Path, config: Path, corpus: Path, tmp_path: Path, capfd: Capture
+) -> None:
+    """Its id and its epoch stay: a mirrored session goes on from them."""
+    place = str(tmp_path / "mirror")
+    write_state(run, MirrorState(place, f"{place}/tiny", "tiny", "folder", 1, "aaaa1111", "released", PULLED))
+    words: list[str | Path] = ["--config", config, "--data-dir", corpus, "--run-dir", run]
+    assert "finished before" in train_here(capfd, *words).out
+    assert copied(run) is not None
+    shutil.rmtree(run / "checkpoints" / "step-000000030")
+    outcome = train_here(capfd, *words, *(["--mirror", place] if mirrored else []))
+    assert outcome.code == 0, outcome.err
+    assert copied(run) is None
+    state = read_state(run)
+    assert state is not None
+    assert (state.folder, state.epoch) == ("folder", 1)
+    assert (state.why == "finished", "trained on here" in state.why) == (mirrored, not mirrored)
 
 
 def test_fresh_does_not_run_over_an_old_run(run: Path, config: Path, corpus: Path, capfd: Capture) -> None:

@@ -28,7 +28,7 @@ from x1_pretrain.mirror.folder_store import FolderStore
 from x1_pretrain.mirror.heads import look
 from x1_pretrain.mirror.opened import open_store
 from x1_pretrain.mirror.runs_command import app
-from x1_pretrain.mirror.state import PULLED, MirrorState, write_state
+from x1_pretrain.mirror.state import PULLED, MirrorState, go_on_without, write_state
 from x1_pretrain.mirror.store import Store
 from x1_pretrain.numbers import size
 from x1_pretrain.records import runs_table, trash
@@ -208,6 +208,17 @@ def test_a_pulled_copy_tells_of_there(x1: X1, disk: FolderStore) -> None:
     assert (gone.code, made.exists()) == (0, False), gone.err
     assert f"it was pulled: the run itself stays, in {disk.label}/tiny" in gone.out
     assert keys(disk) == before
+
+
+def test_a_copy_that_was_trained_on_without_its_mirror_lacks_a_mirror(x1: X1, disk: FolderStore) -> None:
+    made = begun(steps=30, mirror__uri=disk.label)
+    mirror_run(disk, "tiny", RUN_ID, (42,))
+    state = MirrorState(disk.label, f"{disk.label}/tiny", "tiny", "folder", 1, "aaaa1111", "released", PULLED)
+    write_state(made, state)
+    go_on_without(made)
+    for words in ("--json",), ("--json", "--local"):
+        (one,) = x1(*words).runs
+        assert (one["behind"]["lag_bytes"], one["behind"]["steps"]) == (None, [0, 20, 30])
 
 
 def test_what_is_not_mirrored_yet_without_asking(x1: X1, disk: FolderStore) -> None:
@@ -891,6 +902,6 @@ def test_gc_without_the_stores_clock_says_so(
     assert f"x1: {disk.label}: does not say what time it is there" in said.err
 
 
-@pytest.mark.parametrize("text", ["7", "x", "-1d", "1w"])
+@pytest.mark.parametrize("text", ["7", "7 ", "x", "-1d", "1w"])
 def test_an_age_is_a_time(x1: X1, text: str) -> None:
     assert "--older-than" in x1("gc", f"--older-than={text}").one_line

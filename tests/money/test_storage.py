@@ -225,13 +225,13 @@ def test_a_ledger_takes_the_row_and_counts_it(tmp_path: Path) -> None:
 
 def test_what_the_trainer_calls(tmp_path: Path) -> None:
     ledger, gib = Ledger(tmp_path / "ledger.jsonl", Steps()), 2**30
-    storage.record(ledger, MirrorConfig(), None, 1, Bytes(gib, gib, gib), START)
+    storage.record(ledger, MirrorConfig(), None, 1, Bytes(gib, gib, gib))
     assert not ledger.file.exists()
     mirror = MirrorConfig(uri=S3, storage_usd_per_gib_month=720, egress_usd_per_gib=10)
-    storage.record(ledger, mirror, None, 1, Bytes(0, 0, 2 * gib), START)
+    storage.record(ledger, mirror, None, 1, Bytes(0, 0, 2 * gib))
     ledger.clock.sleep(3600)
-    storage.record(ledger, mirror, None, 1, Bytes(3 * gib, 99 * gib, 2 * gib), START)
-    storage.record(ledger, mirror, None, 2, Bytes(3 * gib, 0, 0), ledger.clock.now())
+    storage.record(ledger, mirror, None, 1, Bytes(3 * gib, 99 * gib, 2 * gib))
+    storage.record(ledger, mirror, None, 2, Bytes(3 * gib, 0, 0))
     assert account(ledger.rows()).beside_usd == 2 * 10 + 3
     assert [row["basis"] for row in ledger.rows()] == ["as stated"] * 3
 
@@ -241,24 +241,24 @@ def test_each_mirror_counts_its_own_epochs(tmp_path: Path) -> None:
     ledger, gib = Ledger(tmp_path / "ledger.jsonl", Steps()), 2**30
     for bucket, fetched in (("s3://one/runs", 6), ("s3://two/runs", 1)):
         mirror = MirrorConfig(uri=bucket, storage_usd_per_gib_month=0, egress_usd_per_gib=1)
-        storage.record(ledger, mirror, None, 1, Bytes(0, 0, fetched * gib), ledger.clock.now())
-        storage.record(ledger, mirror, None, 1, Bytes(0, 0, fetched * gib), ledger.clock.now())
+        storage.record(ledger, mirror, None, 1, Bytes(0, 0, fetched * gib))
+        storage.record(ledger, mirror, None, 1, Bytes(0, 0, fetched * gib))
     assert account(ledger.rows()).beside_usd == 7
 
 
 def test_a_history_holds_all_that_was_ever_sent(tmp_path: Path) -> None:
-    """Two sessions send 10 and 4 GiB, of which the head names 3: a repository holds 14, a bucket 3."""
+    """The first session sends 10 GiB and is killed, the second sends 4; the head names 3 of them: a
+    repository holds 14, a bucket 3."""
     held = {}
     for uri in (HUB, S3):
         ledger, gib = Ledger(tmp_path / uri[:2] / "ledger.jsonl", Steps()), 2**30
         mirror = MirrorConfig(uri=uri)
-        for epoch, sent in ((1, 0), (1, 10), (2, 0), (2, 4)):
-            said = Bytes(3 * gib if sent else 0, sent * gib, 0)
-            storage.record(ledger, mirror, None, epoch, said, START)
+        for epoch, names, sent in ((1, 0, 0), (1, 3, 6), (1, 3, 4), (2, 3, 0), (2, 3, 4), (2, 3, 0)):
+            storage.record(ledger, mirror, None, epoch, Bytes(names * gib, sent * gib, 0))
         elsewhere = MirrorConfig(uri=f"{uri}-2")
-        storage.record(ledger, elsewhere, None, 1, Bytes(gib, gib, 0), START)
+        storage.record(ledger, elsewhere, None, 1, Bytes(gib, gib, 0))
         held[uri] = [row["gib"] for row in ledger.rows()]
-    assert held == {HUB: [0, 10, 10, 14, 1], S3: [0, 3, 0, 3, 1]}
+    assert held == {HUB: [0, 6, 10, 10, 14, 14, 1], S3: [0, 3, 3, 3, 3, 3, 1]}
 
 
 @pytest.mark.parametrize(

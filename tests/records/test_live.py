@@ -25,7 +25,7 @@ from tests.records import builder
 
 from x1_pretrain import cli
 from x1_pretrain.command import run as run_app
-from x1_pretrain.mirror.state import PULLED, PULLED_HOME, MirrorState, write_state
+from x1_pretrain.mirror.state import PULLED, PULLED_HOME, MirrorState, go_on_without, write_state
 from x1_pretrain.records import following, live
 from x1_pretrain.records.following import CURVE_POINTS, Curve, Seen, open_followed
 from x1_pretrain.records.frame import clean, event_line, frame, sparkline, status_line
@@ -278,14 +278,17 @@ def test_a_copy_says_that_it_is_one_of_when_and_where_the_run_is(folder: Path) -
 
 
 def test_a_copy_that_was_trained_on_is_a_run(folder: Path, trainer: subprocess.Popen[bytes]) -> None:
+    """By its mirror.json alone: files that are copied get their times in any order."""
     mirror(folder, why=PULLED_HOME)
     assert looked(folder).state(NOW).kind == "running"
     trainer.kill()
     trainer.wait()
-    assert looked(folder).state(NOW).kind == "copy"
     later_s = (folder / "mirror.json").stat().st_mtime + 3600
     os.utime(folder / "events.jsonl", (later_s, later_s))
+    assert looked(folder).state(NOW).kind == "copy"
+    go_on_without(folder)
     assert looked(folder).state(NOW).kind == "died"
+    assert "trained on here without it  checkpoint of step 20" in mirror_lines(folder)
     assert looked(builder.build_run(folder.parent / "done")).state(NOW).kind == "finished"
 
 

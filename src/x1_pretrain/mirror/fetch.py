@@ -70,7 +70,7 @@ def fetch_checkpoint(
     with in_words(partial):
         if partial.is_dir():
             _remove_others(partial, parts)
-        require_room({partial: sum(part.bytes for part in parts) - held_bytes(partial)}, f"the {what}")
+        require_room({partial: sum(part.bytes for part in parts)}, f"the {what}")
         partial.mkdir(parents=True, exist_ok=True)
         download(store, parts, partial, what, say, lanes, patience)
         _check_state(partial, content.manifest)
@@ -136,8 +136,9 @@ def _problem(manifest: dict[str, Any], parts: list[Part], published: Published) 
     return None
 
 
-def require_room(missing: Mapping[Path, int], what: str) -> None:
-    """Before anything is written: `missing` are the bytes that each folder, there or not, still lacks."""
+def require_room(wanted: Mapping[Path, int], what: str) -> None:
+    """Before anything is fetched: `wanted` are the bytes of each folder, some of which may be there."""
+    missing = {folder: max(0, count - held_bytes(folder)) for folder, count in wanted.items()}
     disks: dict[int, list[Path]] = {}
     there = {one: next(path for path in (one, *one.absolute().parents) if path.exists()) for one in missing}
     for folder, path in there.items():

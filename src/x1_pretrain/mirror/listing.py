@@ -17,7 +17,7 @@ from x1_pretrain.mirror.head import NAME, TRASH, Head, decode
 from x1_pretrain.mirror.heads import look, run_names
 from x1_pretrain.mirror.leftovers import mirrored_bytes
 from x1_pretrain.mirror.opened import open_store
-from x1_pretrain.mirror.state import PULLED, PULLED_HOME, MirrorState, read_state
+from x1_pretrain.mirror.state import ALONE, MirrorState, read_state
 from x1_pretrain.mirror.store import Meta, NotThereError, Store, StoreError
 from x1_pretrain.money.clock import stamp
 from x1_pretrain.numbers import span
@@ -341,7 +341,9 @@ def _most(*amounts: str | None) -> str | None:
 
 def _behind(one: Listed, state: MirrorState | None, published: Sequence[int]) -> dict[str, Any]:
     """What is here and not there: rows by what the last session said, checkpoints by their steps."""
-    brought = state is not None and state.why in (PULLED, PULLED_HOME)
-    steps = [] if brought else [step for step in one.steps_here if step not in published]
-    told = {"lag_bytes": state.lag_bytes, "lag_s": state.lag_s, "trouble": state.trouble} if state else {}
-    return {"lag_bytes": None, "lag_s": None, "trouble": "", **told, "steps": steps}
+    steps = [step for step in one.steps_here if step not in published]
+    unknown = {"lag_bytes": None, "lag_s": None, "trouble": ""}
+    if state is None or state.why == ALONE:
+        return {**unknown, "steps": steps}
+    told = {name: getattr(state, name) for name in unknown}
+    return {**told, "steps": [] if state.is_copy else steps}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from itertools import dropwhile, takewhile
 from typing import Any
 
 
@@ -39,26 +40,41 @@ def rows_only_in(local: bytes, *others: bytes) -> bytes:
 
 
 def mended(mirrored: bytes, local: bytes, aside: bytes) -> tuple[bytes, bytes, int]:
-    """A file that lacks rows which the mirror has, and which no resume moved `aside`: as it should be, with
-    its own rows behind; those of its rows that have no place there; how many it gets back."""
-    ours, given_up = set(split_lines(local)), set(split_lines(aside))
-    theirs = [line for line in split_lines(mirrored) if line in ours or line not in given_up]
+    """A file that lacks rows which the mirror has, and which no resume moved `aside` since: as it should be,
+    with its own rows behind; those of its rows that have no place there; how many it gets back."""
+    theirs, lines = split_lines(mirrored), split_lines(local)
+    ours = set(lines)
+    theirs = theirs[: len(theirs) - _given_up(theirs, lines, set(split_lines(aside)) - ours)]
     back = [line for line in theirs if line not in ours]
     if not back:
         return local, b"", 0
-    lines, known = split_lines(local), set(theirs)
+    known = set(theirs)
     end = max((number for number, line in enumerate(lines, start=1) if line in known), default=0)
-    changed = {_step(line) for line in back} - {None}
-    whole = b"".join(theirs + [line for line in lines[end:] if _step(line) not in changed])
+    changed = {_place(line) for line in back} - {None}
+    whole = b"".join(theirs + [line for line in lines[end:] if _place(line) not in changed])
     return whole, rows_only_in(local, whole), len(back)
 
 
-def _step(line: bytes) -> int | None:
+def _given_up(theirs: list[bytes], ours: list[bytes], moved: set[bytes]) -> int:
+    """How many rows at the end of the mirror's are of steps that were given up since. A row without a time
+    may be the same when its step is done again, and so be moved and valid: it counts as given up only from
+    where another row took its place."""
+    last = list(takewhile(moved.__contains__, reversed(theirs)))[::-1]
+    if not last or any(b'"time_utc"' in line for line in last):
+        return len(last)
+    taken = {_place(line) for line in ours} - {None}
+    return len(list(dropwhile(lambda line: _place(line) not in taken, last)))
+
+
+def _place(line: bytes) -> tuple[int, bool, str] | None:
+    """What two versions of a row have in common. Of a step there may be a row of the training, one of the
+    evaluation and a sample of each prompt."""
     try:
-        step = _row(line).get("step")
+        row = _row(line)
     except ValueError:
         return None
-    return step if isinstance(step, int) else None
+    step = row.get("step")
+    return (step, "val/loss" in row, str(row.get("prompt"))) if isinstance(step, int) else None
 
 
 def merged_ledger(mirrored: bytes, local: bytes) -> bytes:

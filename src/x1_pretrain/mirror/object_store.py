@@ -1,9 +1,9 @@
 """A mirror in S3 and what speaks it (R2, MinIO, ...), Google Cloud Storage or Azure: obstore does the work.
 
 Small requests have 20 s each and are made again within 40 s; a part of a large object has 50 s and is made
-again only in the first 10 s. So a store that dies is known as dead within a minute. On a line that is too slow
-for that, what is large is sent in single, smaller parts, with twice the time after each failure, up to 400 s;
-what is small, and so the looks that notice a store's death, keeps its 20 s.
+again only in the first 10 s. So a store that dies is known as dead within a minute. On a line that is too
+slow for that, what is large is sent in single, smaller parts, with twice the time after each failure, up to
+400 s; what is small, and so the looks that notice a store's death, keeps its 20 s.
 """
 
 from __future__ import annotations

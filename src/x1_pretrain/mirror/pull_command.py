@@ -144,7 +144,7 @@ def what_it_is(output: Path) -> str | None:
     state = read_state(output)
     if launched_here(output):
         return PULLED_HOME
-    return state.why if state and state.why in (PULLED, PULLED_HOME) else None
+    return state.why if state and state.is_copy else None
 
 
 def files_back(source: Source, output: Path, home: bool) -> list[str]:

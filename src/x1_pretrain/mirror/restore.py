@@ -26,7 +26,6 @@ from x1_pretrain.mirror.choosing import (
     of_lost_branch,
     standing,
 )
-from x1_pretrain.mirror.download import held_bytes
 from x1_pretrain.mirror.fetch import fetch_checkpoint, require_room
 from x1_pretrain.mirror.head import NAME, Head, Published
 from x1_pretrain.mirror.heads import look
@@ -34,11 +33,10 @@ from x1_pretrain.mirror.identity import refuse_another_run, refuse_checkpoints_o
 from x1_pretrain.mirror.job import Job
 from x1_pretrain.mirror.opened import open_store
 from x1_pretrain.mirror.patience import PATIENCE_S, Patience, UnusableError, told
-from x1_pretrain.mirror.restored_corpora import fetch_corpora, missing_bytes, refuse_other_corpora
+from x1_pretrain.mirror.restored_corpora import absent_bytes, fetch_corpora, refuse_other_corpora
 from x1_pretrain.mirror.restored_records import (
     Source,
     fill_in,
-    record_names,
     restore_files,
     restore_ledger,
     rows_that_lack,
@@ -96,7 +94,7 @@ def restore(
     whose = standing(folder, head)
     source = Source(store, head, Patience(patience_s, again_s=again_s), say)
     data = told(
-        lambda: missing_bytes(store, job.corpora, head, source.patience), source.patience, "corpora", say
+        lambda: absent_bytes(store, job.corpora, head, source.patience), source.patience, "corpora", say
     )
     refuse_without_room(head, folder, checkpoints, whose, data)
     notes = records_back(source, folder, checkpoints, whose)
@@ -154,22 +152,17 @@ def refuse_another_config(job: Job, head: Head, where: str) -> None:
 
 
 def refuse_without_room(
-    head: Head, folder: Path, checkpoints: Path, whose: Standing, more: Mapping[Path, int]
+    head: Head, folder: Path, checkpoints: Path, whose: Standing, corpora: Mapping[Path, int]
 ) -> None:
-    """Before anything is written: for rows, for `more`, and for the newest checkpoint if it is not here."""
-    missing = {folder: missing_rows(head, folder), **more}
-    newest = next(iter(candidates(checkpoints, head, whose.ours)), None)
+    """Before anything is written: for the corpora, and for the newest checkpoint if it is not here. Rows fit
+    beside them, or into what the trainer frees."""
+    wanted = dict(corpora)
+    gone = given_up(read_rows(folder / "events.jsonl")) if whose.ours else {}
+    found = candidates(checkpoints, head, whose.ours)
+    newest = next((one for one in found if one.local or one.step not in gone), None)
     if newest and newest.published:
-        partial = checkpoints / f"{FETCHING}{folder_name(newest.step)}"
-        missing[partial] = newest.published.bytes - held_bytes(partial)
-    require_room(missing, f"what {head.name} has in the mirror")
-
-
-def missing_rows(head: Head, folder: Path) -> int:
-    """Bytes by which files are longer there, at least."""
-    there = {name: sum(piece.bytes for piece in head.records[name]) for name in record_names(head)}
-    here = {path.name: path.stat().st_size for path in folder.glob("*.jsonl")}
-    return sum(max(0, count - here.get(name, 0)) for name, count in there.items())
+        wanted[checkpoints / f"{FETCHING}{folder_name(newest.step)}"] = newest.published.bytes
+    require_room(wanted, f"what {head.name} has in the mirror")
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from x1_pretrain.errors import RefusedError
 from x1_pretrain.mirror.corpora import FILES, MANIFEST, hashes_of
-from x1_pretrain.mirror.download import Part, download, held_bytes, in_words
-from x1_pretrain.mirror.fetch import require_room
+from x1_pretrain.mirror.download import Part, download, in_words
 from x1_pretrain.mirror.head import DATA, Head
 from x1_pretrain.mirror.identity import mark_in
 from x1_pretrain.mirror.patience import LANES, Patience, UnusableError, told
@@ -63,16 +62,12 @@ def absent(corpora: Mapping[str, str], head: Head) -> dict[str, Path]:
     return {name: one for name, one in folders.items() if not (one.exists() and any(one.iterdir()))}
 
 
-def missing_bytes(
-    store: Store, corpora: Mapping[str, str], head: Head, patience: Patience
-) -> dict[Path, int]:
-    """What is still to be fetched of each, into which folder; of what can't be had nothing."""
+def absent_bytes(store: Store, corpora: Mapping[str, str], head: Head, patience: Patience) -> dict[Path, int]:
+    """Of each that is to be fetched, by the folder it is fetched into; of what can't be had nothing."""
     found = {}
     for name, folder in absent(corpora, head).items():
         with suppress(UnusableError):
-            parts = _parts(store, head.data[name], patience)
-            partial = fetching(folder)
-            found[partial] = sum(part.bytes for part in parts) - held_bytes(partial)
+            found[fetching(folder)] = sum(part.bytes for part in _parts(store, head.data[name], patience))
     return found
 
 
@@ -96,7 +91,6 @@ def fetch_corpus(
                 what,
                 say,
             )
-            require_room({partial: sum(part.bytes for part in parts) - held_bytes(partial)}, f"the {what}")
             partial.mkdir(parents=True, exist_ok=True)
             _fetched(store, partial, parts, hashes_of(json.loads(manifest)), what, say, patience)
         except UnusableError as error:

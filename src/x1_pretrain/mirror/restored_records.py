@@ -90,8 +90,11 @@ def fill_in(source: Source, folder: Path, epoch: int) -> list[str]:
             continue
         local = _local(folder / name)
         mirrored, problems = source.content(name, local)
+        if problems:
+            notes += [f"{problem}; what is here stays as it is" for problem in problems]
+            continue
         whole, apart, back = mended(mirrored, local, _local(superseded(folder / name)))
-        if not back or problems:
+        if not back:
             continue
         kept = _keep_apart(folder / name, apart, epoch)
         write_whole(folder / name, whole)

@@ -298,7 +298,7 @@ def gc(
     """Delete for good what has been in the trash for 7 days, and what broken uploads left in a mirror.
 
     Without --yes it only shows what would go. Corpora in a mirror are never deleted here."""
-    if older_than[-1:].isdigit():  # 7 seconds, where 7 days were meant, would delete it all
+    if older_than.strip()[-1:].isdigit():  # 7 seconds, where 7 days were meant, would delete it all
         raise UserError(f"--older-than {older_than}: expected a time with its unit, such as 7d or 12h")
     age_s, where = duration_s(older_than, "--older-than"), folder or RUNS
     alone = is_mirror(where)

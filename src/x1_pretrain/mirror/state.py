@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ SCHEMA_VERSION = 1
 NAME = "mirror.json"
 PULLED = "pulled"  # why it was written: what is in such a folder is the mirror's
 PULLED_HOME = "pulled into the folder that it was launched from"  # but for what its guard wrote there
+ALONE = "trained on here without it"  # nobody has said since what the mirror lacks
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,11 @@ class MirrorState:
     trouble: str = ""
     sent_bytes: int = 0
     updated_utc: str = ""
+
+    @property
+    def is_copy(self) -> bool:
+        """Of a folder that `x1 pull` brought, and that nobody trained in since."""
+        return self.why in (PULLED, PULLED_HOME)
 
 
 def read_state(folder: Path) -> MirrorState | None:
@@ -80,6 +86,13 @@ def is_anothers(folder: Path, tokens: Collection[str]) -> bool:
     except RefusedError:
         return True
     return found is not None and found.token not in tokens
+
+
+def go_on_without(folder: Path) -> None:
+    """A session trains in the folder, and does not mirror it. Folder and epoch stay, for one that does."""
+    found = read_state(folder)
+    if found and found.state != "lost":
+        write_state(folder, replace(found, state="released", why=ALONE))
 
 
 def write_state(folder: Path, state: MirrorState) -> None:

@@ -195,33 +195,28 @@ class Bytes:
     """What a session says of itself."""
 
     held: float  # what the mirror names of the run now
-    sent: float
+    sent: float  # since the last row
     fetched: float
 
-    def billed(self, rows: Iterable[Row], uri: str, session: str) -> float:
-        """What the store holds: in a history also what earlier sessions came to, and all that this one
-        sent. Nobody sees from here that a history was squashed."""
-        place = f"{parse(uri)} e"
-        others = [row for row in _rows_of(rows, session)[1] if str(row.get("session")).startswith(place)]
-        before = max((float(row["gib"]) * GIB for row in others), default=0.0)
-        return max(self.held, before + self.sent) if keeps_all(uri) else self.held
 
-
-def record(
-    ledger: Ledger, mirror: MirrorConfig, endpoint: str | None, epoch: int, said: Bytes, begun: datetime
-) -> None:
+def record(ledger: Ledger, mirror: MirrorConfig, endpoint: str | None, epoch: int, said: Bytes) -> None:
     """A session's row, at its start (what was fetched), at its end, and as often between as one likes.
 
-    `epoch` is that of its lease. A run without a mirror has none.
+    `epoch` is that of its lease. A run without a mirror has none. A store with a history holds what the rows
+    came to before, and what was sent since. Nobody sees from here that a history was squashed.
     """
     if mirror.uri is None:
         return
     bills = rates(mirror.uri, endpoint, mirror.storage_usd_per_gib_month, mirror.egress_usd_per_gib)
     with ledger.locked():
         now, rows = ledger.clock.now(), ledger.rows()
-        session = f"{parse(mirror.uri)} e{epoch:04d}"  # each mirror counts its epochs from 1
-        stored, fetched = said.billed(rows, mirror.uri, session) / GIB, said.fetched / GIB
-        row = storage_row(rows, session, stored, fetched, bills, begun, now)
+        place = f"{parse(mirror.uri)} e"  # each mirror counts its epochs from 1
+        stored = said.held / GIB
+        if keeps_all(mirror.uri):
+            here = [row for row in rows if row["event"] == EVENT and str(row["session"]).startswith(place)]
+            before = max((float(row["gib"]) for row in here), default=0.0)
+            stored = max(stored, before + said.sent / GIB)
+        row = storage_row(rows, f"{place}{epoch:04d}", stored, said.fetched / GIB, bills, now, now)
         ledger.append(EVENT, **row)
 
 

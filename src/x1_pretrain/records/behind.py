@@ -7,12 +7,11 @@ from datetime import datetime
 from pathlib import Path
 
 from x1_pretrain.errors import UserError
-from x1_pretrain.mirror.state import NAME, PULLED, PULLED_HOME, MirrorState, read_state
+from x1_pretrain.mirror.state import ALONE, NAME, MirrorState, read_state
 from x1_pretrain.numbers import size
 from x1_pretrain.records.console import duration
 
 SILENT_S = 60.0  # its process looks every few seconds, and writes down what it finds
-SETTLED_S = 60.0  # a folder that was copied on: its files got their times in any order
 
 
 def last_word(folder: Path) -> MirrorState | None:
@@ -38,10 +37,7 @@ def copied(folder: Path) -> MirrorState | None:
         found = last_word(folder)
     except UserError:
         return None
-    if found is None or found.why not in (PULLED, PULLED_HOME):
-        return None
-    brought_s, records = (folder / NAME).stat().st_mtime, folder / "events.jsonl"
-    return None if records.exists() and records.stat().st_mtime > brought_s + SETTLED_S else found
+    return found if found and found.is_copy else None
 
 
 def as_of(found: MirrorState) -> str:
@@ -55,8 +51,10 @@ def _is_number(value: object) -> bool:
 
 def behind(found: MirrorState, running: bool, now_s: float) -> str:
     """A mirror of a running trainer that says nothing is behind by that time too."""
-    if found.why in (PULLED, PULLED_HOME):
+    if found.is_copy:
         return f"this is a copy as of {as_of(found)}"
+    if found.why == ALONE:
+        return ALONE
     silent_s = silence_s(found, now_s) if running else 0.0
     silent_s = silent_s if silent_s > SILENT_S else 0.0
     if not found.lag_bytes:

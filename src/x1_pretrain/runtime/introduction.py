@@ -11,6 +11,7 @@ from x1_pretrain import config as cfg
 from x1_pretrain.config import RunConfig
 from x1_pretrain.config_reading import to_yaml
 from x1_pretrain.errors import UserError
+from x1_pretrain.mirror.state import go_on_without
 from x1_pretrain.model.flops import parameter_counts
 from x1_pretrain.records import run_manifest
 from x1_pretrain.records.formats import FORMATS
@@ -24,6 +25,8 @@ def open_folder(run: Run) -> None:
     """The records, the resolved config, and the first event: where this session goes on from."""
     session, config = run.session, run.config
     try:
+        if run.config.mirror.uri is None:  # else its process says that the folder is no copy any more
+            go_on_without(config.folder)
         run.records = open_records(config.folder, config.log.blocks, run.screen.say)
     except OSError as error:
         raise UserError(f"{error.filename or config.folder}: can't be written ({error.strerror})") from None

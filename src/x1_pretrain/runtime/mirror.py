@@ -70,6 +70,8 @@ class Mirror:
     def __init__(self, job: Job, grace_s: float, signals: Signals, say: Callable[[str], None]) -> None:
         self.job, self.grace_s = job, grace_s
         self.opened, self.status = Opened("", 0, False), Status()
+        self.sent_bytes = 0  # by all its processes
+        self.billed_bytes, self.billed_step = 0, -1  # of these, and of the newest checkpoint then
         self.lost: str | None = None
         self.left: list[str] | None = None  # after a drain
         self._signals, self._say = signals, say
@@ -155,7 +157,9 @@ class Mirror:
     def _take(self, happening: dict[str, Any]) -> None:
         kind = happening.pop("is", None)
         if kind == "status":
-            self.status, self._heard_s = Status(**_known(Status, happening)), time.monotonic()
+            before, self.status = self.status.sent_bytes, Status(**_known(Status, happening))
+            sent, self._heard_s = self.status.sent_bytes, time.monotonic()
+            self.sent_bytes += sent - before if sent >= before else sent  # a new process begins at 0
             self._told_dead = self._told_dead and not self._is_open.is_set()
         elif kind == "event":
             self._news.append((happening["name"], happening["message"], happening.get("fields", {})))

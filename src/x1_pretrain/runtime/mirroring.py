@@ -66,6 +66,7 @@ def begin(run: Run) -> None:
         run.event("mirror", "  the mirror is on the same disk as the run: it dies with it")
     if opened.moved_from is not None:
         moved(run, run.mirror)
+    run.mirror.billed_step = run.saved_step
     bill(run, run.mirror)
     publish(run.mirror, run.config, run.session, run.corpora)
 
@@ -74,12 +75,20 @@ def bill(run: Run, mirror: Mirror) -> None:
     """What keeping and fetching cost so far, into the ledger of a run that has one."""
     if run.guard is None:
         return
-    ledger, settings, opened = run.guard.ledger, run.config.mirror, mirror.opened
-    said = storage.Bytes(mirror.status.held_bytes, mirror.status.sent_bytes, opened.restored_bytes)
+    settings, opened, sent = run.config.mirror, mirror.opened, mirror.sent_bytes
+    said = storage.Bytes(mirror.status.held_bytes, sent - mirror.billed_bytes, opened.restored_bytes)
+    mirror.billed_step = newest_step(mirror)
     try:
-        storage.record(ledger, settings, endpoint_of(settings), opened.epoch, said, ledger.clock.now())
-    except UserError as error:  # a full disk; the next row counts this time too
+        storage.record(run.guard.ledger, settings, endpoint_of(settings), opened.epoch, said)
+    except UserError as error:  # a full disk; the next row counts this time, and what was sent, too
         run.event("mirror", f"  {error}")
+    else:
+        mirror.billed_bytes = sent
+
+
+def newest_step(mirror: Mirror) -> int:
+    """Step of the newest mirrored checkpoint; one that was just started again says none at first."""
+    return max(mirror.status.mirrored, default=mirror.billed_step)
 
 
 def moved(run: Run, mirror: Mirror) -> None:
@@ -101,13 +110,16 @@ def moved(run: Run, mirror: Mirror) -> None:
 
 
 def tell(run: Run) -> None:
-    """What the mirror has to say since the last time; once an outage, a person hears of it."""
+    """What the mirror has to say since the last time; once an outage, a person hears of it. Whatever comes,
+    the ledger knows what was sent up to the newest mirrored checkpoint."""
     if run.mirror is None:
         return
     for name, message, fields in run.mirror.news():
         run.event(name, f"  {message}", **fields)
         if fields.get("alert") and run.guard:
             run.guard.notifier.alert(f"mirror-{run.step}", f"X1 {run.config.name}: not mirrored", message)
+    if newest_step(run.mirror) != run.mirror.billed_step and not run.mirror.lost:
+        bill(run, run.mirror)
 
 
 def end(run: Run, code: int) -> int:
@@ -125,6 +137,10 @@ def end(run: Run, code: int) -> int:
         if code != REFUSED:
             run.event("lease_lost", f"stopped: {run.mirror.lost}", exit_code=REFUSED)
         return REFUSED
+    if storage.keeps_all(
+        run.mirror.job.uri
+    ):  # elsewhere a last row that is not mirrored would tell nothing new
+        bill(run, run.mirror)
     report(run.mirror, left, run.event, run.screen.say)
     if run.config.checkpoint.keep_local and run.saved_step >= 0:
         newest = run.config.checkpoint_folder / checkpoint_files.folder_name(run.saved_step)
