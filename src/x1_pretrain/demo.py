@@ -40,7 +40,7 @@ from x1_pretrain.records.metrics import read_rows
 # Installed packages, tests, and modules that are tables: of characters, or of text that `prose` has anyway.
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data"}
 CONTEXT, BATCH_BLOCKS = 256, 8
-MINUTES = 3.5  # of training
+MINUTES = 2.75  # of training
 SPIKE_AT, SPIKE_LINES = 0.7, 8  # of the run; of its post-mortem
 SPIKE_STEPS = 100  # a shorter run does not know yet what is usual, and does not recover
 PARTS = ("rented", "moved", "law")  # that can be left out
