@@ -106,10 +106,14 @@ def restore(
         fetch_checkpoint(store, head.name, one, checkpoints, say, patience_s=patience_s, again_s=again_s)
         came += one.bytes
 
-    found = candidates(checkpoints, head, whose.ours)
+    found, begun = candidates(checkpoints, head, whose.ours), time.monotonic()
     chosen, skipped = checkpoint_back(where, head, folder, found, fetch)
     notes += skipped
-    fetched = chosen.published if chosen and chosen.published else None
+    fetched = chosen.published if chosen else None
+    if fetched:
+        took = f"{size(fetched.bytes)} in {time.monotonic() - begun:.1f} s"
+        notes.append(f"fetched the checkpoint of step {fetched.step} from {where}: {took}")
+        notes += rows_that_lack(folder, head, fetched.step)
     if chosen and job.step_fields.get("stability.policy") == "rewind":
         onset = spike_in(checkpoints / folder_name(chosen.step))
         before = [one for one in found if onset is not None and one.step < onset]
@@ -118,11 +122,6 @@ def restore(
         remove_partial(checkpoints)
     came += fetch_corpora(store, job.corpora, head, say, notes, patience_s, again_s)
     seconds = time.monotonic() - began
-    if fetched:
-        notes.append(
-            f"fetched the checkpoint of step {fetched.step} from {where}: {size(came)} in {seconds:.1f} s"
-        )
-        notes += rows_that_lack(folder, head, fetched.step)
     return Restored(notes, fetched.step if fetched else None, came, seconds, head.last_step())
 
 
