@@ -213,6 +213,32 @@ def test_nothing_is_lost_while_the_disk_takes_no_rows(
     assert len(good.took) == 2
 
 
+def test_a_row_that_another_thread_is_writing_is_not_lost_from_sight(
+    ledger: Ledger, hook: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good, append, full = hook(), Ledger.append, threading.Event()
+    full.set()
+
+    def write(self: Ledger, event: str, message: str = "", **fields: Any) -> dict[str, Any]:
+        if full.is_set():
+            raise notify.LedgerError("ledger.jsonl: can't be written (No space left on device)")
+        if threading.current_thread() is not threading.main_thread():
+            writing.set()
+            time.sleep(0.3)
+        return append(self, event, message, **fields)
+
+    writing = threading.Event()
+    monkeypatch.setattr(Ledger, "append", write)
+    notifier = Notifier([good.url], ledger, Clock(), RUN, lambda line: None)
+    notifier.alert("disk", "X1 x1-50m: the disk is full", "make room")
+    full.clear()
+    assert writing.wait(30)  # the channel's thread, after it has sent it: first the row that raised it
+    assert not notifier.alert("disk", "X1 x1-50m: the disk is full", "make room")
+    assert notifier.close(10) == []
+    assert [row["event"] for row in ledger.rows()] == ["alert_due", "alert"]
+    assert len(good.took) == 1
+
+
 def test_a_damaged_line_in_the_ledger_keeps_no_alert_back(ledger: Ledger, hook: Any) -> None:
     one, said = hook(), list[str]()
     ledger.append("rate")

@@ -296,13 +296,14 @@ class Notifier:
     # The ledger, and memory while the disk takes nothing: an alert may be about just that
 
     def _rows(self) -> list[Row]:
+        with self._mutex:  # before the file: a row that is written meanwhile is seen twice, never not at all
+            unwritten = list(self._unwritten)
         try:
             rows = self._ledger.rows()
         except LedgerError as error:
             self._trouble(error)
             rows = _readable(self._ledger.file)
-        with self._mutex:
-            return [*rows, *self._unwritten]
+        return [*rows, *(row for row in unwritten if not any(_same(row, one) for one in rows))]
 
     def _trouble(self, error: LedgerError) -> None:
         if str(error) not in self._said:
@@ -321,18 +322,20 @@ class Notifier:
         self._flush()
 
     def _flush(self) -> None:
-        while (first := self._take()) is not None:  # the mutex is never held while the ledger's is asked for
-            try:
-                self._ledger.append(**{name: value for name, value in first.items() if name != "time_utc"})
-            except LedgerError as error:
-                with self._mutex:
-                    self._unwritten.insert(0, first)
-                self._trouble(error)
-                return
+        """What waits goes to the disk, one thread at a time and in order; what does not get there stays."""
+        try:
+            with self._ledger.locked():  # asked for before the mutex, never while that is held
+                while self._unwritten:
+                    row = self._unwritten[0]
+                    self._ledger.append(**{name: value for name, value in row.items() if name != "time_utc"})
+                    with self._mutex:
+                        self._unwritten.pop(0)
+        except LedgerError as error:
+            self._trouble(error)
 
-    def _take(self) -> Row | None:
-        with self._mutex:
-            return self._unwritten.pop(0) if self._unwritten else None
+
+def _same(row: Row, written: Row) -> bool:
+    return all(written.get(name) == value for name, value in row.items() if name != "time_utc")
 
 
 def _readable(file: Path) -> list[Row]:
