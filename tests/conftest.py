@@ -10,6 +10,8 @@ from hypothesis import settings
 
 from tests.corpora import write_corpus
 
+pytest_plugins = ["tests.stores.servers"]
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: a second thread only waits
 
 settings.register_profile("x1", deadline=None)  # a busy machine is no failing test

@@ -17,8 +17,7 @@ from tests.end_to_end.in_process import train_here
 from x1_pretrain import export_run
 from x1_pretrain.command import run as run_app
 from x1_pretrain.errors import RefusedError, UserError
-from x1_pretrain.mirror import pull_command, runs_command
-from x1_pretrain.mirror.folder_store import FolderStore
+from x1_pretrain.mirror import pull_command
 from x1_pretrain.mirror.head import SCHEMA_VERSION as HEAD_VERSION
 from x1_pretrain.mirror.heads import look
 from x1_pretrain.money import budget_file, latch
@@ -32,7 +31,9 @@ from x1_pretrain.records.run_folder import open_run, read_json
 from x1_pretrain.records.summary import Summary
 from x1_pretrain.report import command as report_command
 from x1_pretrain.review.command import FAILED, verify
+from x1_pretrain.runs import command as runs_command
 from x1_pretrain.runtime.checkpoint_files import verify_folder
+from x1_pretrain.stores.folder_store import FolderStore
 
 KEPT = Path(__file__).parent / "versions"
 FOLDERS = sorted(KEPT.glob("v*"), key=lambda folder: int(folder.name[1:]))

@@ -21,7 +21,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "predict": ("x1_pretrain.laws.predict", "what a law says: tokens for a size, loss, the next run"),
     "launch": ("x1_pretrain.money.launch", "price a run, rent its machine, guard it until it is gone"),
     "supervise": ("x1_pretrain.money.supervise", "sidecar and trainer on this machine, kept alive"),
-    "runs": ("x1_pretrain.mirror.runs_command", "every run, here and mirrored; trash, restore"),
+    "runs": ("x1_pretrain.runs.command", "every run, here and mirrored; trash, restore"),
     "push": ("x1_pretrain.mirror.push_command", "send a run to a mirror"),
     "pull": ("x1_pretrain.mirror.pull_command", "fetch a run, its final model or its report from a mirror"),
     "budget": ("x1_pretrain.money.budget_command", "what a run cost; a person's word to its guard"),

@@ -13,17 +13,15 @@ from pathlib import Path
 
 import pytest
 from tests.corpora import tiny_config
-from tests.mirror.conftest import hub, hub_server, proxy, s3, s3_server
-from tests.mirror.hub import Hub
-from tests.mirror.model_store import Clock, ModelStore
-from tests.mirror.proxy import FaultyProxy
-from tests.mirror.s3 import Bucket, wait_for
+from tests.stores.hub import Hub
+from tests.stores.model_store import Clock, ModelStore
+from tests.stores.proxy import FaultyProxy
+from tests.stores.s3 import Bucket, wait_for
 
 from x1_pretrain.config_reading import parse_config
 from x1_pretrain.doctor import mirror, mirror_trial
 from x1_pretrain.doctor.mirror_trial import SIZES, DamagedError, Traffic, rounds
 
-__all__ = ["hub", "hub_server", "proxy", "s3", "s3_server"]
 MIB = 1 << 20
 
 

@@ -1,12 +1,9 @@
-"""What the checks of whole runs share: the run that nothing happens to, and a bucket."""
+"""What the checks of whole runs share: the run that nothing happens to."""
 
 from pathlib import Path
 
 import pytest
 from tests.end_to_end.processes import Training
-from tests.mirror.conftest import s3, s3_server
-
-__all__ = ["s3", "s3_server"]
 
 
 @pytest.fixture(scope="module")

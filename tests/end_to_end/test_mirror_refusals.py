@@ -18,17 +18,17 @@ from typing import Any, NamedTuple
 import pytest
 from tests.corpora import write_config
 from tests.end_to_end.in_process import Outcome, train_here
-from tests.mirror.proxy import FaultyProxy
-from tests.mirror.s3 import Bucket
+from tests.stores.proxy import FaultyProxy
+from tests.stores.s3 import Bucket
 
 from x1_pretrain import cli, train
 from x1_pretrain.command import run as run_app
 from x1_pretrain.mirror.claim import Me
-from x1_pretrain.mirror.folder_store import FolderStore
 from x1_pretrain.mirror.head import Head, decode, encode
 from x1_pretrain.mirror.keeper import Keeper
 from x1_pretrain.mirror.lease import Lease
 from x1_pretrain.records.metrics import utc_now
+from x1_pretrain.stores.folder_store import FolderStore
 
 Capture = pytest.CaptureFixture[str]
 

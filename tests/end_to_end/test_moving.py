@@ -12,12 +12,12 @@ import pytest
 from tests.corpora import write_config
 from tests.end_to_end.processes import Training, rows, wait_until
 from tests.end_to_end.rehearsal import Rehearsal, rehearsal
-from tests.mirror.s3 import Bucket, serving_apart
+from tests.stores.s3 import Bucket, serving_apart
 
-from x1_pretrain.mirror.folder_store import FolderStore
 from x1_pretrain.mirror.heads import look
 from x1_pretrain.money.account import account
 from x1_pretrain.money.ledger import read_rows
+from x1_pretrain.stores.folder_store import FolderStore
 
 STEPS = 1200
 pytestmark = pytest.mark.slow

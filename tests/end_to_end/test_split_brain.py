@@ -19,16 +19,16 @@ import psutil
 import pytest
 from tests.corpora import write_config
 from tests.end_to_end.processes import Training, curve, last_step, rows, wait_until, weights
-from tests.mirror.proxy import FaultyProxy
 from tests.mirror.run_folders import Driven, RunFolder
-from tests.mirror.s3 import Bucket
+from tests.stores.proxy import FaultyProxy
+from tests.stores.s3 import Bucket
 
-from x1_pretrain.mirror.address import parse
-from x1_pretrain.mirror.folder_store import FolderStore
 from x1_pretrain.mirror.head import Head
 from x1_pretrain.mirror.heads import look
-from x1_pretrain.mirror.opened import open_store
-from x1_pretrain.mirror.store import Store, StoreError
+from x1_pretrain.stores.address import parse
+from x1_pretrain.stores.folder_store import FolderStore
+from x1_pretrain.stores.opened import open_store
+from x1_pretrain.stores.store import Store, StoreError
 
 STEPS = 240
 EVERY = 20  # steps between checkpoints

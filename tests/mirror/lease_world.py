@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tests.mirror.model_store import Clock, ModelStore
+from tests.stores.model_store import Clock, ModelStore
 from x1_pretrain.mirror.claim import Me
 from x1_pretrain.mirror.head import Head
 from x1_pretrain.mirror.heads import head_key, look

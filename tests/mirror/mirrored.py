@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from x1_pretrain.mirror.head import Epoch, Head, Object, Published, Writer, encode
-from x1_pretrain.mirror.store import Store
+from x1_pretrain.stores.store import Store
 
 SINCE = "2026-11-21T10:15:00Z"
 

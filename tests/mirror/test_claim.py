@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.mirror.lease_world import KEY, A, B, World, noted
-from tests.mirror.model_store import Fault
+from tests.stores.model_store import Fault
 from x1_pretrain.errors import RefusedError
 from x1_pretrain.mirror.claim import LIVES, HeldError, claimed, decide, folder_mark
 from x1_pretrain.mirror.head import Head, Writer, decode, encode
 from x1_pretrain.mirror.lease import LostError
-from x1_pretrain.mirror.store import ChangedError, DeniedError, UnreachableError
+from x1_pretrain.stores.store import ChangedError, DeniedError, UnreachableError
 
 UNATTENDED = replace(B, unattended=True)
 

@@ -23,20 +23,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.mirror.proxy import FaultyProxy
 from tests.mirror.published import CHUNK, Counting, Mirrored, content, digest, make_checkpoint, publish
-from tests.mirror.s3 import Bucket, serving_apart, wait_for
+from tests.stores.proxy import FaultyProxy
+from tests.stores.s3 import Bucket, serving_apart, wait_for
 from x1_pretrain.errors import INTERRUPTED, RefusedError
 from x1_pretrain.mirror import fetch, patience
-from x1_pretrain.mirror.address import parse
 from x1_pretrain.mirror.download import Progress
 from x1_pretrain.mirror.fetch import fetch_checkpoint
-from x1_pretrain.mirror.folder_store import FolderStore
-from x1_pretrain.mirror.opened import open_store
 from x1_pretrain.mirror.patience import AGAIN_S, AwayError, UnusableError
-from x1_pretrain.mirror.store import DeniedError, NotThereError, UnreachableError
 from x1_pretrain.runtime import checkpoint_files
 from x1_pretrain.runtime.checkpoint_files import needs_and_has, verify_folder
+from x1_pretrain.stores.address import parse
+from x1_pretrain.stores.folder_store import FolderStore
+from x1_pretrain.stores.opened import open_store
+from x1_pretrain.stores.store import DeniedError, NotThereError, UnreachableError
 
 
 @pytest.fixture
@@ -407,10 +407,10 @@ def test_connections_that_never_last_for_a_chunk(s3: Bucket, tmp_path: Path) -> 
 FETCH = """
 import json, sys
 from pathlib import Path
-from x1_pretrain.mirror.address import parse
+from x1_pretrain.stores.address import parse
 from x1_pretrain.mirror.fetch import fetch_checkpoint
 from x1_pretrain.mirror.head import Published
-from x1_pretrain.mirror.opened import open_store
+from x1_pretrain.stores.opened import open_store
 uri, endpoint, one, target = sys.argv[1:]
 store = open_store(parse(uri), endpoint)
 fetch_checkpoint(store, "tiny", Published(**json.loads(one)), Path(target), print)

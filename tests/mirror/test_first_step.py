@@ -15,12 +15,12 @@ import pytest
 
 from tests.corpora import write_config
 from tests.end_to_end.processes import Training, last_step, wait_until
-from tests.mirror.proxy import FaultyProxy
-from tests.mirror.s3 import Bucket, serving_apart
-from x1_pretrain.mirror.address import parse
+from tests.stores.proxy import FaultyProxy
+from tests.stores.s3 import Bucket, serving_apart
 from x1_pretrain.mirror.head import Published
 from x1_pretrain.mirror.heads import look
-from x1_pretrain.mirror.opened import open_store
+from x1_pretrain.stores.address import parse
+from x1_pretrain.stores.opened import open_store
 
 LINK = 20e6  # bytes a second, of the store's side: all connections together
 RANGE = 8 << 20

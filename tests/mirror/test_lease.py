@@ -8,14 +8,14 @@ from dataclasses import replace
 import pytest
 
 from tests.mirror.lease_world import KEY, A, B, World, noted
-from tests.mirror.model_store import Fault
+from tests.stores.model_store import Fault
 from x1_pretrain.errors import RefusedError
 from x1_pretrain.mirror.claim import UNSAID
 from x1_pretrain.mirror.head import Head, Published, Writer, encode
 from x1_pretrain.mirror.heads import look, silence_s
 from x1_pretrain.mirror.keeper import Keeper
 from x1_pretrain.mirror.lease import LostError
-from x1_pretrain.mirror.store import DeniedError, NotThereError, UnreachableError
+from x1_pretrain.stores.store import DeniedError, NotThereError, UnreachableError
 
 
 @pytest.fixture

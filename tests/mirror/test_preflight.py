@@ -8,18 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.mirror.canned import Canned
-from tests.mirror.proxy import FaultyProxy
-from tests.mirror.s3 import Bucket
+from tests.stores.canned import Canned
+from tests.stores.proxy import FaultyProxy
+from tests.stores.s3 import Bucket
 from x1_pretrain.errors import RefusedError, UserError
-from x1_pretrain.mirror import folder_store
 from x1_pretrain.mirror import preflight as preflight_module
-from x1_pretrain.mirror.address import parse
-from x1_pretrain.mirror.folder_store import FolderStore
 from x1_pretrain.mirror.heads import write
-from x1_pretrain.mirror.opened import open_store
 from x1_pretrain.mirror.preflight import preflight
-from x1_pretrain.mirror.store import ChangedError, DeniedError, NotThereError, Store, UnreachableError
+from x1_pretrain.stores import folder_store
+from x1_pretrain.stores.address import parse
+from x1_pretrain.stores.folder_store import FolderStore
+from x1_pretrain.stores.opened import open_store
+from x1_pretrain.stores.store import ChangedError, DeniedError, NotThereError, Store, UnreachableError
 
 
 def refused(store: Store, words: str, without_lease: bool = False) -> str:

@@ -22,8 +22,8 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from tests.mirror.model_store import Clock, Fault, ModelStore
 from tests.mirror.run_folders import RUN_ID, RunFolder, check_checkpoint, content, record
+from tests.stores.model_store import Clock, Fault, ModelStore
 from x1_pretrain.learning.stability import Episode, State
 from x1_pretrain.mirror import outbox
 from x1_pretrain.mirror.claim import Me
@@ -33,9 +33,9 @@ from x1_pretrain.mirror.lease import Lease, LostError
 from x1_pretrain.mirror.looks import Looks
 from x1_pretrain.mirror.outage import Outage
 from x1_pretrain.mirror.publisher import Identity, Publisher, size
-from x1_pretrain.mirror.store import DeniedError, StoreError, UnreachableError
 from x1_pretrain.records.metrics import rewind
 from x1_pretrain.runtime.checkpoint_files import folder_name, list_checkpoints, step_of
+from x1_pretrain.stores.store import DeniedError, StoreError, UnreachableError
 
 
 def lease_on(store: ModelStore, clock: Clock, folder: str = "f") -> Lease:

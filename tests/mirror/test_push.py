@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.mirror.model_store import Clock, Fault, ModelStore
 from tests.mirror.run_folders import RunFolder, check_checkpoint, record
 from tests.mirror.test_publisher import lease_on
+from tests.stores.model_store import Clock, Fault, ModelStore
 from x1_pretrain.command import run as run_app
 from x1_pretrain.mirror import outage, push_command
-from x1_pretrain.mirror.address import parse
 from x1_pretrain.mirror.heads import look
-from x1_pretrain.mirror.opened import open_store
 from x1_pretrain.mirror.state import read_state
 from x1_pretrain.records.run_folder import open_run
 from x1_pretrain.runtime.lock import lock_folder
+from x1_pretrain.stores.address import parse
+from x1_pretrain.stores.opened import open_store
 
 
 @pytest.fixture

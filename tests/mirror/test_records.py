@@ -13,14 +13,14 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from tests.mirror.model_store import Clock, Fault, ModelStore
+from tests.stores.model_store import Clock, Fault, ModelStore
 from x1_pretrain.mirror import records
 from x1_pretrain.mirror.head import CHUNK_BYTES, Object
 from x1_pretrain.mirror.outage import Outage
 from x1_pretrain.mirror.patience import StoppedError
 from x1_pretrain.mirror.records import Records
 from x1_pretrain.mirror.sending import Content, Hashed, OtherContentError, Rate, send_file
-from x1_pretrain.mirror.store import UnreachableError
+from x1_pretrain.stores.store import UnreachableError
 
 
 def content(store: ModelStore, pieces: list[Object]) -> bytes:

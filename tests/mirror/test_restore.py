@@ -30,17 +30,17 @@ from x1_pretrain.mirror import fetch
 from x1_pretrain.mirror.choosing import MARKER, given_up
 from x1_pretrain.mirror.claim import UNSAID
 from x1_pretrain.mirror.corpora import FILES
-from x1_pretrain.mirror.folder_store import FolderStore
 from x1_pretrain.mirror.merging import common_lines, mended, merged_ledger, rows_only_in
 from x1_pretrain.mirror.patience import AwayError
 from x1_pretrain.mirror.restore import Restored, ledger_from, restore
 from x1_pretrain.mirror.state import MirrorState, write_state
-from x1_pretrain.mirror.store import NotThereError, UnreachableError
 from x1_pretrain.money.clock import Clock
 from x1_pretrain.money.ledger import Ledger
 from x1_pretrain.money.ledger import read_rows as ledger_rows
 from x1_pretrain.numbers import size
 from x1_pretrain.runtime.checkpoint_files import newest_good
+from x1_pretrain.stores.folder_store import FolderStore
+from x1_pretrain.stores.store import NotThereError, UnreachableError
 
 
 @pytest.fixture

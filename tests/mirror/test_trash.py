@@ -11,20 +11,20 @@ from pathlib import Path
 import pytest
 from huggingface_hub import close_session
 
-from tests.mirror.hub import Hub, serving_hub
 from tests.mirror.mirrored import keys, mirror_run, writer
-from tests.mirror.s3 import Bucket
+from tests.stores.hub import Hub, serving_hub
+from tests.stores.s3 import Bucket
 from x1_pretrain.errors import RefusedError
 from x1_pretrain.mirror import trash
-from x1_pretrain.mirror.address import parse
 from x1_pretrain.mirror.claim import Me
-from x1_pretrain.mirror.folder_store import FolderStore
 from x1_pretrain.mirror.head import encode
 from x1_pretrain.mirror.heads import look
-from x1_pretrain.mirror.hub_store import HubStore
 from x1_pretrain.mirror.lease import Lease, LostError
-from x1_pretrain.mirror.opened import open_store
-from x1_pretrain.mirror.store import Store
+from x1_pretrain.stores.address import parse
+from x1_pretrain.stores.folder_store import FolderStore
+from x1_pretrain.stores.hub_store import HubStore
+from x1_pretrain.stores.opened import open_store
+from x1_pretrain.stores.store import Store
 
 NOW = datetime(2026, 11, 21, 13, 0, tzinfo=UTC)
 ENTRY = "trash/tiny-20261121T130000Z.json"

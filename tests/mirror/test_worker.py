@@ -17,28 +17,28 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.mirror.model_store import Clock, Fault, ModelStore
-from tests.mirror.proxy import FaultyProxy
 from tests.mirror.run_folders import RUN_ID, Driven, RunFolder, check_checkpoint, record
-from tests.mirror.s3 import Bucket
+from tests.stores.model_store import Clock, Fault, ModelStore
+from tests.stores.proxy import FaultyProxy
+from tests.stores.s3 import Bucket
 from x1_pretrain.errors import RefusedError
 from x1_pretrain.mirror import worker as worker_module
-from x1_pretrain.mirror.address import parse
 from x1_pretrain.mirror.claim import HeldError, Me
-from x1_pretrain.mirror.folder_store import FolderStore
 from x1_pretrain.mirror.head import Head, encode
 from x1_pretrain.mirror.heads import look
 from x1_pretrain.mirror.job import Status
 from x1_pretrain.mirror.keeper import Keeper
 from x1_pretrain.mirror.lease import Lease, LostError
 from x1_pretrain.mirror.looks import Looks, claim_for
-from x1_pretrain.mirror.opened import open_store
 from x1_pretrain.mirror.preflight import AbsentError
 from x1_pretrain.mirror.publisher import Identity, Publisher
 from x1_pretrain.mirror.state import MirrorState, read_state, write_state
-from x1_pretrain.mirror.store import Store
 from x1_pretrain.mirror.talk import GONE, Orders, Voice
 from x1_pretrain.mirror.worker import Worker
+from x1_pretrain.stores.address import parse
+from x1_pretrain.stores.folder_store import FolderStore
+from x1_pretrain.stores.opened import open_store
+from x1_pretrain.stores.store import Store
 
 
 @pytest.fixture

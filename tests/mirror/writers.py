@@ -11,11 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
-from tests.mirror.model_store import Clock, Fault, Kind, ModelStore
+from tests.stores.model_store import Clock, Fault, Kind, ModelStore
 from x1_pretrain.mirror.claim import HeldError, Me
 from x1_pretrain.mirror.head import Head
 from x1_pretrain.mirror.lease import Lease, LostError
-from x1_pretrain.mirror.store import UnreachableError
+from x1_pretrain.stores.store import UnreachableError
 
 BEAT_S = 15.0
 

@@ -20,7 +20,6 @@ from tests.mirror.published import Mirrored, event
 from x1_pretrain.command import run as run_app
 from x1_pretrain.errors import FINISHED
 from x1_pretrain.mirror import pull_command
-from x1_pretrain.mirror.folder_store import FolderStore
 from x1_pretrain.money.account import Rented, account
 from x1_pretrain.money.clock import Clock
 from x1_pretrain.money.ledger import NAME, Ledger, Row
@@ -28,6 +27,7 @@ from x1_pretrain.money.providers.base import LaunchRequest, Provider
 from x1_pretrain.money.providers.fake.machines import Machine as Truth
 from x1_pretrain.money.providers.fake.server import FakeProvider
 from x1_pretrain.money.providers.opened import open_provider
+from x1_pretrain.stores.folder_store import FolderStore
 
 START = datetime(2026, 5, 23, 12, 0, tzinfo=UTC)
 GIB_USD_PER_HR = Decimal("0.10") / 720  # of disk, the least that a pod has

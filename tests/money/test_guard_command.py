@@ -20,12 +20,12 @@ from tests.money.fakes import Rental, Turns, pulled_home, renting, waiting
 
 from x1_pretrain.command import run as run_app
 from x1_pretrain.errors import FAULT, FINISHED, INTERRUPTED, USAGE
-from x1_pretrain.mirror.folder_store import FolderStore
 from x1_pretrain.money import guard_command, pace, teardown
 from x1_pretrain.money.clock import Clock
 from x1_pretrain.money.providers.fake.server import FakeProvider
 from x1_pretrain.money.standing import Mirror, Standing
 from x1_pretrain.money.teardown import Ending
+from x1_pretrain.stores.folder_store import FolderStore
 
 
 @pytest.fixture

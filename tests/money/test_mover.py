@@ -19,13 +19,13 @@ from tests.money.fakes import Rental, Turns, renting, waiting
 
 from x1_pretrain.command import run as run_app
 from x1_pretrain.errors import FAULT, FINISHED, INTERRUPTED, REFUSED, USAGE
-from x1_pretrain.mirror.folder_store import FolderStore
 from x1_pretrain.money import guard_command, latch, launch, launch_mirror, moving
 from x1_pretrain.money import renting as renting_module
 from x1_pretrain.money.account import account
 from x1_pretrain.money.clock import Clock
 from x1_pretrain.money.renting import BusyError
 from x1_pretrain.money.standing import Mirror, Standing, verdict
+from x1_pretrain.stores.folder_store import FolderStore
 
 SECRET = "wJalrXUtnFEMI"
 WRITING = Standing(

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from x1_pretrain.config_reading import parse_config
 from x1_pretrain.errors import RefusedError, UserError
-from x1_pretrain.mirror.folder_store import FolderStore
 from x1_pretrain.mirror.head import Head, Published, Writer, encode
 from x1_pretrain.money import credentials
 from x1_pretrain.money.standing import Mirror, Standing, opened, standing, whole
+from x1_pretrain.stores.folder_store import FolderStore
 
 STATUS = {"step": 70, "tokens": 7000, "elapsed_s": 35.0, "spent_usd": "1.25", "state": "running", "why": ""}
 WRITER = Writer(4, "1a2b3c4d", "folder", "gpu-1", 7, "2026-11-21T10:00:00Z", beat=9, stale_s=45.0)

@@ -32,9 +32,9 @@ from x1_pretrain.doctor import conclusion, findings
 from x1_pretrain.doctor.examination import Options, examine
 from x1_pretrain.doctor.trial import DYING_S
 from x1_pretrain.errors import UserError
-from x1_pretrain.mirror.address import parse
 from x1_pretrain.numbers import for_json
 from x1_pretrain.records.metrics import utc_now
+from x1_pretrain.stores.address import parse
 
 Flag = typer.Option
 LIMIT_S = 115.0

@@ -10,7 +10,7 @@ from x1_pretrain.config import MirrorConfig, RunConfig
 from x1_pretrain.doctor import trial
 from x1_pretrain.doctor.trial import Trial
 from x1_pretrain.errors import UserError
-from x1_pretrain.mirror.address import parse, refuse_overlap, same_disk
+from x1_pretrain.stores.address import parse, refuse_overlap, same_disk
 
 EACH_S = 7.0  # for sending, and for reading
 LEAVE_S = 15.0  # for removing what was sent, where the time was up or somebody pressed Ctrl-C

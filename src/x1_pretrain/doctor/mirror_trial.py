@@ -22,11 +22,11 @@ from pathlib import Path
 
 from x1_pretrain.doctor.trial import Facts, Voice, answered
 from x1_pretrain.errors import UserError
-from x1_pretrain.mirror.address import Address, parse
-from x1_pretrain.mirror.opened import open_store
 from x1_pretrain.mirror.patience import LANES, StoppedError
 from x1_pretrain.mirror.preflight import preflight
-from x1_pretrain.mirror.store import DeniedError, Store, StoreError
+from x1_pretrain.stores.address import Address, parse
+from x1_pretrain.stores.opened import open_store
+from x1_pretrain.stores.store import DeniedError, Store, StoreError
 
 MIB = 1 << 20
 # Sent one after the other while there is time: the largest tells the rate. 61.25 MiB in all. A repository of

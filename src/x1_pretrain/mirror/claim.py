@@ -16,7 +16,7 @@ from x1_pretrain.errors import RefusedError
 from x1_pretrain.mirror import lease_words
 from x1_pretrain.mirror.head import Epoch, Head, Writer, encode
 from x1_pretrain.mirror.heads import decoded, read, silence_s, write
-from x1_pretrain.mirror.store import ChangedError, Meta, Store, UnreachableError
+from x1_pretrain.stores.store import ChangedError, Meta, Store, UnreachableError
 
 UNSAID = (
     1 << 53

@@ -17,7 +17,7 @@ from typing import Any
 from x1_pretrain.mirror.head import DATA
 from x1_pretrain.mirror.patience import StoppedError
 from x1_pretrain.mirror.sending import OtherContentError, Rate, Sender, hash_file, send_file
-from x1_pretrain.mirror.store import NotThereError, Store, StoreError, UnreachableError
+from x1_pretrain.stores.store import NotThereError, Store, StoreError, UnreachableError
 
 FILES = ("tokenizer.json", "val.idx.npy", "train.idx.npy", "val.bin", "train.bin")
 MANIFEST = "manifest.json"

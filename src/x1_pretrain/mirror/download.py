@@ -20,8 +20,8 @@ from pathlib import Path
 from x1_pretrain.errors import RefusedError, UserError
 from x1_pretrain.mirror.head import CHUNK_BYTES
 from x1_pretrain.mirror.patience import TELL_S, Patience, StoppedError, UnusableError, in_lanes
-from x1_pretrain.mirror.store import NotThereError, Store, StoreError, UnreachableError
 from x1_pretrain.numbers import size, span
+from x1_pretrain.stores.store import NotThereError, Store, StoreError, UnreachableError
 
 SYNC_BYTES = 64 << 20
 SMALLEST_BYTES = 64 << 10  # of a read, after others were cut off

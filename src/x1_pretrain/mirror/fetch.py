@@ -26,7 +26,6 @@ from x1_pretrain.mirror.patience import (
     get_verified,
     told,
 )
-from x1_pretrain.mirror.store import Store
 from x1_pretrain.runtime.checkpoint_files import (
     FETCHING,
     NEEDED,
@@ -37,6 +36,7 @@ from x1_pretrain.runtime.checkpoint_files import (
     sync_directory,
     sync_file,
 )
+from x1_pretrain.stores.store import Store
 
 MANIFEST, CHUNKS = "manifest.json", "chunks.json"
 MARGIN_BYTES = 16 << 20  # left free beside what is fetched: records, directory entries

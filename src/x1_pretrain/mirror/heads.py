@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from x1_pretrain.errors import RefusedError
 from x1_pretrain.mirror.head import DATA, NAME, TRASH, Head, damaged, decode
-from x1_pretrain.mirror.store import ChangedError, Meta, NotThereError, Store
+from x1_pretrain.stores.store import ChangedError, Meta, NotThereError, Store
 
 READS = 3
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from x1_pretrain.mirror.head import Head
 from x1_pretrain.mirror.lease import Lease, LostError
-from x1_pretrain.mirror.store import StoreError
+from x1_pretrain.stores.store import StoreError
 
 T = TypeVar("T")
 

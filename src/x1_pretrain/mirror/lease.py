@@ -26,7 +26,7 @@ from x1_pretrain.mirror.claim import (
 )
 from x1_pretrain.mirror.head import Head, State, damaged, decode, encode
 from x1_pretrain.mirror.heads import read, where, write
-from x1_pretrain.mirror.store import ChangedError, Store, UnreachableError
+from x1_pretrain.stores.store import ChangedError, Store, UnreachableError
 
 TRIES = 5  # of one write, each after the head turned out to be another version of our own
 GONE_S, GONE_READS = 300.0, 4  # a head that stays away, or damaged, for so long and so many reads is gone

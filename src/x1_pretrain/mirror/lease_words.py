@@ -5,7 +5,7 @@ from __future__ import annotations
 from x1_pretrain.errors import RefusedError
 from x1_pretrain.mirror.head import NAME, Head, Writer, decode
 from x1_pretrain.mirror.heads import where
-from x1_pretrain.mirror.store import Store
+from x1_pretrain.stores.store import Store
 
 
 def who(writer: Writer) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from x1_pretrain.mirror.corpora import bytes_of
 from x1_pretrain.mirror.head import Head
-from x1_pretrain.mirror.store import Meta, Store
+from x1_pretrain.stores.store import Meta, Store
 
 SPACE = re.compile(r"e(\d{4,})-[0-9a-f]{8}")
 SKIPPED = "lost/{space}/skipped"  # below it: the paths of checkpoints that a resume passed over

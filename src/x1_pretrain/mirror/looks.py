@@ -13,8 +13,8 @@ from x1_pretrain.mirror.job import Job, Status
 from x1_pretrain.mirror.lease import Lease
 from x1_pretrain.mirror.outage import Outage
 from x1_pretrain.mirror.publisher import Publisher
-from x1_pretrain.mirror.store import Store, StoreError
 from x1_pretrain.records.metrics import utc_now
+from x1_pretrain.stores.store import Store, StoreError
 
 STALE_LOOKS = 4  # a store that takes few writes: signs of life are as rare
 TROUBLED_S = 2.0  # at most between two looks, once nothing new is to come

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from x1_pretrain.errors import INTERRUPTED, UserError
 from x1_pretrain.mirror.head import Object
-from x1_pretrain.mirror.store import NotThereError, Store, UnreachableError
+from x1_pretrain.stores.store import NotThereError, Store, UnreachableError
 
 T = TypeVar("T")
 

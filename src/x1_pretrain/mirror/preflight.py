@@ -18,8 +18,8 @@ from typing import TypeVar
 from x1_pretrain.errors import RefusedError, UserError
 from x1_pretrain.mirror.head import DATA, TRASH
 from x1_pretrain.mirror.lease_words import no_lease
-from x1_pretrain.mirror.object_errors import UnsupportedError
-from x1_pretrain.mirror.store import (
+from x1_pretrain.stores.object_errors import UnsupportedError
+from x1_pretrain.stores.store import (
     ChangedError,
     DeniedError,
     NotThereError,

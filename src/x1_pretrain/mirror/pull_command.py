@@ -24,13 +24,11 @@ import typer
 from x1_pretrain.command import run as run_app
 from x1_pretrain.command import single
 from x1_pretrain.errors import RefusedError, UserError
-from x1_pretrain.mirror.address import run_address
 from x1_pretrain.mirror.choosing import MARKER, given_up, standing
 from x1_pretrain.mirror.fetch import fetch_checkpoint, is_same
 from x1_pretrain.mirror.head import Head, Published
 from x1_pretrain.mirror.heads import look
 from x1_pretrain.mirror.identity import mark_in, run_id_of
-from x1_pretrain.mirror.opened import open_store
 from x1_pretrain.mirror.patience import Patience, UnusableError, in_lanes
 from x1_pretrain.mirror.restore import records_back, refuse_without_room, remove_partial
 from x1_pretrain.mirror.restored_records import Source, restore_files
@@ -42,12 +40,14 @@ from x1_pretrain.mirror.state import (
     read_state,
     write_state,
 )
-from x1_pretrain.mirror.store import Store, StoreError
 from x1_pretrain.money.ledger import NAME as LEDGER
 from x1_pretrain.records.metrics import read_rows
 from x1_pretrain.records.run_folder import parse_row
 from x1_pretrain.runtime.checkpoint_files import folder_name, verify_folder
 from x1_pretrain.runtime.lock import lock_folder
+from x1_pretrain.stores.address import run_address
+from x1_pretrain.stores.opened import open_store
+from x1_pretrain.stores.store import Store, StoreError
 
 PATIENCE_S = 120.0
 GUARDS = ("STOP.json", "guard.json", "termination.json")

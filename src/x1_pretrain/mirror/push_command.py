@@ -16,7 +16,6 @@ import typer
 
 from x1_pretrain.command import single
 from x1_pretrain.errors import FAULT, FINISHED, RefusedError, UserError
-from x1_pretrain.mirror.address import Address, parse
 from x1_pretrain.mirror.choosing import standing
 from x1_pretrain.mirror.head import Head
 from x1_pretrain.mirror.heads import look
@@ -24,7 +23,6 @@ from x1_pretrain.mirror.identity import refuse_another_run
 from x1_pretrain.mirror.job import Job, of_config
 from x1_pretrain.mirror.keeper import Keeper
 from x1_pretrain.mirror.looks import Looks, claim_for
-from x1_pretrain.mirror.opened import open_store
 from x1_pretrain.mirror.outage import Outage
 from x1_pretrain.mirror.patience import Patience
 from x1_pretrain.mirror.preflight import preflight
@@ -32,11 +30,13 @@ from x1_pretrain.mirror.publisher import Identity, Publisher
 from x1_pretrain.mirror.restore import records_back
 from x1_pretrain.mirror.restored_records import Source
 from x1_pretrain.mirror.state import MirrorState, folder_id, write_state
-from x1_pretrain.mirror.store import Store, StoreError
 from x1_pretrain.numbers import size
 from x1_pretrain.records.run_folder import Run, find_run, last_step, open_run
 from x1_pretrain.runtime.checkpoint_files import list_checkpoints, step_of
 from x1_pretrain.runtime.lock import lock_folder
+from x1_pretrain.stores.address import Address, parse
+from x1_pretrain.stores.opened import open_store
+from x1_pretrain.stores.store import Store, StoreError
 
 TICK_S = 5.0  # between two lines of progress
 PATIENCE_S = 300.0  # with a store that answers nothing

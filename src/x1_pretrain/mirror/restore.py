@@ -16,7 +16,6 @@ from pathlib import Path
 
 from x1_pretrain import config as cfg
 from x1_pretrain.errors import RefusedError, UserError
-from x1_pretrain.mirror.address import parse
 from x1_pretrain.mirror.choosing import (
     MARKER,
     Candidate,
@@ -31,7 +30,6 @@ from x1_pretrain.mirror.head import NAME, Head, Published
 from x1_pretrain.mirror.heads import look
 from x1_pretrain.mirror.identity import refuse_another_run, refuse_checkpoints_of_another
 from x1_pretrain.mirror.job import Job
-from x1_pretrain.mirror.opened import open_store
 from x1_pretrain.mirror.patience import PATIENCE_S, Patience, UnusableError, told
 from x1_pretrain.mirror.restored_corpora import absent_bytes, fetch_corpora, refuse_other_corpora
 from x1_pretrain.mirror.restored_records import (
@@ -43,7 +41,6 @@ from x1_pretrain.mirror.restored_records import (
     take_over,
     write_whole,
 )
-from x1_pretrain.mirror.store import NotThereError, Store, StoreError
 from x1_pretrain.numbers import size
 from x1_pretrain.records.metrics import read_rows
 from x1_pretrain.runtime.checkpoint_files import (
@@ -53,6 +50,9 @@ from x1_pretrain.runtime.checkpoint_files import (
     sync_directory,
     verify_folder,
 )
+from x1_pretrain.stores.address import parse
+from x1_pretrain.stores.opened import open_store
+from x1_pretrain.stores.store import NotThereError, Store, StoreError
 
 Say = Callable[[str], None]
 Fetch = Callable[[Published], None]

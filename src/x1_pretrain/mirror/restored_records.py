@@ -26,11 +26,11 @@ from x1_pretrain.mirror.merging import (
     whole_lines,
 )
 from x1_pretrain.mirror.patience import Patience, UnusableError, get_object, in_lanes
-from x1_pretrain.mirror.store import Store
 from x1_pretrain.money.clock import Clock
 from x1_pretrain.money.ledger import NAME as LEDGER
 from x1_pretrain.money.ledger import Ledger, LedgerError
 from x1_pretrain.records.run_folder import parse_row
+from x1_pretrain.stores.store import Store
 
 LOST = ".lost-"
 TAIL_BYTES = 64 << 10  # of a record file, to see where it ends

@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 from x1_pretrain.mirror.head import CHUNK_BYTES
 from x1_pretrain.mirror.patience import StoppedError
-from x1_pretrain.mirror.store import Meta, Store, StoreError, UnreachableError
+from x1_pretrain.stores.store import Meta, Store, StoreError, UnreachableError
 
 PIECE_BYTES = 1 << 20  # in memory at a time, for each file that is sent
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from x1_pretrain.mirror.head import Object
 from x1_pretrain.mirror.sending import Rate
-from x1_pretrain.mirror.store import Store
+from x1_pretrain.stores.store import Store
 
 PATTERNS = (
     "config.yaml",

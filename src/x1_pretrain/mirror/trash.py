@@ -15,9 +15,9 @@ from x1_pretrain.errors import RefusedError
 from x1_pretrain.mirror.head import NAME, TRASH, Head, Writer, decode, encode
 from x1_pretrain.mirror.heads import head_key, look, run_names, silence_s
 from x1_pretrain.mirror.leftovers import leftovers, paths
-from x1_pretrain.mirror.store import ChangedError, Meta, NotThereError, Store
 from x1_pretrain.money.clock import stamp
 from x1_pretrain.records.trash import stamped
+from x1_pretrain.stores.store import ChangedError, Meta, NotThereError, Store
 
 GOING = ".going"  # an entry that is being deleted: it can't come back any more
 LOST = "lost"  # rows of writers that had lost their place

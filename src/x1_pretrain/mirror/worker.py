@@ -19,9 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from x1_pretrain.errors import FINISHED, INTERRUPTED, REFUSED, RefusedError, UserError
-from x1_pretrain.mirror.address import parse
 from x1_pretrain.mirror.claim import HeldError, Wanted
-from x1_pretrain.mirror.folder_store import FolderStore
 from x1_pretrain.mirror.found import as_opened, is_ours
 from x1_pretrain.mirror.head import NAME as HEAD
 from x1_pretrain.mirror.head import Head
@@ -32,15 +30,17 @@ from x1_pretrain.mirror.lease import Lease, LostError
 from x1_pretrain.mirror.lease_words import who
 from x1_pretrain.mirror.leftovers import held_bytes, lies_there
 from x1_pretrain.mirror.looks import Looked, Looks, claim_for
-from x1_pretrain.mirror.opened import open_store
 from x1_pretrain.mirror.outage import Outage
 from x1_pretrain.mirror.patience import AwayError
 from x1_pretrain.mirror.preflight import AbsentError, preflight
 from x1_pretrain.mirror.publisher import Identity, Publisher
 from x1_pretrain.mirror.state import MirrorState, folder_id, is_anothers, read_state, write_state
-from x1_pretrain.mirror.store import Store, StoreError, UnreachableError
 from x1_pretrain.mirror.talk import LOOK, GoneError, Orders, Voice, lines_of
 from x1_pretrain.runtime.processes import state_and_start
+from x1_pretrain.stores.address import parse
+from x1_pretrain.stores.folder_store import FolderStore
+from x1_pretrain.stores.opened import open_store
+from x1_pretrain.stores.store import Store, StoreError, UnreachableError
 
 if TYPE_CHECKING:
     from x1_pretrain.mirror.restore import Restored

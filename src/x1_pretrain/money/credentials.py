@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from x1_pretrain.errors import UserError
-from x1_pretrain.mirror import aws
-from x1_pretrain.mirror.address import parse
+from x1_pretrain.stores import aws
+from x1_pretrain.stores.address import parse
 
 GOOGLE_FILE = "GOOGLE_APPLICATION_CREDENTIALS"
 GOOGLE_KEY = "GOOGLE_SERVICE_ACCOUNT_KEY"  # the file's content

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from x1_pretrain.errors import FAULT, UserError
-from x1_pretrain.mirror.address import refuse_uri
 from x1_pretrain.money.clock import Clock, stamp
 from x1_pretrain.records.formats import FORMATS
+from x1_pretrain.stores.address import refuse_uri
 
 Row = dict[str, Any]
 NAME = "ledger.jsonl"

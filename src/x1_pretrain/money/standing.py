@@ -10,12 +10,13 @@ from typing import Any, Literal
 
 from x1_pretrain.config import MirrorConfig, RunConfig
 from x1_pretrain.errors import RefusedError, UserError
-from x1_pretrain.mirror import aws, heads
-from x1_pretrain.mirror.address import Address, parse
+from x1_pretrain.mirror import heads
 from x1_pretrain.mirror.head import Head
-from x1_pretrain.mirror.opened import open_store
 from x1_pretrain.mirror.preflight import preflight
-from x1_pretrain.mirror.store import Store, StoreError
+from x1_pretrain.stores import aws
+from x1_pretrain.stores.address import Address, parse
+from x1_pretrain.stores.opened import open_store
+from x1_pretrain.stores.store import Store, StoreError
 
 HERE = ("local", "fake")  # providers whose machines see this computer's disk
 TOLD_TO_STOP = "told to stop"  # why a run is stopping, as its status has it

@@ -18,11 +18,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from x1_pretrain.config import CheckpointConfig, MirrorConfig, Section
-from x1_pretrain.mirror.address import parse
 from x1_pretrain.model.gpus import Date, Text, read_rows
 from x1_pretrain.money.clock import parse_stamp, stamp
 from x1_pretrain.money.guard import ZERO
 from x1_pretrain.money.ledger import Ledger, Row
+from x1_pretrain.stores.address import parse
 
 FILE = Path(__file__).with_name("storage.toml")
 MONTH_H = 720

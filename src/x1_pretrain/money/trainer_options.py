@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from x1_pretrain.config import RunConfig
-from x1_pretrain.mirror.address import parse, run_address
+from x1_pretrain.stores.address import parse, run_address
 
 
 def trainer_options(arguments: Sequence[str], flag: str) -> list[str]:

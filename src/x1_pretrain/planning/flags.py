@@ -10,7 +10,6 @@ from pathlib import Path
 from x1_pretrain.config import MirrorConfig, ModelConfig, RunConfig
 from x1_pretrain.errors import UserError
 from x1_pretrain.laws.fitted import read_fit
-from x1_pretrain.mirror.address import Address, parse
 from x1_pretrain.model import gpus, shapes
 from x1_pretrain.model.flops import GPT2_VOCABULARY, flops_per_token, mfu
 from x1_pretrain.money import gate, pace, storage
@@ -27,6 +26,7 @@ from x1_pretrain.planning.critique import Claim
 from x1_pretrain.planning.data_check import Data
 from x1_pretrain.planning.planner import Ask, Machine, Mirror, Plan, Speed
 from x1_pretrain.records.run_folder import find_run, open_run
+from x1_pretrain.stores.address import Address, parse
 
 POLL_S, LINGER_S, DISK_GIB = 300.0, 900.0, 200  # x1 launch's defaults: the plan and the gate agree
 USUAL_BATCH = 524_288  # of --steps, where no batch is given
@@ -174,7 +174,7 @@ def looks_at_least_s(address: Address) -> float:
     """Some stores count writes."""
     if address.scheme != "hf":
         return 0.0
-    from x1_pretrain.mirror.hub_store import HubStore
+    from x1_pretrain.stores.hub_store import HubStore
 
     return HubStore.every_s_at_least
 

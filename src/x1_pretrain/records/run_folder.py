@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 from x1_pretrain.config import RunConfig
 from x1_pretrain.config_reading import parse_config, parse_yaml
 from x1_pretrain.errors import UserError
-from x1_pretrain.mirror.address import refuse_uri
 from x1_pretrain.money.clock import parse_stamp
 from x1_pretrain.records.formats import check_manifest, refuse_newer
+from x1_pretrain.stores.address import refuse_uri
 
 Row = dict[str, Any]  # one JSON object of metrics.jsonl or events.jsonl
 

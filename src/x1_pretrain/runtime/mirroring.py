@@ -17,7 +17,6 @@ from x1_pretrain.errors import (
     REFUSED,
     UserError,
 )
-from x1_pretrain.mirror.address import parse, run_address, same_disk
 from x1_pretrain.money import storage
 from x1_pretrain.money.standing import endpoint_of
 from x1_pretrain.runtime import checkpoint_files
@@ -25,6 +24,7 @@ from x1_pretrain.runtime.mirror import Mirror
 from x1_pretrain.runtime.run import Run
 from x1_pretrain.runtime.saving import prune
 from x1_pretrain.runtime.session import Session
+from x1_pretrain.stores.address import parse, run_address, same_disk
 
 FINISH_S = 900.0  # at the end of a run, for what is not mirrored yet, while the store answers
 AT_ONCE_S = 5.0  # over budget, or another writer has the run

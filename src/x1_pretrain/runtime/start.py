@@ -24,8 +24,6 @@ from x1_pretrain.corpus.shards import Corpus
 from x1_pretrain.errors import RefusedError, UserError
 from x1_pretrain.evals.perplexity import windows
 from x1_pretrain.learning.stability import State, after_rewind
-from x1_pretrain.mirror.address import parse as parse_address
-from x1_pretrain.mirror.address import refuse_overlap
 from x1_pretrain.mirror.state import read_state
 from x1_pretrain.model.flops import flops_per_token
 from x1_pretrain.money.trainer_guard import TrainerGuard
@@ -51,6 +49,8 @@ from x1_pretrain.runtime.signals import Signals
 from x1_pretrain.runtime.telemetry import Telemetry
 from x1_pretrain.runtime.watchdog import Watchdog
 from x1_pretrain.runtime.world import World
+from x1_pretrain.stores.address import parse as parse_address
+from x1_pretrain.stores.address import refuse_overlap
 
 FETCHING_S = 4 * 3600.0  # other ranks wait so long for what the first one fetches
 
