@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from tests.corpora import write_corpus
 
@@ -14,7 +14,9 @@ pytest_plugins = ["tests.stores.servers"]
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: a second thread only waits
 
-settings.register_profile("x1", deadline=None)  # a busy machine is no failing test
+BUSY = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}  # a busy machine fails no test
+settings.register_profile("x1", derandomize=True, **BUSY)
+settings.register_profile("explore", max_examples=1000, **BUSY)  # by hand: --hypothesis-profile explore
 settings.load_profile("x1")
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -21,7 +21,7 @@ SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks/gpu.py"
 
 
 def gpu(*args: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, SCRIPT, *args], capture_output=True, text=True, timeout=240)
+    return subprocess.run([sys.executable, SCRIPT, *args], capture_output=True, text=True, timeout=900)
 
 
 @pytest.fixture(scope="module")
@@ -105,15 +105,15 @@ def test_a_check_in_its_own_process_gives_the_same_rows(
 
 
 def test_a_process_that_dies_or_hangs_is_ended(script: ModuleType) -> None:
-    hanging = [sys.executable, "-c", "import time; time.sleep(60)"]
+    hanging = [sys.executable, "-c", "import time; time.sleep(600)"]
     process = subprocess.Popen(hanging, start_new_session=True)
     begun = time.monotonic()
     assert script.ending(process, limit_s=0.3) == "ended after 0 s"
     assert process.returncode == -signal.SIGKILL
-    assert time.monotonic() - begun < 20
+    assert time.monotonic() - begun < 300
     dying = [sys.executable, "-c", "import os; os.abort()"]
     process = subprocess.Popen(dying, start_new_session=True, stderr=subprocess.DEVNULL)
-    assert script.ending(process, limit_s=30) == f"exit code {-signal.SIGABRT}"
+    assert script.ending(process, limit_s=300) == f"exit code {-signal.SIGABRT}"
 
 
 def test_largest_finds_the_edge(script: ModuleType) -> None:

@@ -124,12 +124,12 @@ WRITERS = {  # the functions that make the rows of metrics.jsonl
     "train.py": {"log", "pace"},
     "evals/perplexity.py": {"evaluate"},
     "runtime/memory.py": {"reading"},
-    "runtime/telemetry.py": {"counts", "row"},
+    "runtime/telemetry.py": {"row"},
     "runtime/host.py": {"row"},
     "learning/vitals.py": {"probe", "moment_norms"},
     "learning/noise.py": {"row"},
     "money/trainer_guard.py": {"row"},
-    "runtime/run.py": {"row"},
+    "runtime/run.py": {"counts", "row"},
     "runtime/mirror.py": {"row"},
 }
 

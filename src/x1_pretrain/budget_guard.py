@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 import os
 import signal
-import threading
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -34,7 +33,7 @@ from x1_pretrain.money.notify import Notifier
 from x1_pretrain.money.providers.base import Machine, Provider, ProviderError
 from x1_pretrain.money.providers.local import MACHINE_ID, Local
 from x1_pretrain.money.providers.opened import open_provider
-from x1_pretrain.money.sidecar import Sidecar
+from x1_pretrain.money.sidecar import Request, Sidecar
 from x1_pretrain.money.teardown import Ending, write_proof
 
 __all__ = ["Action", "Decision", "Limits", "Memory", "Reading", "decide"]
@@ -229,7 +228,7 @@ def parse_since(text: str | None) -> datetime | None:
 
 def keep(sidecar: Sidecar, output: Path) -> None:
     """Until SIGTERM or Ctrl-C."""
-    stop = threading.Event()
+    stop = Request()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     every = f"{sidecar.poll_s / 60:g} min"

@@ -356,6 +356,16 @@ class RunConfig(Section):
         """Blocks (sequences of `context` tokens) in one step, over all ranks."""
         return self.training.batch_tokens // self.model.context
 
+    def blocks_per_rank(self, ranks: int) -> int:
+        """Those of a step that one of so many computes."""
+        blocks, rest = divmod(self.batch_blocks, ranks)
+        if rest:
+            raise UserError(
+                f"training.batch_tokens {self.training.batch_tokens} is {self.batch_blocks} blocks of "
+                f"{self.model.context}, which {ranks} ranks can't share evenly"
+            )
+        return blocks
+
     @property
     def folder(self) -> Path:
         return Path(self.run_dir or f"runs/{self.name}")

@@ -1,7 +1,7 @@
 """Train a model from a config. The same command starts a run and resumes it.
 
 python -m x1_pretrain.train --config configs/x1-50m-a100.yaml --data-dir DIR --ckpt-dir DIR
-torchrun --standalone --nproc_per_node 4 -m x1_pretrain.train --config ...
+python -m x1_pretrain.train --config ... --ranks 4
 """
 
 from __future__ import annotations
@@ -31,7 +31,17 @@ from x1_pretrain.model.flops import mfu
 from x1_pretrain.model.loss import IGNORED, chunk_terms, chunk_tokens, summed_loss
 from x1_pretrain.money.rehearsal import rehearse
 from x1_pretrain.records import console
-from x1_pretrain.runtime import assemble, checkpoint_files, fit, health, memory, mirroring, spikes, telemetry
+from x1_pretrain.runtime import (
+    assemble,
+    checkpoint_files,
+    fit,
+    health,
+    memory,
+    mirroring,
+    ranks,
+    spikes,
+    telemetry,
+)
 from x1_pretrain.runtime.budget import over_budget, tell_budget
 from x1_pretrain.runtime.evaluating import evaluated, sample
 from x1_pretrain.runtime.introduction import write_again
@@ -39,6 +49,7 @@ from x1_pretrain.runtime.run import Run, Update
 from x1_pretrain.runtime.saving import save
 from x1_pretrain.runtime.signals import Signals
 from x1_pretrain.runtime.start import get_ready, started
+from x1_pretrain.runtime.world import ranks_wanted
 
 # ------------------------------------------------------------------------------------------------------------
 # The loop
@@ -413,6 +424,9 @@ def main(
     ] = None,
     deterministic: Annotated[bool, Flag(help="bitwise repeatable steps (slower on a GPU)")] = False,
     device: Annotated[str, Flag(help="cpu, cuda or auto")] = "auto",
+    ranks_: Annotated[
+        str, Flag("--ranks", metavar="N", help="processes, one a GPU of this machine; auto: all of them")
+    ] = "1",
     set_: Annotated[
         list[str], Flag("--set", metavar="FIELD=VALUE", help="override any config field; repeatable")
     ] = [],  # noqa: B006
@@ -447,10 +461,13 @@ def main(
         )
     if dry_run_budget:
         return rehearse(loaded)
-    if picked := pick_up(config, os.environ):
+    if not ranks.is_rank() and (size := ranks_wanted(ranks_, device)) > 1:
+        loaded.blocks_per_rank(size)
+        return ranks.run(size)
+    if (picked := pick_up(config, os.environ)) and ranks.is_first():
         print(f"from {beside(config)}: {' '.join(f'{key}={value}' for key, value in picked.items())}")
     with (
-        Signals() as signals,
+        Signals(quiet=not ranks.is_first()) as signals,
         started(
             loaded,
             signals,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from x1_pretrain.corpus.order import Order, Source
-from x1_pretrain.corpus.reader import Reader, TokenFile
+from x1_pretrain.corpus.reader import POLL_S, Reader, TokenFile
 from x1_pretrain.errors import UserError
 
 CONTEXT, BLOCKS = 8, 20
@@ -66,31 +67,49 @@ def test_a_file_cut_while_training_is_an_error_not_a_hang(tmp_path: Path, tokens
     with (tmp_path / "train.bin").open("rb+") as file:
         file.truncate(40)
     reader = Reader(order(), [tokens], CONTEXT, lambda rows: rows)
-    begun = time.monotonic()
     with pytest.raises(UserError, match=r"train\.bin.*file ends early"):
         rows_read(reader, 6)
-    assert time.monotonic() - begun < 2
+
+
+class Held:
+    """A stage that takes until `go`; `asked` is asked before each look at what it made."""
+
+    def __init__(self, looks: int) -> None:
+        self.go, self.looks = threading.Event(), looks
+
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
+        self.go.wait()
+        return rows
+
+    def asked(self) -> bool:
+        self.looks -= 1
+        return self.looks < 0
 
 
 def test_a_signal_ends_the_wait(tokens: TokenFile) -> None:
-    def slow(rows: np.ndarray) -> np.ndarray:
-        time.sleep(0.5)
-        return rows
-
-    reader = Reader(order(), [tokens], CONTEXT, slow)
-    polls = iter([False, False, True])
-    batch, waited_s = reader.next(lambda: next(polls))
+    held = Held(looks=2)
+    batch, waited_s = Reader(order(), [tokens], CONTEXT, held).next(held.asked)
+    held.go.set()
     assert batch is None
-    assert 0.1 < waited_s < 0.5
+    assert waited_s >= 2 * POLL_S
 
 
 def test_waiting_is_measured(tokens: TokenFile) -> None:
-    def slow(rows: np.ndarray) -> np.ndarray:
-        time.sleep(0.3)
-        return rows
+    held = Held(looks=3)
 
-    _, waited_s = Reader(order(), [tokens], CONTEXT, slow).next()
-    assert 0.25 < waited_s < 1.5
-    ahead = Reader(order(), [tokens], CONTEXT, lambda rows: rows)
-    time.sleep(0.2)
-    assert ahead.next()[1] < 0.1
+    def asked() -> bool:
+        if held.asked():
+            held.go.set()
+        return False
+
+    begun = time.perf_counter()
+    batch, waited_s = Reader(order(), [tokens], CONTEXT, held).next(asked)
+    assert batch is not None
+    assert 3 * POLL_S <= waited_s <= time.perf_counter() - begun
+
+
+def test_what_was_read_ahead_is_not_waited_for(tokens: TokenFile) -> None:
+    ahead, held = Reader(order(), [tokens], CONTEXT, lambda rows: rows), Held(looks=1)
+    while not ahead._queue.full():
+        time.sleep(0.001)
+    assert ahead.next(held.asked)[0] is not None  # at the first look

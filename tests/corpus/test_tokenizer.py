@@ -250,7 +250,7 @@ def test_a_bad_spec_names_the_kinds(spec: str) -> None:
 class Answers(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.path == "/slow":
-            time.sleep(3)
+            time.sleep(120)
             return
         names = {"/vocab.bpe": vocabulary.GPT2_MERGES, "/encoder.json": vocabulary.GPT2_VOCAB}
         body = (GPT2_CACHE / REAL_NAMES[names[self.path].url.rsplit("/", 1)[1]]).read_bytes()
@@ -319,7 +319,7 @@ def test_a_server_that_never_answers_is_given_up(
     began_s = time.monotonic()
     with pytest.raises(UserError, match="no answer within"):
         find_tokenizer("gpt2", tmp_path)
-    assert time.monotonic() - began_s < 2
+    assert time.monotonic() - began_s < 60
 
 
 @needs_gpt2

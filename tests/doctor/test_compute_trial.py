@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +18,7 @@ class Gpus:
 
     def __init__(self, count: int, full: tuple[int, ...] = ()) -> None:
         self.full, self.calls = full, dict.fromkeys((f"cuda:{n}" for n in range(count)), 0)
+        self.now = 0.0
         self.cuda = SimpleNamespace(device_count=lambda: count, synchronize=lambda _: None)
 
     def randn(self, *_: int, device: str, dtype: str) -> SimpleNamespace:
@@ -28,7 +28,7 @@ class Gpus:
 
     def matmul(self, a: Any, _: Any) -> None:
         self.calls[a.device] += 1
-        time.sleep(2e-3)
+        self.now += 2e-3
 
 
 @pytest.fixture
@@ -38,8 +38,10 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("asked")
-def test_every_gpu_with_room_is_loaded_alike() -> None:
+def test_every_gpu_with_room_is_loaded_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     torch = Gpus(3, full=(1,))
+    clock = SimpleNamespace(monotonic=lambda: torch.now, perf_counter=lambda: torch.now)
+    monkeypatch.setattr(compute_trial, "time", clock)
     found = compute_trial.under_load(torch)
     assert (len(found["cards"]), found["loaded"]) == (3, 2)
     assert torch.calls["cuda:1"] == 0

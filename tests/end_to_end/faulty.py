@@ -42,6 +42,14 @@ def stuck_with_pythons_lock(*_: Any) -> None:
     libc.pthread_mutex_lock(mutex)
 
 
+def held(run: Any) -> None:
+    """Until the file `go` is beside the run's folder; no hang."""
+    print("FAULT", flush=True)
+    while not (run.config.folder.parent / "go").exists():
+        run.watchdog.beat()
+        time.sleep(0.02)
+
+
 def raising(error: BaseException) -> Callable[..., None]:
     def fail(*_: Any) -> None:
         raise error
@@ -104,6 +112,9 @@ def set_clock_back(*_: Any) -> None:
 
 def break_it(fault: str) -> None:
     if fault == "slow":
+        at_step(lambda _: time.sleep(0.06))
+    elif fault == "held":
+        at_step(held, last=AT_STEP + 1)
         at_step(lambda _: time.sleep(0.06))
     elif fault == "reader-dies":
         Reader.read = before(Reader.read, raising(OSError(5, "Input/output error")), AT_STEP)  # type: ignore

@@ -50,7 +50,7 @@ class Training:
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.communicate()
 
-    def end(self, timeout_s: float = 60) -> tuple[int, str]:
+    def end(self, timeout_s: float = 300) -> tuple[int, str]:
         """Exit code and the rest of the output."""
         try:
             output, _ = self.process.communicate(timeout=timeout_s)
@@ -60,10 +60,13 @@ class Training:
         return self.process.returncode, output
 
 
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], limit_s: float = 60) -> None:
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], limit_s: float = 300) -> None:
     deadline = time.monotonic() + limit_s
-    while not condition():
-        assert process.poll() is None, f"ended early with {process.returncode}"
+    while True:
+        ended = process.poll()  # before the look: it may do it and end
+        if condition():
+            return
+        assert ended is None, f"ended early with {ended}"
         assert time.monotonic() < deadline, "nothing happened in time"
         time.sleep(0.001)
 

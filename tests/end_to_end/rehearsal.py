@@ -51,7 +51,7 @@ class Rehearsal:
 
     def x1(self, *words: str) -> tuple[int, str]:
         process = self._x1(list(words))
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=300)
         return process.returncode, output
 
     def _x1(self, words: list[str]) -> subprocess.Popen[str]:
@@ -65,7 +65,7 @@ class Rehearsal:
             text=True,
         )
 
-    def end(self, process: subprocess.Popen[str], limit_s: float = 120) -> tuple[int, str]:
+    def end(self, process: subprocess.Popen[str], limit_s: float = 300) -> tuple[int, str]:
         try:
             output, _ = process.communicate(timeout=limit_s)
         except subprocess.TimeoutExpired:

@@ -42,13 +42,15 @@ def slow_down(phase: str) -> None:
     if phase == "step":
         train.forward = announced(train.forward, phase, 0.4, calls=2 * FROM_STEP)
     elif phase == "first-step":
-        train.forward = announced(train.forward, phase, 60)
+        train.forward = announced(train.forward, phase, 600)
     elif phase == "evaluation":
         perplexity._padded = announced(perplexity._padded, phase, 0.4, calls=8)
     elif phase == "data":
-        Reader.read = announced(Reader.read, phase, 60, calls=FROM_STEP)  # type: ignore[method-assign]
+        Reader.read = announced(Reader.read, phase, 600, calls=FROM_STEP)  # type: ignore[method-assign]
     elif phase == "checkpoint":
         checkpoint_files._seal = announced(checkpoint_files._seal, phase, 1.5, calls=1)
+    elif phase == "endless-checkpoint":
+        checkpoint_files._seal = announced(checkpoint_files._seal, phase, 600, calls=1)
     elif phase == "compile":
         fit.try_compile = announced(fit.try_compile, phase, 0)
 

@@ -22,7 +22,7 @@ from x1_pretrain.review.command import verify
 def demo(output: Path, *more: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "x1_pretrain.cli", "demo", "--output", str(output), "--minutes", "0.1"]
     command += more
-    return subprocess.run(command, capture_output=True, text=True, timeout=500, env=os.environ)
+    return subprocess.run(command, capture_output=True, text=True, timeout=1800, env=os.environ)
 
 
 def assert_it_moved(folder: Path, said: str) -> None:

@@ -9,9 +9,7 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +21,6 @@ from safetensors.numpy import load_file
 from tests.corpora import write_config
 from tests.end_to_end.in_process import train_here
 from tests.end_to_end.processes import (
-    REPOSITORY,
     Training,
     curve,
     last_step,
@@ -38,18 +35,21 @@ SCRIPT = Path(__file__).with_name("faulty.py")
 STEPS, FAULT_AT = 40, 12
 Capture = pytest.CaptureFixture[str]
 
-# Short, for steps of milliseconds; and long enough for a machine that is busy with other tests.
-PATIENCE = [
-    f"--set=watchdog.{name}={seconds}"
-    for name, seconds in {
-        "first_step_s": 60,
-        "step_s": 3,
-        "data_s": 3,
-        "evaluation_s": 3,
-        "checkpoint_s": 3,
-        "save_s": 10,
-    }.items()
-]
+# What a phase may take; short where it hangs, long enough for a busy machine elsewhere.
+PATIENCE = dict.fromkeys(("step_s", "data_s", "evaluation_s", "checkpoint_s", "save_s"), 60)
+SHORT = {
+    "held": "data_s",
+    "data-hangs": "data_s",
+    "step-hangs": "step_s",
+    "library-hangs": "step_s",
+    "evaluation-hangs": "evaluation_s",
+    "checkpoint-hangs": "checkpoint_s",
+}
+
+
+def patience(fault: str) -> list[str]:
+    limits = {"first_step_s": 300} | PATIENCE | ({SHORT[fault]: 3} if fault in SHORT else {})
+    return [f"--set=watchdog.{name}={seconds}" for name, seconds in limits.items()]
 
 
 @pytest.fixture(scope="module")
@@ -76,10 +76,19 @@ class Case:
         self.command = ("--config", config, "--data-dir", data, "--run-dir", run)
 
     def start(self, fault: str, *more: str) -> Training:
-        return Training(fault, *self.command, *PATIENCE, *more, script=SCRIPT)
+        return Training(fault, *self.command, *patience(fault), *more, script=SCRIPT)
 
     def broken(self, fault: str, *more: str) -> tuple[int, str]:
-        return self.start(fault, *more).end(timeout_s=60)
+        return self.start(fault, *more).end()
+
+    def hold(self) -> Training:
+        """A run that stands before update FAULT_AT + 1 until `go`, and is slow from then on."""
+        training = self.start("held")
+        training.wait_for_line("FAULT")
+        return training
+
+    def go(self) -> None:
+        (self.run.parent / "go").touch()
 
     def events(self, name: str) -> list[dict[str, Any]]:
         return [r for r in rows(self.run / "events.jsonl") if r["event"] == name]
@@ -144,9 +153,9 @@ def test_a_token_beyond_the_vocabulary_from_the_beginning(case: Case, data: Path
 def test_a_token_beyond_the_vocabulary_written_while_the_run_reads(
     case: Case, data: Path, undisturbed: Path
 ) -> None:
-    training = case.start("slow")
-    wait_until(lambda: last_step(case.run) >= FAULT_AT, training.process)
+    training = case.hold()
     with spoilt(data / "train.bin"):
+        case.go()
         code, output = training.end()
     assert code == 2, output
     line = one_line(output, "x1: ")
@@ -170,10 +179,8 @@ def spoilt(file: Path) -> Iterator[None]:
 
 @pytest.mark.parametrize("fault", ["reader-dies", pytest.param("reader-ends", marks=pytest.mark.slow)])
 def test_the_reading_thread_dies(fault: str, case: Case, undisturbed: Path) -> None:
-    begun = time.monotonic()
     code, output = case.broken(fault)
     assert code == 1, output
-    assert time.monotonic() - begun < 30
     (event,) = case.events("fault")
     said = "Input/output error" if fault == "reader-dies" else "the reading thread ended early"
     assert said in event["message"]
@@ -271,15 +278,17 @@ def test_a_library_that_hangs_with_pythons_lock_is_killed(case: Case, undisturbe
 
 
 def test_a_process_that_is_stopped_for_longer_than_its_limit_goes_on(case: Case, undisturbed: Path) -> None:
-    training = case.start("slow")
-    wait_until(lambda: last_step(case.run) >= FAULT_AT + 2, training.process)
+    training = case.hold()
     training.send(signal.SIGSTOP)
+    begun = time.monotonic()
     time.sleep(5)
     training.send(signal.SIGCONT)
+    time.sleep(1.5)  # the watchdog looks once a second
+    case.go()
     code, output = training.end()
     assert code == 0, output
-    (event,) = case.events("suspended")
-    assert 3 < event["seconds"] < 7
+    event = case.events("suspended")[0]
+    assert 3 < event["seconds"] < time.monotonic() - begun
     assert "this process did not run for" in output
     assert not list(case.run.glob("hang-*"))
     assert_same(case.run, undisturbed)
@@ -288,40 +297,21 @@ def test_a_process_that_is_stopped_for_longer_than_its_limit_goes_on(case: Case,
 @pytest.mark.slow
 def test_a_rank_that_stalls(case: Case, tmp_path: Path, config: Path, data: Path) -> None:
     whole = tmp_path / "whole"
-    torchrun("--config", config, "--data-dir", data, "--run-dir", whole).wait(120)
-    launched = torchrun("slow", *case.command, *PATIENCE, script=SCRIPT)
-    wait_until(lambda: last_step(case.run) >= FAULT_AT, launched)
-    pids = {rank: pid_of(launched.pid, rank) for rank in (0, 1)}
+    ranks = ("--ranks", "2")
+    Training("--config", config, "--data-dir", data, "--run-dir", whole, *ranks).end()
+    launched = Training("slow", *case.command, *patience("step-hangs"), *ranks, script=SCRIPT)
+    wait_until(lambda: last_step(case.run) >= FAULT_AT, launched.process)
+    pids = {rank: pid_of(launched.process.pid, rank) for rank in (0, 1)}
     os.kill(pids[1], signal.SIGSTOP)
-    wait_until(lambda: bool(case.events("hang")), launched, limit_s=30)
-    wait_until(lambda: not Path(f"/proc/{pids[0]}/cmdline").exists() or zombie(pids[0]), launched, 30)
-    os.kill(pids[1], signal.SIGKILL)  # torchrun would do it 30 s later
-    output, _ = launched.communicate(timeout=60)
-    assert launched.returncode == 1, output  # torchrun's own code for any that is not 0
-    assert re.search(r"exitcode\s*:\s*75", output), output
+    code, output = launched.end()
+    assert code == 75, output
+    assert "rank 1 did not follow within 30 s: killed" in output
     assert "all_reduce" in case.stacks()
     assert f"process {pids[1]}: stopped" in case.stacks()
     (event,) = case.events("hang")
     assert case.saved() == event["step"] >= FAULT_AT
-    assert torchrun(*case.command).wait(120) == 0
+    assert Training(*case.command, *ranks).end()[0] == 0
     assert_same(case.run, whole)
-
-
-def torchrun(*args: str | Path, script: Path | None = None) -> subprocess.Popen[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    command += ["--master_addr=127.0.0.1", f"--master_port={port}"]
-    command += [str(script)] if script else ["-m", "x1_pretrain.train"]
-    return subprocess.Popen(
-        [*command, *map(str, args)],
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
 
 
 def pid_of(launcher: int, rank: int) -> int:
@@ -329,12 +319,6 @@ def pid_of(launcher: int, rank: int) -> int:
         if f"\0RANK={rank}\0".encode() in b"\0" + Path(f"/proc/{child}/environ").read_bytes():
             return int(child)
     raise AssertionError(f"rank {rank} is not there")
-
-
-def zombie(pid: int) -> bool:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    return True
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -354,8 +338,7 @@ def test_an_exception_is_kept_with_its_traceback_and_the_last_rows(case: Case, u
 
 
 def test_a_second_trainer_is_refused_and_a_killed_one_holds_nothing(case: Case, undisturbed: Path) -> None:
-    first = case.start("slow")
-    wait_until(lambda: last_step(case.run) >= FAULT_AT, first.process)
+    first = case.hold()
     second = train_here(case.capfd, *case.command)
     assert second.code == 78
     assert f"process {first.process.pid} on" in second.one_line
@@ -384,9 +367,9 @@ def test_a_disk_that_fills_up_and_has_room_again(
     small_disk: Path, config: Path, data: Path, capfd: Capture, undisturbed: Path
 ) -> None:
     case = Case(small_disk / "run", config, data, capfd)
-    training = case.start("slow")
-    wait_until(lambda: last_step(case.run) >= FAULT_AT, training.process)
+    training = case.hold()
     filler = fill(small_disk)
+    case.go()
     said = training.wait_for_line("not saved:")
     assert "No space left" in said
     filler.unlink()
@@ -400,9 +383,9 @@ def test_a_disk_that_stays_full_loses_no_checkpoint_and_is_not_relaunched_for_ev
     small_disk: Path, config: Path, data: Path, capfd: Capture, undisturbed: Path
 ) -> None:
     case = Case(small_disk / "run", config, data, capfd)
-    training = case.start("slow")
-    wait_until(lambda: last_step(case.run) >= FAULT_AT, training.process)
+    training = case.hold()
     filler = fill(small_disk)
+    case.go()
     code, output = training.end()
     assert code == 75, output
     assert "checkpoint at step 40 not saved" in output
@@ -433,7 +416,7 @@ def test_a_clock_that_is_set_back(case: Case, undisturbed: Path) -> None:
     assert found[-1]["time_utc"] < found[0]["time_utc"]  # the fault was there
     elapsed = [r["elapsed_s"] for r in found]
     assert elapsed == sorted(elapsed)
-    assert max(elapsed) < 60
+    assert max(elapsed) < 600
     assert all(r.get("tokens_per_sec", 1) > 0 for r in found)
     assert all(r["step_s"] >= 0 and r["wait_s"] >= 0 for r in rows(case.run / "steps.jsonl"))
     assert not case.events("hang")

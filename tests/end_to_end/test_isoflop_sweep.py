@@ -59,11 +59,11 @@ def test_a_sweep_killed_in_the_middle_is_carried_on_to_the_same_points(
     process.communicate()
     assert not (output / "runs.csv").exists()
     again = begin(corpus, output)
-    said, _ = again.communicate(timeout=120)
+    said, _ = again.communicate(timeout=600)
     assert again.returncode == 0, said
     assert "goes on from" in said
     third = begin(corpus, output)
-    said, _ = third.communicate(timeout=60)
+    said, _ = third.communicate(timeout=300)
     assert (third.returncode, said.count("finished before")) == (0, 4), said
 
     with (output / "runs.csv").open() as file:
@@ -93,7 +93,7 @@ def test_sigterm_ends_a_sweep_with_its_run_saved(tmp_path: Path, corpus: Path) -
     process = begin(corpus, output)
     wait_until(lambda: any(last_step(run) >= 20 for run in output.glob("runs/98.3k-3e10")), process)
     process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=60)
+    said, _ = process.communicate(timeout=300)
     assert process.returncode == 75, said
     assert (
         "x1: run 1 of 4, 98.3k-3e10, was interrupted and saved; the same command goes on from there" in said

@@ -100,7 +100,7 @@ def torchrun(ranks: int, *args: str | Path) -> subprocess.CompletedProcess[str]:
         "x1_pretrain.train",
         *map(str, args),
     ]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
 
 
 def test_two_ranks_have_the_curve_of_one_and_a_run_may_change_ranks(

@@ -40,7 +40,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, config: Path, corpus: Path) -> dict[int, float]:
     run = tmp_path_factory.mktemp("whole") / "run"
-    code, output = Training("--config", config, "--data-dir", corpus, "--run-dir", run).end(180)
+    code, output = Training("--config", config, "--data-dir", corpus, "--run-dir", run).end()
     assert code == 0, output
     return losses(run)
 
@@ -59,7 +59,7 @@ def until_it_published(r: Rehearsal, mirror: Path, moves: int, launched: subproc
     """The machine after so many moves has mirrored a checkpoint of its own: of two in a row that did not, the
     second is not replaced."""
     began = newest(mirror)
-    wait_until(lambda: len(r.ledger("moved")) == moves and newest(mirror) > began, launched, 120)
+    wait_until(lambda: len(r.ledger("moved")) == moves and newest(mirror) > began, launched)
 
 
 def newest(mirror: Path) -> int:

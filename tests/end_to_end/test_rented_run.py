@@ -32,7 +32,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, config: Path, corpus: Path) -> dict[int, float]:
     run = tmp_path_factory.mktemp("whole") / "run"
-    code, output = Training("--config", config, "--data-dir", corpus, "--run-dir", run).end(120)
+    code, output = Training("--config", config, "--data-dir", corpus, "--run-dir", run).end()
     assert code == 0, output
     return {r["step"]: r["train/loss"] for r in rows(run / "metrics.jsonl") if "train/loss" in r}
 
@@ -72,7 +72,8 @@ def test_a_run_from_the_sentence_to_the_proof(
         )
         # more than the meter: an exited machine counts at the agreed price until its end is proven, and here
         # two minutes of lingering, a poll and two spaced reads come before
-        extra = r.rate_usd_per_hr() * (2 * 60 + 3 * int(POLL_S)) / 3600
+        busy_s = 20 * int(SPEED)  # what a busy machine may need for it
+        extra = r.rate_usd_per_hr() * (2 * 60 + 3 * int(POLL_S) + busy_s) / 3600
         assert r.counted_usd() - r.true_usd() <= extra
     assert (r.run / "termination.json").exists()
 
@@ -153,7 +154,7 @@ def test_a_lost_machine_and_a_second_one(
 ) -> None:
     with rehearsal(tmp_path, here(config, tmp_path), corpus) as r:
         launched = r.start(linger="1m")
-        wait_until(lambda: r.step() > 0, launched, 120)
+        wait_until(lambda: r.step() > 0, launched)
         r.fake.fault(kind, machine="pod-0001-*")
         assert r.end(launched)[0] == 0
         assert r.ledger("lost")

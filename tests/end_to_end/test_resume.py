@@ -14,8 +14,8 @@ from tests.corpora import write_config, write_corpus
 from tests.end_to_end.in_process import train_here
 from tests.end_to_end.processes import Training, curve, rows, weights
 
-from x1_pretrain.mirror.state import PULLED, MirrorState, read_state, write_state
 from x1_pretrain.records.behind import copied
+from x1_pretrain.records.mirror_state import PULLED, MirrorState, read_state, write_state
 from x1_pretrain.runtime.checkpoint_files import list_checkpoints, newest_good, verify_folder
 
 Capture = pytest.CaptureFixture[str]

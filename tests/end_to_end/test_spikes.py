@@ -19,6 +19,7 @@ from x1_pretrain.review.command import FAILED, verify
 
 Capture = pytest.CaptureFixture[str]
 STEPS, AT = 90, 60
+FAULTY = Path(__file__).with_name("faulty.py")
 STABILITY = {"window": 16, "inject_spike_at_step": AT}
 
 
@@ -103,9 +104,7 @@ def test_killed_in_the_middle_of_an_injection_and_resumed_without_the_flag(
     run = tmp_path / "run"
     file = config(tmp_path, data, run)
     given = ["--config", file, "--set", f"checkpoint.at=[{AT + 2}]"]
-    process = Training(*given)
-    process.wait_for_line(f"step {AT + 4}/")
-    process.kill()
+    assert killed_at(str(AT + 4), *given) == -signal.SIGKILL
     resumed = train_here(capfd, *given, "--set", "stability.inject_spike_at_step=null")
     assert resumed.code == 0, resumed.err
     assert f"goes on from {run}/checkpoints/step-0000000{AT + 2}" in resumed.out
@@ -121,11 +120,13 @@ def test_an_injection_can_be_asked_for_only_ahead(data: Path, tmp_path: Path, ca
     assert "the 5 steps after it must lie within training.total_steps 40" in late.one_line
     assert not run.exists()
     file = config(tmp_path, data, run, inject_spike_at_step="none")
-    process = Training("--config", file, *short)
-    process.wait_for_line("step 25/")
+    process = Training("held", "--config", file, *short, script=FAULTY)
+    process.wait_for_line("FAULT")
     process.send(signal.SIGTERM)
+    process.wait_for_line("once more: leave at once")
+    (tmp_path / "go").touch()
     assert process.end()[0] == 75
-    past = train_here(capfd, "--config", file, *short, "--inject-spike-at-step", "20")
+    past = train_here(capfd, "--config", file, *short, "--inject-spike-at-step", "9")
     assert past.code == 78
     assert "give a later step" in past.one_line
     ahead = train_here(capfd, "--config", file, *short, "--inject-spike-at-step", "33")
@@ -180,8 +181,7 @@ def test_killed_around_a_rewind_it_goes_on_as_if_it_had_not_been(
 ) -> None:
     run = tmp_path / "run"
     file = config(tmp_path, data, run, **REWIND)
-    process = Training(place, "--config", file, script=Path(__file__), env={"PYTHONPATH": str(REPOSITORY)})
-    assert process.end()[0] == -signal.SIGKILL
+    assert killed_at(place, "--config", file) == -signal.SIGKILL
     resumed = train_here(capfd, "--config", file)
     assert resumed.code == 0, resumed.err
     assert curve(run) == curve(rewound)
@@ -203,9 +203,8 @@ def test_a_second_injection_right_after_the_first_is_told_too(
 ) -> None:
     run = tmp_path / "run"
     file = config(tmp_path, data, run)
-    process = Training("--config", file, "--set", f"checkpoint.at=[{AT + 5}]")
-    process.wait_for_line(f"step {AT + 8}/")
-    process.kill()
+    more = ["--set", f"checkpoint.at=[{AT + 5}]"]
+    assert killed_at(str(AT + 8), "--config", file, *more) == -signal.SIGKILL
     done = train_here(capfd, "--config", file, "--inject-spike-at-step", str(AT + 5))
     assert done.code == 0, done.err
     assert [event["first_step"] for event in events(run, "inject")] == [AT, AT + 5]
@@ -214,9 +213,10 @@ def test_a_second_injection_right_after_the_first_is_told_too(
 
 def test_a_run_folder_that_is_deleted_comes_back(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    process = Training("--config", config(tmp_path, data, run, inject_spike_at_step="none"))
+    file = config(tmp_path, data, run, inject_spike_at_step="none")
+    process = Training("slow", "--config", file, script=FAULTY)
     process.wait_for_line("step 30/")
-    shutil.rmtree(run, ignore_errors=True)
+    shutil.rmtree(run.rename(tmp_path / "away"), ignore_errors=True)
     code, output = process.end()
     assert code == 0, output
     assert "was deleted while the run goes on" in output
@@ -238,6 +238,11 @@ def test_skipping_leaves_the_update_out_and_the_weights_as_they_were(
         assert (norms[step] == norms.get(step - 1)) == (row["verdict"] == "skip"), step
 
 
+def killed_at(place: str, *words: str | Path) -> int:
+    process = Training(place, *words, script=Path(__file__), env={"PYTHONPATH": str(REPOSITORY)})
+    return process.end()[0]
+
+
 def kill_here(place: str) -> None:
     """The driver of a run that is killed at one place: `python test_spikes.py PLACE [train's arguments]`."""
     from x1_pretrain.command import run as run_app
@@ -257,7 +262,7 @@ def kill_here(place: str) -> None:
 
         def logged(run: Any, *rest: Any) -> None:
             log(run, *rest)
-            if run.order.jumps and run.step == 53:
+            if (run.order.jumps and run.step == 53) if place == "later" else run.step == int(place):
                 killing()
 
         train.log = logged

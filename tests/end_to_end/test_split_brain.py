@@ -64,7 +64,7 @@ class Trainer:
         wait_until(lambda: last_step(self.run) >= beyond, self.training.process)
 
     def end(self) -> tuple[int, str]:
-        return self.training.end(120)
+        return self.training.end()
 
     def kill(self) -> None:
         """All of it at once, if it is still there, also what was stopped or outlives its trainer."""
@@ -151,7 +151,7 @@ def events(run: Path, name: str) -> list[dict[str, Any]]:
 
 def takes_over(second: Trainer) -> None:
     """It has the run, and trains."""
-    wait_until(lambda: bool(events(second.run, "moved")), second.training.process, 120)
+    wait_until(lambda: bool(events(second.run, "moved")), second.training.process)
     second.trains(events(second.run, "resume")[-1]["step"] + EVERY + 1)
 
 
@@ -202,7 +202,7 @@ def one_gives_way(first: Driven, folders: list[RunFolder], mirror: str, watcher:
     said = first.until("lost")["message"]
     assert f"(process {os.getpid()}, epoch 2) has taken over this run" in said  # whose mirror it is
     first.tell(do="drain", within_s=5.0, why="another writer has the run")
-    assert first.process.wait(20) == 78
+    assert first.process.wait(120) == 78
     assert second.drain() == []
     assert watcher.stop() == [1, 2]
     head = watcher.head()

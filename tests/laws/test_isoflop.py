@@ -257,7 +257,7 @@ def test_a_signal_goes_on_to_the_run_and_nothing_follows(
         "for one in (signal.SIGTERM, signal.SIGINT): signal.signal(one, leave)\n"
         "pathlib.Path(sys.argv[1] + '.ready').parent.mkdir(parents=True, exist_ok=True)\n"
         "pathlib.Path(sys.argv[1] + '.ready').touch()\n"
-        "time.sleep(30)\n",
+        "time.sleep(600)\n",
     )
     ready = jobs[0].folder.with_name(f"{jobs[0].folder.name}.ready")
 

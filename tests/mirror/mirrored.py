@@ -24,9 +24,10 @@ def mirror_run(
     who: Writer | None = None,
     status: dict[str, Any] | None = None,
     earlier: tuple[tuple[int, str], ...] = (),
+    **fields: Any,
 ) -> Head:
     """A run in `store`, its last writer `who`, with checkpoints of a few bytes. `earlier`: the epochs and
-    tokens of the writers before."""
+    tokens of the writers before; `fields`: others of the head."""
     who = who or writer(why="finished")
     told = {"state": "finished", "step": 42, "total_steps": 42, "tokens": 2688, "stage": "pretrain"}
     told |= {"spent_usd": "24.80", "elapsed_s": 75_600.0, "val_loss": 2.1214, "updated_utc": SINCE}
@@ -42,7 +43,7 @@ def mirror_run(
         for file in ("model.safetensors", "manifest.json", "chunks.json"):
             store.put(f"{name}/{path}/{file}", f"{file} of {step}".encode())
         checkpoints.append(Published(step, who.epoch, path, 1000 + step, "0" * 64, "1" * 64, SINCE, 2.5))
-    head = replace(head, checkpoints=checkpoints, records=records, status=told | (status or {}))
+    head = replace(head, checkpoints=checkpoints, records=records, status=told | (status or {}), **fields)
     store.put(f"{name}/head.json", encode(head))
     store.close()  # some stores send the last of it only now
     return head

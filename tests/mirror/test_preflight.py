@@ -83,9 +83,9 @@ def test_a_store_that_accepts_connections_and_never_answers(
     proxy.add("timeout", done=done)
     begun = time.monotonic()
     refused(store, r"no answer within 0.3 s; check the network and mirror.endpoint")
-    assert time.monotonic() - begun < 3  # of 20 s that a request has
+    assert time.monotonic() - begun < 10  # of 20 s that a request has
     while done and not s3.keys():
-        assert time.monotonic() - begun < 10
+        assert time.monotonic() - begun < 60
         time.sleep(0.01)
     end_requests(proxy)
     assert s3.keys() == []  # what it made all the same is removed
@@ -102,7 +102,7 @@ def test_a_store_that_breaks_off_and_then_never_answers(
     begun = time.monotonic()
     with pytest.raises(RefusedError, match="check the network"):
         preflight(open_store(parse(f"s3://{s3.bucket}/runs"), None, 0), "x1-50m", False, sleep=slept.append)
-    assert time.monotonic() - begun < 3
+    assert time.monotonic() - begun < 10
     assert slept == []
     end_requests(proxy)
 
@@ -110,8 +110,8 @@ def test_a_store_that_breaks_off_and_then_never_answers(
 def test_a_slow_store_is_none_that_never_answers(
     s3: Bucket, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preflight_module, "FIRST_S", 0.5)
-    proxy.add("slow", latency_s=0.06)
+    monkeypatch.setattr(preflight_module, "FIRST_S", 1.0)  # for the first answer, also on a busy machine
+    proxy.add("slow", latency_s=0.12)
     begun = time.monotonic()
     preflight(open_store(parse(f"s3://{s3.bucket}/runs"), None), "x1-50m", without_lease=False)
     assert time.monotonic() - begun > preflight_module.FIRST_S

@@ -25,7 +25,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from tests.mirror.run_folders import RUN_ID, RunFolder, check_checkpoint, content, record
 from tests.stores.model_store import Clock, Fault, ModelStore
 from x1_pretrain.learning.stability import Episode, State
-from x1_pretrain.mirror import outbox
+from x1_pretrain.mirror import local, outbox, publisher
 from x1_pretrain.mirror.claim import Me
 from x1_pretrain.mirror.head import Head, decode, encode
 from x1_pretrain.mirror.heads import look
@@ -718,6 +718,62 @@ def test_the_rate_limit_holds_a_checkpoint_back_and_not_the_records(
     session.publisher.wait(5)
     assert not session.publisher.outbox.busy
     assert session.steps() == []
+
+
+def test_who_is_woken_by_a_checkpoint_that_arrived_finds_it_ready(run: RunFolder, store: ModelStore) -> None:
+    """Else it would be named by a look that comes `every_s` later."""
+    run.save(10)
+    found: list[bool] = []
+    session = Session(run, store)
+    session.publisher = Publisher(
+        run.job("model://runs"),
+        store,
+        session.lease,
+        session.publisher.identity,
+        on_change=lambda: found.append(session.publisher.outbox.ready() is not None),
+    )
+    session.publisher.look()
+    session.publisher.wait(20)
+    assert found == [True]
+
+
+def test_a_line_that_another_thread_has_to_say_is_not_lost(
+    run: RunFolder, store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loop takes the lines while the clean-up makes one."""
+    session, taken = Session(run, store), list[str]()
+
+    class Gone(list[Any]):
+        def __len__(self) -> int:
+            taken.extend(session.publisher.take_news())
+            return 1
+
+    monkeypatch.setattr(publisher, "clean", lambda *_: Gone())
+    session.publisher.clean_up()
+    taken += session.publisher.take_news()
+    assert len(taken) == 1
+
+
+def test_two_threads_may_look_at_the_checkpoints(
+    run: RunFolder, store: ModelStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left is said by a timer while the loop may be at it."""
+    run.save(10)
+    run.save(20)
+    now = Clock()
+    session = Session(run, store, clock=now.steady)
+    before = session.publisher.local.look()
+    now.t += 60
+    seen: list[dict[int, Any]] = []
+
+    def steps(path: Path) -> int:
+        monkeypatch.setattr(local, "step_of", step_of)  # once, in the middle of a look
+        seen.append(session.publisher.local.look())
+        return step_of(path)
+
+    monkeypatch.setattr(local, "step_of", steps)
+    seen.append(session.publisher.local.look())
+    assert seen == [before, before]  # first seen a minute ago
 
 
 def corpus_at(folder: Path, seed: str) -> str:

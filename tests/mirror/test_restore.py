@@ -33,11 +33,12 @@ from x1_pretrain.mirror.corpora import FILES
 from x1_pretrain.mirror.merging import common_lines, mended, merged_ledger, rows_only_in
 from x1_pretrain.mirror.patience import AwayError
 from x1_pretrain.mirror.restore import Restored, ledger_from, restore
-from x1_pretrain.mirror.state import MirrorState, write_state
 from x1_pretrain.money.clock import Clock
 from x1_pretrain.money.ledger import Ledger
 from x1_pretrain.money.ledger import read_rows as ledger_rows
 from x1_pretrain.numbers import size
+from x1_pretrain.records.metrics import rewind
+from x1_pretrain.records.mirror_state import MirrorState, write_state
 from x1_pretrain.runtime.checkpoint_files import newest_good
 from x1_pretrain.stores.folder_store import FolderStore
 from x1_pretrain.stores.store import NotThereError, UnreachableError
@@ -316,6 +317,21 @@ def test_rows_that_a_resume_set_aside_do_not_come_back(run: Mirrored, tmp_path: 
         aside.write(rows(201, 260, time_utc="2026-11-21T12:00:00Z"))
     assert back(run, folder).notes == []
     assert (folder / "metrics.jsonl").read_bytes() == kept
+
+
+def test_a_kill_between_a_resume_and_the_mirrors_next_look_doubles_nothing(
+    run: Mirrored, tmp_path: Path
+) -> None:
+    """Rows without a time come back: their steps may have been done again. The resume moves them anew."""
+    run.records["blocks.jsonl"] = rows(1, 240, blocks=[[3, 1]])
+    folder = here(run, tmp_path / "run")
+    make_checkpoint(folder / "checkpoints", 200)
+    (folder / "blocks.jsonl").write_bytes(rows(1, 260, blocks=[[3, 1]]))
+    for _ in range(3):
+        back(run, folder)
+        rewind(folder / "blocks.jsonl", 200)
+        assert (folder / "blocks.jsonl").read_bytes() == rows(1, 200, blocks=[[3, 1]])
+        assert (folder / "blocks.superseded.jsonl").read_bytes() == rows(201, 260, blocks=[[3, 1]])
 
 
 @pytest.mark.parametrize("last", [45, 50, 60])

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from tests.mirror.mirrored import keys, mirror_run, writer
 from tests.stores.hub import Hub, serving_hub
 from tests.stores.s3 import Bucket
 from x1_pretrain.errors import RefusedError
-from x1_pretrain.mirror import trash
+from x1_pretrain.mirror import old_corpora, trash
 from x1_pretrain.mirror.claim import Me
 from x1_pretrain.mirror.head import encode
 from x1_pretrain.mirror.heads import look
@@ -176,6 +177,117 @@ def test_twice_in_one_second_is_two_entries(folder: FolderStore) -> None:
     assert empty(folder, days=8) == 1
     assert {k for k in keys(folder) if "e0001" in k}
     assert not {k for k in keys(folder) if "e0002" in k}
+
+
+def test_two_that_throw_it_away_in_one_second_do_not_take_each_others_entry(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mirror_run(store)
+    found = look(store, "tiny")
+    assert found is not None
+    calls = {name: getattr(store, name) for name in ("put", "create")}
+
+    def late(name: str, key: str, data: bytes) -> object:
+        for one, call in calls.items():
+            monkeypatch.setattr(store, one, call)
+        assert found is not None
+        trash.throw_away(store, found[0], found[1].etag, NOW, "laptop")  # another one was faster
+        return calls[name](key, data)
+
+    for name in calls:
+        monkeypatch.setattr(store, name, partial(late, name))
+    with pytest.raises(RefusedError, match="was written while"):
+        trash.throw_away(store, found[0], found[1].etag, NOW, "desk")
+    (one,) = trash.find(store, "tiny")
+    trash.put_back(store, one, "desk")
+
+
+def test_what_was_restored_since_gc_looked_is_not_deleted(store: Store) -> None:
+    mirror_run(store)
+    before = keys(store)
+    throw(store)
+    (one,), _ = trash.doomed(store, later(store, 8), WEEK_S)
+    trash.put_back(store, trash.find(store, "tiny")[0], "desk")
+    trash.delete(store, one)
+    assert keys(store) == before
+
+
+@pytest.mark.parametrize("restored_after", ["put", "delete"])
+def test_what_is_restored_as_gc_begins_is_not_deleted(
+    folder: FolderStore, monkeypatch: pytest.MonkeyPatch, restored_after: str
+) -> None:
+    """Between the two changes by which an entry is renamed, and after them."""
+    mirror_run(folder)
+    before = keys(folder)
+    throw(folder)
+    (doomed,), _ = trash.doomed(folder, later(folder, 8), WEEK_S)
+    one, call = trash.find(folder, "tiny")[0], getattr(folder, restored_after)
+
+    def begun(*given: object) -> object:
+        monkeypatch.undo()
+        result = call(*given)
+        if restored_after == "delete":
+            with pytest.raises(RefusedError, match="is being deleted"):
+                trash.put_back(folder, one, "desk")
+        else:
+            trash.put_back(folder, one, "desk")
+        return result
+
+    monkeypatch.setattr(folder, restored_after, begun)
+    trash.delete(folder, doomed)
+    assert keys(folder) == (before if restored_after == "put" else {"tiny/head.json"})
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Corpora
+
+
+def corpora(store: Store, days: float) -> tuple[set[str], list[str]]:
+    found, trouble = old_corpora.old_corpora(store, later(store, days), WEEK_S)
+    return {one.mark[0] for one in found}, trouble
+
+
+def test_a_corpus_goes_once_no_run_names_it(store: Store) -> None:
+    """Live or in the trash; and nothing goes that a session did not send."""
+    marks = {letter: letter * 64 for letter in "abcdef"}
+    mirror_run(store, data={"web": marks["a"]})
+    mirror_run(store, "made", fingerprints=[marks["b"]])  # and mirrors it, perhaps, from now on
+    mirror_run(store, "gone", data={"web": marks["c"]})
+    throw(store, "gone")
+    for mark in marks.values():
+        store.put(f"data/{mark}/manifest.json", b"{}")
+        store.put(f"data/{mark}/train.bin", b"x" * 10)
+    mine = {"data/raw/train.bin", f"data/{marks['e']}/notes.txt", f"data/{'A' * 64}/train.bin"}
+    for key in mine:
+        store.put(key, b"x")
+    store.close()
+    assert corpora(store, 6) == (set(), [])
+    assert corpora(store, 8) == (set("def"), [])
+    (entry,) = trash.find(store, "gone")
+    found, _ = old_corpora.old_corpora(store, later(store, 8), WEEK_S, {entry.key})
+    assert [(one.mark[0], one.bytes) for one in found] == [(letter, 12) for letter in "cdef"]
+    before = keys(store)
+    found, _ = old_corpora.old_corpora(store, later(store, 8), WEEK_S)
+    assert old_corpora.delete(store, found) == (found, [])
+    gone = {f"data/{marks[one]}/{name}" for one in "def" for name in ("manifest.json", "train.bin")}
+    assert before - keys(store) == gone
+    assert not keys(store) - before
+    assert mine <= keys(store)
+
+
+def test_a_run_that_cannot_be_read_keeps_every_corpus(folder: FolderStore) -> None:
+    folder.put(f"data/{'a' * 64}/train.bin", b"x")
+    mirror_run(folder)
+    assert corpora(folder, 8) == ({"a"}, [])
+    for key, said in (("tiny/head.json", "tiny/head.json"), ("other/e0001-aaaa1111/files/x", "other: has a")):
+        before = folder.get(key)[0] if key in keys(folder) else None
+        folder.put(key, b"{")
+        found, trouble = corpora(folder, 8)
+        assert found == set()
+        assert f"{folder.label}/{said}" in trouble[0]
+        assert "no corpus goes as long as a run there can't be read" in trouble[-1]
+        if before:
+            folder.put(key, before)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ told, and a run that has machines at the fake provider."""
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,10 +12,10 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from aiosmtpd.controller import Controller
 from tests.mirror.published import Mirrored, event
 
 from x1_pretrain.command import run as run_app
@@ -65,6 +66,18 @@ class Steps(Clock):
         return self
 
 
+class MailServer(Controller):
+    """On a port that nobody else can have taken before it listens."""
+
+    def __init__(self, handler: Any) -> None:
+        self.listening = socket.create_server(("127.0.0.1", 0))
+        port = self.listening.getsockname()[1]
+        super().__init__(handler, hostname="127.0.0.1", port=port, ready_timeout=60)
+
+    def _create_server(self) -> Any:
+        return self.loop.create_server(self._factory_invoker, sock=self.listening)
+
+
 class Turns(threading.Event):
     """`stop` for a loop under test: waiting moves the clock, and after so long it is set."""
 
@@ -96,7 +109,7 @@ def pulled_home(folder: Path, *metrics: dict[str, Any]) -> None:
 
 def waiting(monkeypatch: pytest.MonkeyPatch, turns: Turns) -> None:
     """Have `x1 guard` wait on these turns."""
-    monkeypatch.setattr("x1_pretrain.money.guard_command.threading", SimpleNamespace(Event=lambda: turns))
+    monkeypatch.setattr("x1_pretrain.money.guard_command.Request", lambda: turns)
 
 
 class Alerts:

@@ -225,7 +225,7 @@ def _forget(request: pytest.FixtureRequest) -> Iterator[None]:
         forget(request.getfixturevalue("ready"))
 
 
-def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
@@ -487,7 +487,7 @@ def test_a_container_that_is_stopped_stops_its_preparation(ready: Host) -> None:
     process = subprocess.Popen(ready.command(job), env=ready.env, stdout=subprocess.PIPE, text=True)
     until(lambda: pid.exists() and pid.read_text().strip() != "")
     process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=10)
+    out, _ = process.communicate(timeout=60)
     assert process.returncode == 143
     assert "stopped" in out
     until(lambda: not alive(int(pid.read_text())))
@@ -507,7 +507,7 @@ def test_a_line_that_drops_during_the_preparation_does_not_end_it(ready: Host) -
     line.stdout.close()  # the terminal is gone
     os.killpg(line.pid, signal.SIGHUP)
     go.touch()
-    assert line.wait(timeout=20) == 1  # the stub could not print its words: it did run
+    assert line.wait(timeout=60) == 1  # the stub could not print its words: it did run
     assert len(ready.started()) == 1
     assert "the job runs in the foreground" in ready.log()
 
@@ -529,7 +529,7 @@ def test_a_dropped_line_kills_nothing(ready: Host, mode: str) -> None:
         stdout=-1,
         text=True,
     )
-    out, _ = line.communicate(timeout=30)  # returns: nothing of the job holds this output open
+    out, _ = line.communicate(timeout=60)  # returns: nothing of the job holds this output open
     assert line.returncode == 0, out
     until(lambda: bool(ready.started()))
     row = ready.started()[0]

@@ -185,9 +185,12 @@ def test_a_writer_killed_at_any_time_never_leaves_half_a_file(tmp_path: Path) ->
     for turn in range(8):
         child = subprocess.Popen([sys.executable, "-c", WRITER, str(file)])
         try:
-            end = time.monotonic() + 0.25 + 0.037 * turn
+            before, end = len(seen), time.monotonic() + 60
+            while len(seen) < before + 3 and time.monotonic() < end:  # it has begun
+                seen.add((turn, parse(Address(str(file)).fetch(), datetime.now(UTC)).seq))
+            end = time.monotonic() + 0.037 * turn
             while time.monotonic() < end:
-                seen.add(parse(Address(str(file)).fetch(), datetime.now(UTC)).seq)
+                seen.add((turn, parse(Address(str(file)).fetch(), datetime.now(UTC)).seq))
         finally:
             child.send_signal(signal.SIGKILL)
             child.wait()
@@ -255,7 +258,7 @@ def test_what_is_no_plain_file_never_waits(tmp_path: Path) -> None:
             Address(f"file://{tmp_path}/{name}").fetch()
     assert Address(str(tmp_path / "pipe")).fetch() == b""
     assert "larger" in problem(Address("/dev/zero").fetch())
-    assert time.monotonic() - begun < 2
+    assert time.monotonic() - begun < 9  # one that waits is left after 10 s
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -351,8 +354,8 @@ def test_a_server_that_hangs_is_left_in_time(serve: Serve, monkeypatch: pytest.M
     let_go = threading.Event()
     begun = time.monotonic()
     with pytest.raises(NoReadingError, match="can't be reached"):
-        Address(serve(lambda _: let_go.wait(5) and None)).fetch()
-    assert time.monotonic() - begun < 1.5
+        Address(serve(lambda _: let_go.wait(60) and None)).fetch()
+    assert time.monotonic() - begun < 9  # in all it would take 10 s
     let_go.set()
 
 
@@ -361,7 +364,7 @@ def test_a_server_that_drips_is_left_in_time(
     serve: Serve, monkeypatch: pytest.MonkeyPatch, part: str
 ) -> None:
     monkeypatch.setattr(budget_file, "HTTP_TOTAL_S", 0.4)
-    end = time.monotonic() + 3
+    end = time.monotonic() + 60
 
     def answer(request: BaseHTTPRequestHandler) -> None:
         head = b"HTTP/1.0 200 OK\r\n"
@@ -373,13 +376,13 @@ def test_a_server_that_drips_is_left_in_time(
     begun = time.monotonic()
     with pytest.raises(NoReadingError, match=r"within 0\.4 s|not valid"):
         parse(Address(serve(answer)).fetch(), NOW)
-    assert time.monotonic() - begun < 1.5
+    assert time.monotonic() - begun < 30
     end = 0.0
 
 
 def test_nobody_there_is_no_reading() -> None:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind(("127.0.0.1", 0))  # and does not listen; while it is bound nobody else does either
         port = probe.getsockname()[1]
-    with pytest.raises(NoReadingError, match="ConnectError"):
-        Address(f"http://127.0.0.1:{port}/budget.json").fetch()
+        with pytest.raises(NoReadingError, match="ConnectError"):
+            Address(f"http://127.0.0.1:{port}/budget.json").fetch()

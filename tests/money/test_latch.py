@@ -7,7 +7,9 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,6 +55,32 @@ def test_a_reason_written_in_between_stays_too(tmp_path: Path, monkeypatch: pyte
     latch.write(tmp_path, LATER)
     assert latch.read(tmp_path) == OVER
     assert [f.name for f in tmp_path.iterdir()] == [NAME]
+
+
+def test_a_reason_written_in_between_stays_without_hard_links_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        (tmp_path / NAME).write_text(json.dumps(asdict(OVER)))  # by another process, just now
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refused)
+    latch.write(tmp_path, LATER)
+    assert latch.read(tmp_path) == OVER
+
+
+def test_one_that_is_cleared_while_it_is_read_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_json = latch.read_json
+
+    def late(file: Path) -> dict[str, Any]:
+        latch.clear(tmp_path)
+        return read_json(file)
+
+    latch.write(tmp_path, OVER)
+    monkeypatch.setattr(latch, "read_json", late)
+    assert latch.read(tmp_path) is None
 
 
 def test_a_disk_without_hard_links_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +142,9 @@ def test_it_is_whole_however_its_writer_dies(tmp_path: Path) -> None:
     """Killed between any two system calls, there is no latch or a whole one."""
     code = """
 import os, sys
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 from x1_pretrain.money import latch
 left = int(sys.argv[2])
 def counting(real):

@@ -111,6 +111,37 @@ def test_price_only_prints_it_and_leaves_nothing(rental: Rental, capsys: pytest.
     assert not rental.ledger.rows()
 
 
+@pytest.mark.parametrize("rental", ["fake", "runpod"], indirect=True)
+@pytest.mark.parametrize("count", [1, 2])
+def test_every_gpu_that_is_paid_for_gets_a_rank(
+    rental: Rental, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    scripts: list[str] = []
+    send = type(rental.provider).launch
+
+    def kept(provider: Any, request: Any) -> str:
+        scripts.append(request.script)
+        return str(send(provider, request))
+
+    monkeypatch.setattr(type(rental.provider), "launch", kept)
+    monkeypatch.setattr(launch, "refuse_silence", lambda *_: None)
+    assert command(rental, "--gpus", str(count), "--detach") == FINISHED
+    words = scripts[0].split()
+    places = [place for place, word in enumerate(words) if word == "--ranks"]
+    assert bool(places) == (count > 1)
+    for place in places:
+        assert words[place + 1] == str(count)
+        assert "--" in words[place - 20 : place]  # the trainer's, not the supervisor's
+
+
+def test_gpus_that_can_not_share_a_step_are_not_rented(
+    rental: Rental, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(rental, "--gpus", "3") == USAGE
+    assert "256 is 8 blocks of 32, which 3 ranks can't share evenly" in capsys.readouterr().err
+    assert nothing_happened(rental)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Refusals
 
@@ -385,6 +416,27 @@ def test_ctrl_c_while_it_boots_ends_it(rental: Rental, monkeypatch: pytest.Monke
     assert not rental.fake.world.alive()
 
 
+def test_a_second_signal_is_answered_from_the_first_word_on(
+    rental: Rental, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A terminal that is closed sends two, one just after the other."""
+    said, unheard = list[str](), list[int]()
+
+    def say(line: str) -> None:
+        said.append(line)
+        if len(said) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(renting_module, "say", say)
+    before = signal.signal(signal.SIGTERM, lambda number, _: unheard.append(number))
+    try:
+        assert renting_module.interrupted(rental.folder, rental.clock) == INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert unheard == []
+    assert "a machine may be left, and bill" in said[-1]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("before_it_works", [True, False])
 def test_no_signal_leaves_a_machine_that_nobody_guards(
@@ -584,7 +636,7 @@ def test_killed_right_after_the_request_reconcile_cleans_up(
             env=dict(os.environ),
             stdout=subprocess.PIPE,
         )
-        end = time.monotonic() + 30
+        end = time.monotonic() + 60
         while not fake.world.machines:
             assert time.monotonic() < end
             assert process.poll() is None

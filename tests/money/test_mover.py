@@ -23,6 +23,7 @@ from x1_pretrain.money import guard_command, latch, launch, launch_mirror, movin
 from x1_pretrain.money import renting as renting_module
 from x1_pretrain.money.account import account
 from x1_pretrain.money.clock import Clock
+from x1_pretrain.money.notify import Notifier
 from x1_pretrain.money.renting import BusyError
 from x1_pretrain.money.standing import Mirror, Standing, verdict
 from x1_pretrain.stores.folder_store import FolderStore
@@ -370,18 +371,21 @@ def test_ctrl_c_between_two_machines_ends_what_is_rented(
 
 
 @pytest.mark.slow
-def test_ctrl_c_while_the_lost_machine_is_ended(
-    rental: Rental, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("place", "name"), [(guard_command, "end_loudly"), (Notifier, "close")], ids=["is_ended", "is_told"]
+)
+def test_ctrl_c_while_the_lost_machine(
+    place: Any, name: str, rental: Rental, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lost(rental)
     says(rental, monkeypatch, (100, WRITING))
-    end = guard_command.end_loudly
+    do = getattr(place, name)
 
-    def interrupted(*arguments: Any) -> int:
+    def interrupted(*arguments: Any) -> Any:
         os.kill(os.getpid(), signal.SIGINT)
-        return end(*arguments)
+        return do(*arguments)
 
-    monkeypatch.setattr(guard_command, "end_loudly", interrupted)
+    monkeypatch.setattr(place, name, interrupted)
     assert command(rental) == INTERRUPTED
     assert (len(truths(rental)), alive(rental)) == (1, 0)
     assert "it is not moved; the same `x1 launch` goes on" in capsys.readouterr().out

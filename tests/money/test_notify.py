@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from aiosmtpd.controller import Controller
+from tests.money.fakes import MailServer
 
 from x1_pretrain.errors import UserError
 from x1_pretrain.money import notify
@@ -90,17 +90,19 @@ def hook() -> Iterator[Callable[..., Hook]]:
         server.server_close()
 
 
-def nothing_listens() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+@pytest.fixture
+def gone() -> Iterator[int]:
+    """A port that is taken, and where nobody listens."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield int(taken.getsockname()[1])
 
 
 def rows_of(ledger: Ledger, event: str = "alert") -> list[dict[str, Any]]:
     return [row for row in ledger.rows() if row["event"] == event]
 
 
-def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
+def until(condition: Callable[[], object], seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
@@ -128,7 +130,7 @@ def test_a_mail_arrives_as_it_was_worded(ledger: Ledger) -> None:
             mails.append(envelope)
             return "250 OK"
 
-    sink = Controller(Sink(), hostname="127.0.0.1", port=nothing_listens())
+    sink = MailServer(Sink())
     sink.start()
     try:
         url = f"mailto://127.0.0.1:{sink.port}?mode=insecure&from=x1@example.com&to=me@example.com"
@@ -136,7 +138,7 @@ def test_a_mail_arrives_as_it_was_worded(ledger: Ledger) -> None:
         title = "X1 x1-50m: spent $30.10 of $35.00"
         body = f"The run has spent $30.10 <so far> & goes on.\nx1 budget stop {RUN}"
         notifier.alert("spent-30", title, body)
-        assert notifier.close(10) == []
+        assert notifier.close(60) == []
     finally:
         sink.stop()
     assert [mail.rcpt_tos for mail in mails] == [["me@example.com"]]
@@ -156,7 +158,7 @@ def test_a_hook_that_fails_twice_gets_it_at_the_third_attempt(tmp_path: Path, ho
     ledger = Ledger(tmp_path / NAME, fast(60))
     notifier = Notifier([bad.url], ledger, fast(60), RUN)
     notifier.alert("price", "X1 x1-50m: price", "up")
-    assert notifier.close(10) == []
+    assert notifier.close(60) == []
     assert [row["result"] for row in rows_of(ledger)] == ["the service answered with error 500"] * 2 + [
         "SUCCESS"
     ]
@@ -168,13 +170,13 @@ def test_a_hook_that_fails_twice_gets_it_at_the_third_attempt(tmp_path: Path, ho
 
 
 def test_a_channel_that_hangs_or_is_down_stops_neither_the_caller_nor_the_others(
-    ledger: Ledger, hook: Any
+    ledger: Ledger, hook: Any, gone: int
 ) -> None:
-    dumb, good, gone = hook(0), hook(), nothing_listens()
+    dumb, good = hook(0), hook()
     notifier = Notifier([dumb.url, f"json://127.0.0.1:{gone}", good.url], ledger, Clock(), RUN)
     began = time.monotonic()
     assert notifier.alert("price", "X1 x1-50m: price", "up")
-    assert time.monotonic() - began < 0.3
+    assert time.monotonic() - began < 5
     until(lambda: good.took and dumb.asked)
     until(lambda: len(rows_of(ledger)) >= 2)
     left = {alert.channel: alert for alert in notifier.close(0.1)}
@@ -204,7 +206,7 @@ def test_nothing_is_lost_while_the_disk_takes_no_rows(
     assert ledger.rows() == []
     full.clear()
     notifier.alert("other", "X1 x1-50m: other", "b")
-    assert notifier.close(10) == []
+    assert notifier.close(60) == []
     assert [row["key"] for row in rows_of(ledger, "alert_due")] == ["disk", "other"]
     assert {(row["key"], row["result"]) for row in rows_of(ledger)} == {
         ("disk", "SUCCESS"),
@@ -234,9 +236,35 @@ def test_a_row_that_another_thread_is_writing_is_not_lost_from_sight(
     full.clear()
     assert writing.wait(30)  # the channel's thread, after it has sent it: first the row that raised it
     assert not notifier.alert("disk", "X1 x1-50m: the disk is full", "make room")
-    assert notifier.close(10) == []
+    assert notifier.close(60) == []
     assert [row["event"] for row in ledger.rows()] == ["alert_due", "alert"]
     assert len(good.took) == 1
+
+
+def test_a_signal_s_handler_may_close_it_at_any_line(ledger: Ledger) -> None:
+    """A second SIGTERM leaves at once, with the alerts that are on their way."""
+    notifier, closed = Notifier([], ledger, Clock(), RUN, lambda line: None), list[int]()
+
+    class Rows(list[dict[str, Any]]):
+        def append(self, row: dict[str, Any]) -> None:
+            super().append(row)
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    def too_long(*_: object) -> None:
+        raise TimeoutError("it waits for itself")
+
+    notifier._unwritten = Rows()
+    handlers = {signal.SIGUSR1: lambda *_: closed.append(len(notifier.close(1))), signal.SIGALRM: too_long}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    signal.alarm(20)
+    try:
+        notifier.alert("price", "X1 x1-50m: price", "up")
+    finally:
+        signal.alarm(0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert closed == [1, 1]  # at the alert, and at the row that says that nobody was told
+    assert [row["event"] for row in ledger.rows()] == ["alert_due", "alert"]
 
 
 def test_a_damaged_line_in_the_ledger_keeps_no_alert_back(ledger: Ledger, hook: Any) -> None:
@@ -246,7 +274,7 @@ def test_a_damaged_line_in_the_ledger_keeps_no_alert_back(ledger: Ledger, hook: 
     notifier = Notifier([one.url], ledger, Clock(), RUN, said.append)
     assert notifier.alert("price", "X1 x1-50m: price", "up")
     assert not notifier.alert("price", "X1 x1-50m: price", "up")
-    assert notifier.close(10) == []
+    assert notifier.close(60) == []
     assert len(one.took) == 1
     assert len(said) == 1
     assert "line 2" in said[0]
@@ -261,8 +289,8 @@ def test_without_addresses_it_is_said_and_recorded_once(ledger: Ledger) -> None:
     assert len(said) == 1
     assert "X1 x1-50m: price" in said[0]
     began = time.monotonic()
-    assert [alert.channel for alert in notifier.close(5)] == ["none"]
-    assert time.monotonic() - began < 0.5
+    assert [alert.channel for alert in notifier.close(60)] == ["none"]
+    assert time.monotonic() - began < 30
 
 
 def test_raising_it_while_the_ledger_is_held_does_not_lock_up(ledger: Ledger, hook: Any) -> None:
@@ -273,7 +301,7 @@ def test_raising_it_while_the_ledger_is_held_does_not_lock_up(ledger: Ledger, ho
         until(lambda: one.took)  # its result waits for the ledger
         for number in range(5):
             notifier.alert(f"price {number}", "X1 x1-50m: price", "up")
-    assert notifier.close(15) == []
+    assert notifier.close(60) == []
     assert len(one.took) == 6
 
 
@@ -293,7 +321,7 @@ for _ in range(5):
     notifier.alert("price", "X1 x1-50m: price", "up")
 print("raised", flush=True)
 if sys.stdin.readline():
-    sys.exit(len(notifier.close(10)) or "apprise" in sys.modules)
+    sys.exit(len(notifier.close(60)) or "apprise" in sys.modules)
 """
 
 
@@ -317,7 +345,7 @@ def test_two_processes_that_see_the_same_send_it_once(ledger: Ledger, hook: Any)
     for _ in range(2):  # raise, then close
         for child in children:
             go(child)
-    assert [child.wait(20) for child in children] == [0, 0]
+    assert [child.wait(60) for child in children] == [0, 0]
     assert (len(one.asked), len(other.asked)) == (1, 1)
     assert len(rows_of(ledger, "alert_due")) == 1
 
@@ -336,8 +364,8 @@ def test_what_another_process_sent_just_before_its_turn_is_not_sent_again(
     monkeypatch.setattr(Notifier, "_turn", turn)
     notifier = Notifier([one.url], ledger, Clock(), RUN)
     notifier.alert("price", "X1 x1-50m: price", "up")
-    assert notifier.close(10) == []
-    time.sleep(0.5)
+    assert notifier.close(60) == []
+    until(lambda: f"alerts {shown(one.url)}" not in {thread.name for thread in threading.enumerate()})
     assert one.asked == []
 
 
@@ -352,7 +380,7 @@ def test_what_a_killed_process_raised_the_next_one_delivers_once(ledger: Ledger,
     assert rows_of(ledger) == []
     Notifier([one.url], ledger, Clock(), "another-run").close(0.3)
     assert one.took == []
-    assert Notifier([one.url], ledger, Clock(), RUN).close(10) == []
+    assert Notifier([one.url], ledger, Clock(), RUN).close(60) == []
     assert [message["title"] for message in one.took] == ["X1 x1-50m: price"]
     again = Notifier([one.url], ledger, Clock(), RUN)
     assert not again.alert("price", "X1 x1-50m: price", "up")
@@ -365,7 +393,7 @@ def test_a_living_notifier_delivers_what_another_process_left(ledger: Ledger, ho
     watching = Notifier([one.url], ledger, fast(100), RUN)  # looks every 0.15 s
     Notifier([], ledger, Clock(), RUN, lambda _: None).alert("price", "X1 x1-50m: price", "up")
     until(lambda: one.took)
-    assert watching.close(10) == []
+    assert watching.close(60) == []
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -445,7 +473,7 @@ def test_a_repeated_alert_goes_out_again_with_its_new_numbers(tmp_path: Path, ho
     assert not notifier.alert("stale", "X1 x1-50m: no news for 12 min", "b", again_after_s=1800)
     until(lambda: len(one.took) == 1)
     until(lambda: notifier.alert("stale", "X1 x1-50m: no news for 41 min", "b", again_after_s=1800))
-    assert notifier.close(10) == []
+    assert notifier.close(60) == []
     assert [m["title"] for m in one.took] == [
         "X1 x1-50m: no news for 11 min",
         "X1 x1-50m: no news for 41 min",
@@ -457,7 +485,7 @@ def test_a_late_alert_says_when_it_was_raised(tmp_path: Path, hook: Any) -> None
     early = Clock(skew_s=-3600)
     Notifier([], Ledger(file, early), early, RUN, lambda _: None).alert("price", "X1 x1-50m: price", "up")
     raised = rows_of(Ledger(file, Clock()), "alert_due")[0]["time_utc"]
-    assert Notifier([one.url], Ledger(file, Clock()), Clock(), RUN).close(10) == []
+    assert Notifier([one.url], Ledger(file, Clock()), Clock(), RUN).close(60) == []
     assert one.took[0]["message"].startswith("up")
     assert raised in one.took[0]["message"]
 
@@ -466,8 +494,8 @@ def test_a_late_alert_says_when_it_was_raised(tmp_path: Path, hook: Any) -> None
 # The test send
 
 
-def test_the_test_send_says_of_each_channel_what_became_of_it(ledger: Ledger, hook: Any) -> None:
-    good, missing, denied, dumb, gone = hook(), hook(404), hook(403), hook(0), nothing_listens()
+def test_the_test_send_says_of_each_channel_what_became_of_it(ledger: Ledger, hook: Any, gone: int) -> None:
+    good, missing, denied, dumb = hook(), hook(404), hook(403), hook(0)
     urls = [good.url, missing.url, denied.url, dumb.url + "?rto=1", f"json://127.0.0.1:{gone}"]
     urls += [
         "json://no-such-host.invalid",
@@ -503,7 +531,7 @@ def test_a_mail_server_that_says_nothing_is_left_after_the_stated_time(
         url = f"mailto://127.0.0.1:{dumb.getsockname()[1]}?mode=insecure&from=a@e.com&to=b@e.com"
         began = time.monotonic()
         outcomes = Notifier([url], ledger, Clock(), RUN).test()
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 9  # it is asked for 10 s otherwise
     assert outcomes == [Outcome(shown(url), "no answer within 1 s")]
 
 
@@ -574,10 +602,10 @@ def test_apprise_understands_the_services_and_each_other_address_is_refused_in_o
 
 
 def test_no_secret_reaches_the_ledger_the_outcomes_the_log_or_the_screen(
-    ledger: Ledger, hook: Any, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+    ledger: Ledger, hook: Any, gone: int, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     caplog.set_level(logging.NOTSET)
-    gone, denied, good = nothing_listens(), hook(403), hook()
+    denied, good = hook(403), hook()
     urls = [
         f"{denied.url}/{SECRET}?+X-Token={SECRET}",
         f"json://me:{SECRET}@127.0.0.1:{good.port}/{SECRET}?+X-Token={SECRET}",

@@ -20,10 +20,10 @@ from typing import Any
 
 import pytest
 import yaml
-from aiosmtpd.controller import Controller
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rich.table import Table
+from tests.money.fakes import MailServer
 
 from x1_pretrain.config import RunConfig
 from x1_pretrain.config_reading import parse_config
@@ -255,15 +255,10 @@ def mails() -> Iterator[tuple[str, list[str]]]:
             subjects.append(str(message_from_bytes(envelope.content)["Subject"]))
             return "250 OK"
 
-    sink = Controller(Sink(), hostname="127.0.0.1", port=_free_port())
+    sink = MailServer(Sink())
     sink.start()
     yield f"mailto://127.0.0.1:{sink.port}?mode=insecure&from=x1@example.com&to=me@example.com", subjects
     sink.stop()
-
-
-def _free_port() -> int:
-    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as probe:
-        return probe.server_port
 
 
 def train(folder: Path, alerts: str) -> subprocess.CompletedProcess[str]:

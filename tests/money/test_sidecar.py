@@ -7,6 +7,8 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
+import sys
 from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
@@ -20,7 +22,7 @@ from x1_pretrain.command import run as run_app
 from x1_pretrain.money import budget_file, latch
 from x1_pretrain.money.account import Rented, account
 from x1_pretrain.money.ledger import Ledger, LedgerError
-from x1_pretrain.money.sidecar import Sidecar
+from x1_pretrain.money.sidecar import Request, Sidecar
 from x1_pretrain.money.teardown import Ending
 
 POLL_S = 300.0
@@ -529,3 +531,37 @@ def test_what_the_store_costs_is_counted_beside_the_machine(rental: Rental) -> N
     rental.ledger.append("storage", session="e0002-5e6f7a8b", storage_usd=Decimal("0.25"))
     assert near(one.poll().spent_usd, before + Decimal("1.00"))
     assert near(sidecar(rental, machine).poll().spent_usd, before + Decimal("1.00"))  # nor a restart
+
+
+def test_a_signal_at_any_line_of_the_wait_is_heard() -> None:
+    def too_long(*_: object) -> None:
+        raise TimeoutError("it waits for its own thread")
+
+    def asked_at(number: int) -> bool:
+        """Whether there is such a line; the request comes just before it."""
+        stop, passed = Request(), 0
+
+        def trace(frame: Any, what: str, _: object) -> Any:
+            nonlocal passed
+            passed += what == "line"
+            if passed == number and not stop.is_set():
+                sys.settrace(None)
+                stop.set()
+            return trace
+
+        sys.settrace(trace)
+        try:
+            stop.wait(0.01)
+        finally:
+            sys.settrace(None)
+        assert stop.is_set() == (passed >= number)
+        return stop.is_set()
+
+    before = signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(20)
+    try:
+        lines = next(number for number in range(1, 1000) if not asked_at(number))
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    assert lines > 1

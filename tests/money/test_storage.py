@@ -115,10 +115,25 @@ def test_a_plan_counts_all_that_is_kept_and_one_fetch() -> None:
     assert planned.usd(hours=5) == Decimal((3 * 2 + 4.5) * 5 + (2 + 4.5) * 10)
 
 
-def test_a_repository_is_planned_with_every_checkpoint() -> None:
+def test_a_repository_is_planned_with_every_checkpoint_from_when_it_is_there() -> None:
     fields = CheckpointConfig(every=100, at=[5, 7])
     assert most_held(S3, fields, 1000) == most_kept(fields, 1000) == 5
-    assert most_held(HUB, fields, 1000) == 14  # 0, 100, ..., 1000, 5, 7 and one spare
+    assert most_held(HUB, fields, 1000) == 8  # half of 0, 100, ..., 1000 and one spare; 5 and 7
+
+
+@given(
+    every=st.integers(1, 60),
+    total=st.integers(1, 500),
+    at=st.lists(st.integers(1, 500), max_size=3, unique=True),
+)
+def test_a_history_is_never_counted_below_what_it_holds(every: int, total: int, at: list[int]) -> None:
+    """Each checkpoint from its step on; and no more than one too many."""
+    own = [step for step in at if step <= total]
+    regular = {*range(0, total + 1, every), total}
+    held = sum(1 - step / total for step in regular | set(own))
+    counted = most_held(HUB, CheckpointConfig(every=every, at=own), total)
+    assert held <= counted + 1e-9
+    assert counted <= sum(1 - step / total for step in regular) + len(own) + 0.5 + 1e-9
 
 
 def test_the_gate_counts_the_corpora_that_are_sent(tmp_path: Path) -> None:

@@ -55,6 +55,17 @@ def test_gone_is_said_after_two_reads_ten_seconds_apart(rental: Rental, said: li
     assert not rental.machines()[0].open
 
 
+def test_the_proof_is_never_half_written(rental: Rental) -> None:
+    """The guard and a sidecar write it, the mirror's process reads it."""
+    rental.ledger.append("terminate_confirmed", tag="x", machine_id="x")
+    teardown.write_proof(rental.folder, rental.ledger)
+    with (rental.folder / teardown.PROOF).open() as reading:
+        rental.ledger.append("terminate_confirmed", tag="y", machine_id="y")
+        teardown.write_proof(rental.folder, rental.ledger)
+        assert len(json.load(reading)["confirmed"]) == 1
+    assert len(json.loads((rental.folder / teardown.PROOF).read_text())["confirmed"]) == 2
+
+
 FAULTS: list[dict[str, Any]] = [
     {"kind": "stuck_terminating", "for_s": 500},
     {"kind": "terminate_ignored", "times": 3},

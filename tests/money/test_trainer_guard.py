@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from x1_pretrain.errors import RefusedError
+from x1_pretrain.money import trainer_guard
 from x1_pretrain.money.budget_file import Address
 from x1_pretrain.money.clock import Clock, stamp
-from x1_pretrain.money.guard import Limits
+from x1_pretrain.money.guard import Action, Limits, Reading
 from x1_pretrain.money.ledger import Ledger
 from x1_pretrain.money.notify import Notifier
 from x1_pretrain.money.trainer_guard import TrainerGuard
@@ -153,3 +154,72 @@ def test_a_guard_that_hangs_is_noticed_by_the_loop(tmp_path: Path, clock: Hands)
     assert set(asked) == {76}
     assert "has not answered" in json.loads((tmp_path / "STOP.json").read_text())["reason"]
     found.close(0)
+
+
+def test_a_guard_that_fails_gives_a_hard_stop_no_more_time(
+    tmp_path: Path, clock: Hands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does one that fails at every look."""
+    ended = threading.Event()
+    monkeypatch.setattr(trainer_guard, "_end_this_process", ended.set)
+    monkeypatch.setattr(trainer_guard, "LEAVE_NOW_S", 0.2)
+    say(tmp_path / "budget.json", clock, "10")
+    found = made(tmp_path, clock)
+    found.first(None)
+    found._leave(Action.STOP_NOW, "above the ceiling")
+    found.fail("its ledger is damaged")
+    assert ended.wait(20)
+    found.close(0)
+
+
+def test_what_is_decided_while_it_closes_ends_no_process_later(
+    tmp_path: Path, clock: Hands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run still sends the rest to its mirror then."""
+    deciding, asked = threading.Event(), list[int]()
+    monkeypatch.setattr(trainer_guard, "_end_this_process", lambda: None)
+    say(tmp_path / "budget.json", clock, "10")
+    found = made(tmp_path, clock)
+    found.ask_to_leave = lambda why, code: asked.append(code)
+    found.first(None)
+
+    def poll() -> Reading:
+        deciding.set()
+        assert found._stop.wait(20)  # until it is being closed
+        return Reading(Decimal(40), Decimal("1.20"), None, clock.steady_s())
+
+    monkeypatch.setattr(found.file, "poll", poll)
+    found.start()
+    assert deciding.wait(20)
+    found.close(0)
+    assert found._thread is not None
+    found._thread.join(20)
+    assert asked == [77]
+    assert found._timer is None
+
+
+def test_one_state_of_the_file_has_one_time_whoever_reads_it(
+    tmp_path: Path, clock: Hands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loop reads before a checkpoint what the guard's thread is just taking in, and the wall clock jumps
+    in between."""
+    say(tmp_path / "budget.json", clock, "10", age_s=60)
+    file = made(tmp_path, clock).file
+    found, readings = file._fetch(), list[Reading | None]()
+    first = threading.Thread(target=lambda: readings.append(file._take(found)))
+    taking, taken, steady_s = threading.Event(), threading.Event(), Hands.steady_s
+
+    def paused(self: Hands) -> float:
+        if threading.current_thread() is first:
+            taking.set()
+            taken.wait(0.3)  # the other is through, or waits for this one
+        return steady_s(self)
+
+    monkeypatch.setattr(Hands, "steady_s", paused)
+    first.start()
+    assert taking.wait(20)
+    clock.jump(3600)
+    readings.append(file._take(found))
+    taken.set()
+    first.join(20)
+    assert [r.at_s for r in readings if r] == [940, 940]

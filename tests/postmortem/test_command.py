@@ -129,15 +129,18 @@ def test_without_torch(tmp_path: Path) -> None:
 
 
 def test_a_long_run_is_read_quickly(tmp_path: Path) -> None:
-    """100,000 rows: the time does not grow with them."""
+    """100,000 rows: little more than reading them takes."""
     folder = spiky.natural(tmp_path / "run", last=300, total_steps=200_000)
     quiet = {"loss": 3.0, "grad_norm": 0.5, "clip": 0.8, "lr": 3e-4, "step_s": 2.0, "verdict": "go"}
     with (folder / "steps.jsonl").open("a") as stream:
         for step in range(301, 100_001):
             stream.write(json.dumps({"step": step, "time_utc": spiky.at(step), "session": 1, **quiet}) + "\n")
-    begun = time.perf_counter()
+    begun = time.process_time()
+    for line in (folder / "steps.jsonl").read_text().splitlines():
+        json.loads(line)
+    read = time.process_time()
     postmortem.write(folder)
-    assert time.perf_counter() - begun < 5
+    assert time.process_time() - read < 20 * (read - begun)
 
 
 # -----------------------------------------------------------------------------------------------------------

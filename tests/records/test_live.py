@@ -25,10 +25,10 @@ from tests.records import builder
 
 from x1_pretrain import cli
 from x1_pretrain.command import run as run_app
-from x1_pretrain.mirror.state import PULLED, PULLED_HOME, MirrorState, go_on_without, write_state
 from x1_pretrain.records import following, live
 from x1_pretrain.records.following import CURVE_POINTS, Curve, Seen, open_followed
 from x1_pretrain.records.frame import clean, event_line, frame, sparkline, status_line
+from x1_pretrain.records.mirror_state import PULLED, PULLED_HOME, MirrorState, go_on_without, write_state
 from x1_pretrain.records.run_folder import ENDINGS, open_run
 from x1_pretrain.records.summary import Summary
 from x1_pretrain.records.tail import Tail
@@ -568,7 +568,7 @@ class Terminal:
         ioctl(self.descriptor, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
         self.seen = b""
 
-    def until(self, text: str, limit_s: float = 20.0) -> None:
+    def until(self, text: str, limit_s: float = 60.0) -> None:
         end = time.monotonic() + limit_s
         while text.encode() not in self.seen:
             assert time.monotonic() < end, self.seen.decode(errors="replace")[-2000:]
@@ -588,7 +588,7 @@ class Terminal:
         os.write(self.descriptor, keys.encode())
 
     def ended(self) -> int:
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60
         while self.read(0.2) and time.monotonic() < end:
             pass
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
@@ -625,7 +625,7 @@ def test_an_interrupt_leaves_the_lines_too(folder: Path, trainer: subprocess.Pop
         while "a spike at step 31" not in (line := process.stdout.readline()):
             assert line
         process.send_signal(signal.SIGINT)
-        assert process.wait(10) == 0
+        assert process.wait(60) == 0
         assert process.stderr is not None
         assert process.stderr.read() == ""
 

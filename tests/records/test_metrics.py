@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,28 @@ def test_rows_come_back_as_written(tmp_path: Path) -> None:
     assert (first["text"], second["loss"]) == ("naïve\n", math.inf)
     for line in (tmp_path / "m.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def test_rows_of_two_threads_are_all_there_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The watchdog's thread tells of a hang, and the loop wakes up in the middle of a row of its own."""
+    file, pwrite = JsonLines(tmp_path / "m.jsonl"), os.pwrite
+    writing, written = threading.Event(), threading.Event()
+    loop = threading.Thread(target=lambda: file.append({"step": 1}))
+
+    def slow(*arguments: Any) -> int:
+        count = pwrite(*arguments)
+        if threading.current_thread() is loop:
+            writing.set()
+            written.wait(0.3)  # the other is through, or waits for this one
+        return count
+
+    monkeypatch.setattr(os, "pwrite", slow)
+    loop.start()
+    assert writing.wait(20)
+    file.append({"step": 2})
+    written.set()
+    loop.join(20)
+    assert (tmp_path / "m.jsonl").read_bytes() == b'{"step": 1}\n{"step": 2}\n'
 
 
 def test_a_torn_last_row_is_ignored_and_written_over(tmp_path: Path) -> None:
@@ -51,6 +74,28 @@ def test_going_back_splits_the_story_and_loses_nothing(steps: list[int], back_to
         assert all(json.loads(line)["step"] <= back_to for line in kept.splitlines())
         assert all(json.loads(line)["step"] > back_to for line in rest.splitlines())
         assert moved == rest.count("\n")
+
+
+def test_a_kill_in_the_middle_of_going_back_doubles_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, lines = tmp_path / "m.jsonl", [b'{"step": %d}\n' % step for step in range(1, 9)]
+    path.write_bytes(b"".join(lines))
+
+    def killed(_: int) -> None:
+        raise SystemExit
+
+    monkeypatch.setattr(os, "fsync", killed)  # the copy is made, the file is not cut
+    with pytest.raises(SystemExit):
+        rewind(path, 4)
+    monkeypatch.undo()
+    aside = tmp_path / "m.superseded.jsonl"
+    for torn in (b"", lines[6][:5]):
+        aside.write_bytes(b"".join(lines[4:6]) + torn if torn else aside.read_bytes())
+        path.write_bytes(b"".join(lines))
+        assert rewind(path, 4) == 4
+        assert path.read_bytes() == b"".join(lines[:4])
+        assert aside.read_bytes() == b"".join(lines[4:])
 
 
 def test_a_full_disk_leaves_no_half_row_and_the_rows_come_later(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,22 @@ def test_a_name_means_a_folder_under_runs(tmp_path: Path) -> None:
     folder = builder.build_run(tmp_path / "runs" / "tiny")
     assert rf.find_run("tiny", tmp_path / "runs") == folder
     assert rf.find_run(str(folder), tmp_path / "elsewhere") == folder
+
+
+def test_a_run_that_is_thrown_away_while_they_are_listed_is_no_crash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stays, goes = (builder.build_run(tmp_path / name) for name in ("stays", "goes"))
+    is_run = rf.is_run
+
+    def then_thrown_away(folder: Path) -> bool:
+        found = is_run(folder)
+        if folder == goes:
+            shutil.rmtree(folder)
+        return found
+
+    monkeypatch.setattr(rf, "is_run", then_thrown_away)
+    assert rf.list_runs(tmp_path) == [stays, goes]  # the newest first
 
 
 @pytest.mark.parametrize(

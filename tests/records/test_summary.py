@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.records.builder import RUN_ID, build_run, event, write_lines
 
+from x1_pretrain.records import newest as module
 from x1_pretrain.records.newest import Newest
 from x1_pretrain.records.summary import Summary, newest_whole
 from x1_pretrain.runtime.lock import Holder, lock_folder
@@ -83,6 +84,25 @@ def test_the_newest_rows_are_those_of_a_reading_from_the_start(
             assert newest.look() == expected(file.read_bytes())
 
 
+def test_rows_that_are_cut_off_during_a_look_are_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rewind, in the trainer, while the mirror's process looks."""
+    file = tmp_path / "metrics.jsonl"
+    write_lines(file, [{"step": step, "pad": "x" * 100} for step in range(50)])
+    newest, complete = Newest(file, KINDS), module._complete
+    assert newest.look()["any"]["step"] == 49
+
+    def cut(stream: Any, start: int) -> int:
+        os.truncate(file, 1000)
+        return complete(stream, start)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_complete", cut)
+        newest.look()
+    assert newest.look() == expected(file.read_bytes())
+
+
 def test_a_damaged_row_is_passed_over(tmp_path: Path) -> None:
     good = b'{"step": 1, "val/loss": 2.0}\n'
     (tmp_path / "m.jsonl").write_bytes(good + b'{"step": 2, "val/loss": \x00\n["step", "val/loss"]\n')
@@ -94,8 +114,6 @@ def test_a_file_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     rows = [{"step": s, "pad": "x" * 200} | ({"val/loss": 1.0} if s == 5 else {}) for s in range(20_000)]
     write_lines(file, rows)
     newest, read = Newest(file, KINDS), 0
-    from x1_pretrain.records import newest as module
-
     plain = module._between
 
     def counted(stream: Any, begin: int, end: int) -> bytes:
@@ -116,8 +134,6 @@ def test_a_file_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_an_evaluation_near_the_end_spares_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_lines(tmp_path / "m.jsonl", [{"step": s, "val/loss": 1.0, "pad": "x" * 300} for s in range(20_000)])
-    from x1_pretrain.records import newest as module
-
     read, plain = [], module._between
     monkeypatch.setattr(module, "_between", lambda s, a, b: read.append(b - a) or plain(s, a, b))
     assert Newest(tmp_path / "m.jsonl", KINDS).look()["any"]["step"] == 19_999
@@ -290,10 +306,10 @@ def test_a_look_at_a_long_run_is_cheap(run: Path) -> None:
     write_lines(run / "metrics.jsonl", rows)
     summary = Summary(run)
     summary.look(NOW)
-    begun = time.perf_counter()
+    begun = time.process_time()
     for _ in range(20):
         summary.look(NOW)
-    assert (time.perf_counter() - begun) / 20 < 0.01  # 0.2 ms measured
+    assert (time.process_time() - begun) / 20 < 0.01  # 0.2 ms measured
 
 
 def test_newest_whole_of_no_folder(tmp_path: Path) -> None:

@@ -132,6 +132,42 @@ def test_eight_runs_one_of_them_empty(run: Path) -> None:
     assert len(styles) >= 6
 
 
+def broken_at(folder: Path) -> Path:
+    builder.build(folder, total=60)
+    (folder / "manifest.json").write_text("{")
+    return folder
+
+
+def test_a_broken_run_is_named_and_the_others_shown(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the place of several, however many are left."""
+    builder.build(run.parent / "b", total=400)
+    broken_at(run.parent / "broken")
+    with contextlib.chdir(run.parent.parent):
+        for names, title in ((("a", "broken", "b", "gone"), "a · b"), (("a", "broken"), "a")):
+            capsys.readouterr()
+            assert command(app, list(names)) == 1
+            out, err = capsys.readouterr()
+            assert out.startswith("report: report.html")
+            assert err.count("\n") == len(err.splitlines()) == sum(one in ("broken", "gone") for one in names)
+            assert "x1: runs/broken/manifest.json: not valid JSON" in err
+            text = Path("report.html").read_text()
+            assert f"<title>{title}: report</title>" in text
+            assert "Not on this page: runs/broken/manifest.json: not valid JSON" in Reading(text).words
+    assert not (run / "report.html").exists()
+
+
+def test_broken_runs_alone_are_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken_at(run.parent / "broken")
+    with contextlib.chdir(run.parent.parent):
+        code, text = said(capsys, "broken", "gone")
+        assert (code, text.count("\n")) == (2, 1)
+        assert "runs/broken/manifest.json: not valid JSON" in text
+        assert not Path("report.html").exists()
+        assert said(capsys, "a", "broken", "--prediction", "x")[0] == 2
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Predictions
 

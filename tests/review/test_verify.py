@@ -13,11 +13,11 @@ import pytest
 from tests.records import builder
 
 from x1_pretrain.command import run as run_app
-from x1_pretrain.mirror.state import MirrorState, write_state
 from x1_pretrain.money.clock import Clock
 from x1_pretrain.money.ledger import Ledger
 from x1_pretrain.records.data_order import order_of
 from x1_pretrain.records.export_folder import export as write_export
+from x1_pretrain.records.mirror_state import MirrorState, write_state
 from x1_pretrain.records.run_folder import open_run
 from x1_pretrain.review.command import FAILED, NOT_APPLICABLE, PASSED, Check, app, verify
 from x1_pretrain.review.rows import blocks_in_order

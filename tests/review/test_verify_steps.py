@@ -14,6 +14,8 @@ from safetensors.numpy import save, save_file
 from tests.records import builder
 
 from x1_pretrain.corpus.order import Order
+from x1_pretrain.mirror.head import Head, Writer
+from x1_pretrain.mirror.restored_records import rows_that_lack
 from x1_pretrain.records.data_order import order_of, recorded_injections, recorded_jumps
 from x1_pretrain.records.run_folder import open_run
 from x1_pretrain.review.command import verify
@@ -59,13 +61,17 @@ def test_every_step_once_and_the_same_numbers(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda rows: rows.pop(11), "step 11 is followed by step 13"),
+        (lambda rows: rows.pop(11), "no row of step 12"),
+        (lambda rows: rows.__delitem__(slice(11, 19)), "no row of steps 12 to 19"),
+        (lambda rows: rows.__delitem__(slice(0, 20)), "no row of steps 1 to 20"),  # all of a session
+        (lambda rows: rows.insert(20, rows.pop(10)), "step 21 is followed by step 11"),
         (lambda rows: rows.insert(11, rows[10]), "step 11 is followed by step 11"),
-        (lambda rows: rows.pop(0), "begins at step 2, expected 1"),
-        (lambda rows: rows.pop(), "ends at step 41, metrics.jsonl at 42"),
+        (lambda rows: rows.pop(0), "no row of step 1"),
+        (lambda rows: rows.pop(), "no row of step 42"),
+        (lambda rows: rows.insert(0, rows[0] | {"step": 0}), "begins at step 0, expected 1"),
         (lambda rows: rows[9].update(loss=1.0), "step 10: loss is 1.0 in steps.jsonl, 2.3 in metrics.jsonl"),
         (lambda rows: rows[9].update(grad_norm="nan"), "step 10: grad_norm is nan in steps.jsonl, 0.6"),
-        (lambda rows: rows.clear(), "steps.jsonl has no rows"),
+        (lambda rows: rows.clear(), "no row of steps 1 to 42"),
     ],
 )
 def test_a_step_missing_twice_or_other_is_seen(
@@ -86,10 +92,68 @@ def test_a_loss_that_is_no_number_agrees_with_itself(folder: Path) -> None:
     assert failed(folder) == {}
 
 
-def test_a_run_that_was_older_than_the_file(folder: Path) -> None:
-    """It was resumed at step 20 by a version that keeps every step."""
-    builder.write_lines(folder / "steps.jsonl", step_rows()[20:])
-    assert results(folder)[EVERY][0] == "passed"
+def test_a_run_without_the_file_is_older_than_it_or_lost_it(folder: Path) -> None:
+    (folder / "steps.jsonl").unlink()
+    assert results(folder)[EVERY] == ("not applicable", "no steps.jsonl: an older run")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"formats": {"steps.jsonl": 1}}))
+    assert failed(folder) == {EVERY: "no row of steps 1 to 42"}
+
+
+def test_steps_that_a_checkpoint_knows_of_are_missed_at_the_end(tmp_path: Path) -> None:
+    """No row of metrics was due there."""
+    folder = builder.build_run(tmp_path / "tiny", 23)
+    builder.write_lines(folder / "steps.jsonl", step_rows(21))
+    told = [one for one in builder.read_lines(folder / "events.jsonl") if one["event"] != "checkpoint"]
+    builder.write_lines(folder / "events.jsonl", told)
+    assert EVERY not in failed(folder)
+    told.append(builder.event("checkpoint", 23, 2))
+    builder.write_lines(folder / "events.jsonl", told)
+    assert failed(folder)[EVERY] == "no row of steps 22 to 23"
+    told.append(builder.event("rewind", 24, 2) | {"from_step": 24, "to_step": 21, "jumps": [[21, 24]]})
+    builder.write_lines(folder / "events.jsonl", told)
+    assert EVERY not in failed(folder)
+
+
+def test_a_branch_begins_after_its_parent(folder: Path) -> None:
+    events = [one | {"step": max(10, one["step"])} for one in builder.read_lines(folder / "events.jsonl")]
+    builder.write_lines(folder / "events.jsonl", [builder.event("branch", 10, 1), *events])
+    builder.write_lines(folder / "steps.jsonl", step_rows()[10:])
+    assert EVERY not in failed(folder)
+
+
+def restored(folder: Path, note: str, step: int = 20) -> None:
+    """What a session that began at `step` noted of its way back from the mirror."""
+    events = builder.read_lines(folder / "events.jsonl")
+    told = builder.event("mirror", step, 2) | {"message": note}
+    builder.write_lines(folder / "events.jsonl", [*events, told])
+
+
+LOST_PIECE = "steps.jsonl: rows are missing, tiny/e0001-aaaa1111/records/steps.jsonl/0 is not there"
+
+
+def test_what_the_mirror_lost_is_told_as_that(folder: Path) -> None:
+    builder.write_lines(folder / "steps.jsonl", [row for row in step_rows() if row["step"] not in (3, 30)])
+    restored(folder, LOST_PIECE)
+    assert failed(folder)[EVERY] == (
+        "no row of step 3, lost in the mirror that the run came back from (the event of step 20 says so); "
+        "no row of step 30"
+    )
+    rows = [row for row in builder.read_lines(folder / "metrics.jsonl") if row["step"] not in (15, 30)]
+    builder.write_lines(folder / "metrics.jsonl", rows)
+    assert failed(folder)[STEPS] == "no training row for step 15; no training row for step 30"
+    restored(folder, LOST_PIECE.replace("steps.jsonl", "metrics.jsonl"))
+    assert failed(folder)[STEPS].startswith("no training row for step 15, lost in the mirror that")
+    assert failed(folder)[STEPS].endswith("; no training row for step 30")
+
+
+def test_rows_that_the_mirror_never_got_are_told_as_that(folder: Path) -> None:
+    builder.write_lines(folder / "steps.jsonl", step_rows(17))
+    head = Head("tiny", Writer(1, "", "", "", 0, ""), records={"steps.jsonl": []})
+    (note,) = rows_that_lack(folder, head, 20)
+    builder.write_lines(folder / "steps.jsonl", [row for row in step_rows() if not 17 < row["step"] <= 20])
+    restored(folder, note)
+    assert failed(folder)[EVERY].startswith("no row of steps 18 to 20, lost in the mirror that the run")
 
 
 # -----------------------------------------------------------------------------------------------------------

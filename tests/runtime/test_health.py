@@ -14,10 +14,10 @@ import torch
 from tests.model.test_memory import small
 from x1_pretrain.config import TelemetryConfig
 from x1_pretrain.runtime import health
-from x1_pretrain.runtime.health import Health
 from x1_pretrain.runtime.host import HostWatch
 from x1_pretrain.runtime.memory import LeakDetector
 from x1_pretrain.runtime.pace import Facts, PaceKeeper
+from x1_pretrain.runtime.run import Health
 
 
 @pytest.fixture

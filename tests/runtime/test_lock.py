@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import re
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -29,15 +31,17 @@ from x1_pretrain.runtime import lock
 def unsupported(file, how):
     raise OSError(int(sys.argv[2]), "fake")
 
-lock.SETTLE_S = 0.3
+lock.SETTLE_S = 1.0 if "rivals" in sys.argv else 0.1
 try:
     held = lock.lock_folder(Path(sys.argv[1]), **({"flock": unsupported} if sys.argv[2] != "0" else {}))
 except RefusedError as error:
     print("REFUSED", error, flush=True)
     raise SystemExit(78)
 print("HELD", held.note, flush=True)
-if "fork" in sys.argv and os.fork() == 0:
-    time.sleep(60)
+if "fork" in sys.argv:
+    if os.fork() == 0:
+        time.sleep(600)
+    print("FORKED", flush=True)
 sys.stdin.read()
 held.close()
 """
@@ -77,7 +81,7 @@ def test_a_second_process_is_refused_with_who_since_when_and_what_to_do(number: 
     assert first_line(first) == "HELD None"
     second = holding(tmp_path, number)
     said = first_line(second)
-    assert second.wait(10) == 78
+    assert second.wait(60) == 78
     host = re.escape(os.uname().nodename)
     assert re.search(
         rf"process {first.pid} on {host}, since 20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ, is training here; "
@@ -114,12 +118,12 @@ def test_one_that_ended_well_leaves_no_name(number: int, tmp_path: Path) -> None
 def test_a_child_that_outlives_its_killed_trainer_is_explained(tmp_path: Path) -> None:
     first = holding(tmp_path, 0, "fork")
     assert first_line(first) == "HELD None"
-    time.sleep(0.3)
+    assert first_line(first) == "FORKED"
     first.kill()  # the fork lives on, and with it the kernel's lock
     first.wait()
     second = holding(tmp_path)
     said = first_line(second)
-    assert second.wait(10) == 78
+    assert second.wait(60) == 78
     assert f"though process {first.pid}" in said
     assert "fuser -v" in said
     os.killpg(first.pid, signal.SIGKILL)
@@ -141,13 +145,12 @@ def elsewhere(host: str = "other-machine") -> Holder:
 
 @pytest.mark.parametrize("number", KINDS)
 def test_a_holder_on_another_machine_is_believed_as_long_as_it_renews_its_lock(
-    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    number: int, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(lock, "STALE_S", 6.0)
     file = tmp_path / "lock"
     file.write_text(elsewhere().line())
     heart = subprocess.Popen(
-        [sys.executable, "-c", f"import os,time\nwhile True: time.sleep(1.5); os.utime({str(file)!r})"]
+        [sys.executable, "-c", f"import os,time\nwhile True: time.sleep(0.2); os.utime({str(file)!r})"]
     )
     said: list[str] = []
     options = {"flock": unsupported(number)} if number else {}
@@ -157,23 +160,24 @@ def test_a_holder_on_another_machine_is_believed_as_long_as_it_renews_its_lock(
     finally:
         heart.kill()
         heart.wait()
-    assert "waiting up to 6 s" in said[0]
+    assert "waiting up to " in said[0]
 
 
 @pytest.mark.parametrize("age_s", [0, 3600])
 def test_a_lock_that_is_not_renewed_is_taken_after_the_stated_time(
     age_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lock, "STALE_S", 1.5)
+    slept: list[float] = []
+    monkeypatch.setattr(lock, "beats", partial(lock.beats, sleep=slept.append))
     file = tmp_path / "lock"
     file.write_text(elsewhere().line())
     then = time.time() - age_s
     os.utime(file, (then, then))
-    begun = time.monotonic()
     held = lock_folder(tmp_path, say=lambda _: None)
-    took = time.monotonic() - begun
-    assert (took > 1) == (age_s == 0)
-    assert took < 3
+    if age_s:
+        assert not slept
+    else:
+        assert lock.STALE_S - 30 < sum(slept) <= lock.STALE_S  # less what this test took until then
     assert held.note is not None
     held.close()
     assert not list(tmp_path.glob(".lock-probe*"))
@@ -189,20 +193,23 @@ def test_a_machine_that_was_restarted_does_not_hold_it(
     held.close()
 
 
-def test_another_container_on_this_kernel_needs_no_wait(tmp_path: Path) -> None:
+def test_another_container_on_this_kernel_needs_no_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "beats", lambda *_: pytest.fail("waits for a sign of life"))
     holder = Holder(1, "container-7", "2026-01-01T00:00:00Z", boot_id(), "5", "abcdefgh")
     (tmp_path / "lock").write_text(holder.line())
-    begun = time.monotonic()
     lock_folder(tmp_path).close()
-    assert time.monotonic() - begun < 0.5
 
 
 def test_the_heartbeat_renews_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "BEAT_S", 0.05)
     held = lock_folder(tmp_path)
     os.utime(tmp_path / "lock", (1, 1))
-    time.sleep(0.3)
-    assert (tmp_path / "lock").stat().st_mtime > 1e9
+    end = time.monotonic() + 60
+    while (tmp_path / "lock").stat().st_mtime < 1e9:
+        assert time.monotonic() < end
+        time.sleep(0.01)
     held.close()
 
 
@@ -218,7 +225,7 @@ def test_whatever_a_lock_file_holds_a_free_lock_is_taken(text: str, tmp_path: Pa
 
 
 def test_two_that_start_at_the_same_time_without_a_kernels_lock_are_not_both_let_in(tmp_path: Path) -> None:
-    rivals = [holding(tmp_path, errno.ENOLCK) for _ in range(4)]
+    rivals = [holding(tmp_path, errno.ENOLCK, "rivals") for _ in range(4)]
     said = [first_line(r) for r in rivals]
     assert sum(line.startswith("HELD") for line in said) == 1, said
     for rival in rivals:
@@ -235,6 +242,25 @@ def test_a_rival_that_wrote_its_name_a_moment_later_holds_it(
     assert Holder.read((tmp_path / "lock").read_text()) == rival  # and is left alone
 
 
+@pytest.mark.parametrize("another", [False, True])
+def test_a_folder_that_was_moved_away_before_its_lock_came_is_not_held(tmp_path: Path, another: bool) -> None:
+    """`x1 runs rm` lets go of a lock that lies in the trash by then."""
+    folder = tmp_path / "run"
+
+    def moved(file: IO[str], how: int) -> None:
+        folder.rename(tmp_path / "trash")
+        if another:
+            held.append(lock_folder(folder))
+        fcntl.flock(file, how)
+
+    held: list[lock.FolderLock] = []
+    with pytest.raises(RefusedError, match="was moved away"):
+        lock_folder(folder, moved)
+    assert (tmp_path / "trash" / "lock").read_text() == ""
+    for one in held:
+        one.close()
+
+
 def test_a_disk_error_is_not_taken_for_a_disk_without_locks(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="Input/output"):
         lock_folder(tmp_path, unsupported(errno.EIO))
@@ -244,7 +270,7 @@ def test_this_process_is_alive_and_a_zombie_is_not() -> None:
     assert is_alive(os.getpid(), started(os.getpid()))
     assert not is_alive(os.getpid(), "1")
     child = subprocess.Popen(["true"])
-    time.sleep(0.3)
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
     assert not is_alive(child.pid)  # ended, not waited for
     child.wait()
     assert not is_alive(child.pid)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -144,3 +146,20 @@ def test_a_ledger_that_can_not_be_written_misses_nothing(ledger: Ledger) -> None
     mirror.says(8, 10, 20)
     tell(session.run)
     assert gib(ledger) == [0, 8]
+
+
+def test_a_mirror_that_died_is_heard_to_the_end_before_it_is_started_again() -> None:
+    """Its last words would be taken for those of the next one."""
+    mirror, started, words = Told(), list[str](), threading.Event()
+    reader = threading.Thread(target=words.wait, daemon=True)
+    reader.start()
+    mirror._process = SimpleNamespace(poll=lambda: 1, returncode=1)  # type: ignore[assignment]
+    mirror._reader, mirror._started_s = reader, -math.inf
+    again = SimpleNamespace(poll=lambda: None), None
+    mirror._start = lambda mode: started.append(mode) or again  # type: ignore[assignment, func-returns-value]
+    assert mirror.news() == []
+    assert not started
+    words.set()
+    reader.join(60)
+    assert [fields["exit_code"] for _, _, fields in mirror.news()] == [1]
+    assert started == ["a"]

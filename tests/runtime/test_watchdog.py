@@ -10,8 +10,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import median
 from types import SimpleNamespace
 
 import pytest
@@ -107,7 +108,60 @@ def test_a_loop_that_comes_back_is_not_let_in_while_it_is_being_saved(tmp_path: 
     assert it.dog._hung
     assert not came_back.wait(0.2)
     it.dog._hung = False  # let the thread go
-    assert came_back.wait(2)
+    assert came_back.wait(60)
+
+
+def impatient(made: Watchdog, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is waited for with a limit is not waited for."""
+    thread = made._thread
+    assert thread is not None
+    join = thread.join
+    monkeypatch.setattr(thread, "join", lambda timeout=None: join(timeout and 0.01))
+
+
+def test_a_loop_that_fails_while_it_is_being_saved_does_not_end_the_process_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What hung raised in the end: whoever closes waits until the checkpoint is there."""
+    saving, saved, closed = threading.Event(), threading.Event(), threading.Event()
+
+    def on_hang(_: Hang) -> None:
+        saving.set()
+        assert saved.wait(60)
+
+    limits = LIMITS.model_copy(update={"first_step_s": 0.1, "data_s": 0.1, "save_s": 60.0})
+    made = Watchdog(tmp_path, 0, limits, on_hang, tick_s=0.05, exit_process=lambda _: None)
+
+    def loop() -> None:
+        made.close()
+        closed.set()
+
+    made.enter("data", 1)
+    made.start()
+    impatient(made, monkeypatch)
+    assert saving.wait(60)
+    threading.Thread(target=loop, daemon=True).start()
+    assert not closed.wait(0.3)
+    saved.set()
+    assert closed.wait(60)
+
+
+def test_a_look_that_hangs_keeps_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its number may be another file's as soon as it is closed."""
+    looking, free = threading.Event(), threading.Event()
+    made = Watchdog(tmp_path, 0, LIMITS, tick_s=0.05)
+
+    def look() -> None:
+        looking.set()
+        assert free.wait(60)
+
+    monkeypatch.setattr(made, "look", look)
+    made.start()
+    impatient(made, monkeypatch)
+    assert looking.wait(60)
+    made.close()
+    os.close(made._spool)
+    free.set()
 
 
 def test_a_loop_that_moves_on_at_the_last_moment_is_not_hung(tmp_path: Path) -> None:
@@ -179,12 +233,15 @@ def test_the_stacks_are_in_the_folder_with_where_it_stood(tmp_path: Path) -> Non
     it.dog.enter("update", 41)
     it.dog.enter("data", 42)
 
-    def waiting_for_godot(stop: threading.Event) -> None:
+    there, stop = threading.Event(), threading.Event()
+
+    def waiting_for_godot() -> None:
+        there.set()
         stop.wait()
 
-    stop = threading.Event()
-    thread = threading.Thread(target=waiting_for_godot, args=(stop,), name="godot")
+    thread = threading.Thread(target=waiting_for_godot, name="godot")
     thread.start()
+    assert there.wait(60)
     it.run(32)
     stop.set()
     (hang,) = it.hangs
@@ -219,38 +276,37 @@ def test_what_goes_wrong_while_saving_does_not_keep_it(
     def on_hang(_: Hang) -> None:
         if trouble == "raises":
             raise ValueError("no room")
-        release.wait()
+        release.wait(60)
 
     it = dog(tmp_path, Clock())
+    it.dog._limits = LIMITS.model_copy(update={"save_s": 60.0 if trouble == "raises" else 0.1})
     it.dog.on_hang = on_hang
     it.dog.enter("update", 1)
     it.dog.enter("data", 1)
-    begun = time.monotonic()
     it.run(32)
     release.set()
     assert it.exits == [75]
-    assert time.monotonic() - begun < 5
     said = "ValueError: no room" if trouble == "raises" else "not done within"
     assert said in capfd.readouterr().err
 
 
-def test_entering_a_phase_costs_less_than_a_microsecond(tmp_path: Path) -> None:
+def test_entering_a_phase_costs_no_more_than_a_few_calls(tmp_path: Path) -> None:
     it = dog(tmp_path, Clock())
 
-    def per_call() -> float:
-        begun = time.perf_counter()
+    def took(enter: Callable[[str, int], None]) -> float:
+        begun = time.process_time()
         for _ in range(20_000):
-            it.dog.enter("step", 5)
-        return (time.perf_counter() - begun) / 20_000
+            enter("step", 5)
+        return time.process_time() - begun
 
-    assert min(per_call() for _ in range(10)) < 1e-6
+    assert median(took(it.dog.enter) / took(lambda *_: None) for _ in range(9)) < 20
 
 
 def test_switched_off_it_does_nothing(tmp_path: Path) -> None:
-    before = threading.active_count()
+    before = set(threading.enumerate())
     with Watchdog(tmp_path, 0, WatchdogConfig(enabled=False)) as watchdog:
         watchdog.enter("step", 1)
-        assert threading.active_count() == before
+        assert set(threading.enumerate()) <= before  # those of earlier tests may end
     assert list(tmp_path.iterdir()) == []
 
 
@@ -266,9 +322,23 @@ from x1_pretrain.runtime.watchdog import Watchdog
 def saved(hang):
     print("ON_HANG", hang.phase, hang.step, hang.at_rest, flush=True)
 
-limits = WatchdogConfig(first_step_s=2, step_s=2, data_s=2, evaluation_s=2, checkpoint_s=2, save_s=3)
+short = 2 if sys.argv[2] != "working" else 60
+limits = WatchdogConfig(
+    first_step_s=short, step_s=short, data_s=short, evaluation_s=2, checkpoint_s=2,
+    save_s=int(os.environ.get("SAVE_S", 3)),
+)
+looked, late_s = threading.Event(), []
+
+class Dog(Watchdog):
+    def look(self):
+        if late_s:
+            time.sleep(late_s.pop())  # as on a busy machine
+        if sys.argv[3:] != ["untold"]:
+            super().look()
+            looked.set()
+
 rank = int(os.environ.get("RANK", 0))
-with Watchdog(Path(sys.argv[1]), rank, limits, saved, tick_s=0.1) as dog:
+with Dog(Path(sys.argv[1]), rank, limits, saved, tick_s=0.1) as dog:
     dog.enter("update", 8)
     dog.enter("data", 9)
     print("READY", os.getpid(), flush=True)
@@ -278,18 +348,24 @@ with Watchdog(Path(sys.argv[1]), rank, limits, saved, tick_s=0.1) as dog:
         if sys.argv[2] == "python":
             time.sleep(60)
         elif sys.argv[2] == "lock":
-            time.sleep(float(sys.argv[3]))
+            if sys.argv[3] == "told":
+                looked.clear()
+                looked.wait()
             mutex = ctypes.create_string_buffer(256)
             libc = ctypes.PyDLL(None)
             libc.pthread_mutex_lock(mutex)
             libc.pthread_mutex_lock(mutex)  # for ever, also when a signal comes
         elif sys.argv[2] == "interruptible":
-            ctypes.PyDLL(None).sleep(60)  # the request for stacks wakes it up
-            for _ in range(10):
+            late_s.append(1.0)
+            ctypes.PyDLL(None).sleep(600)  # the request for stacks wakes it up
+            looked.clear()
+            looked.wait()
+        elif sys.argv[2] == "pausing":
+            while not dog._away:
                 time.sleep(0.05)
                 dog.enter("data", 9)
-        elif sys.argv[2] == "working":
-            for _ in range(int(sys.argv[3])):
+        else:
+            while not os.path.exists(sys.argv[3]):
                 time.sleep(0.05)
                 dog.enter("data", 9)
     stuck_here()
@@ -323,7 +399,7 @@ def children_of(pid: int) -> list[int]:
 def test_a_hang_in_python_ends_with_75_and_its_stack(tmp_path: Path) -> None:
     with running(tmp_path, "python") as process:
         guardians = children_of(process.pid)
-        out, err = process.communicate(timeout=20)
+        out, err = process.communicate(timeout=120)
     assert process.returncode == 75, err
     assert "ON_HANG data 9 True" in out
     (file,) = tmp_path.glob("hang-rank0-*.txt")
@@ -333,15 +409,15 @@ def test_a_hang_in_python_ends_with_75_and_its_stack(tmp_path: Path) -> None:
     wait_for(lambda: not is_alive(guardians[0]))
 
 
-@pytest.mark.parametrize("after_s", ["0", "0.5"])  # also before the first tick
-def test_a_hang_that_holds_pythons_lock_is_killed_with_its_stack(after_s: str, tmp_path: Path) -> None:
-    with running(tmp_path, "lock", after_s) as process:
-        out, err = process.communicate(timeout=20)
+@pytest.mark.parametrize("when", ["untold", "told"])  # before the first tick, and after one
+def test_a_hang_that_holds_pythons_lock_is_killed_with_its_stack(when: str, tmp_path: Path) -> None:
+    with running(tmp_path, "lock", when) as process:
+        out, err = process.communicate(timeout=120)
     assert process.returncode == -signal.SIGKILL, (out, err)
     (file,) = tmp_path.glob("hang-rank0-*.txt")
     text = file.read_text()
     assert "stuck_here" in text
-    assert f"phase {'update at step 8' if after_s == '0' else 'data at step 9'}" in text
+    assert f"phase {'update at step 8' if when == 'untold' else 'data at step 9'}" in text
     assert "torch" in text
     assert "x1: hang" in err
     assert str(file) in err
@@ -349,40 +425,57 @@ def test_a_hang_that_holds_pythons_lock_is_killed_with_its_stack(after_s: str, t
 
 def test_one_that_wakes_up_when_asked_for_its_stacks_is_not_killed(tmp_path: Path) -> None:
     with running(tmp_path, "interruptible") as process:
-        out, err = process.communicate(timeout=20)
+        out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert "stuck_here" in next(tmp_path.glob("hang-rank0-*.txt")).read_text()
     assert "NEWS [" in out
 
 
 def test_a_process_that_is_stopped_goes_on_and_says_so(tmp_path: Path) -> None:
-    with running(tmp_path, "working", "60") as process:
+    with running(tmp_path, "pausing") as process:
         process.send_signal(signal.SIGSTOP)
+        begun = time.monotonic()
         time.sleep(6)  # three times the limit
         process.send_signal(signal.SIGCONT)
-        out, err = process.communicate(timeout=20)
+        out, err = process.communicate(timeout=120)
+        took = time.monotonic() - begun
     assert process.returncode == 0, err
-    assert re.search(r"NEWS \[[56]\]", out), out
+    assert (news := re.search(r"NEWS \[(\d+)", out)), out
+    assert 5 <= int(news[1]) <= took + 1
     assert not list(tmp_path.iterdir())
 
 
 def test_sigusr1_writes_the_stacks_and_the_run_goes_on(tmp_path: Path) -> None:
-    with running(tmp_path, "working", "30") as process:
-        time.sleep(0.3)
+    with running(tmp_path, "working", str(tmp_path / "end")) as process:
         process.send_signal(signal.SIGUSR1)
-        out, err = process.communicate(timeout=20)
+        wait_for(lambda: any(tmp_path.glob("hang-*.txt")))
+        (tmp_path / "end").touch()
+        out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     (file,) = tmp_path.glob("hang-rank0-*.txt")
     assert "asked for by SIGUSR1" in file.read_text()
     assert "stuck_here" in file.read_text()
     assert "going on" in err
-    assert "NEWS []" in out
+    assert "NEWS [" in out
+
+
+def test_a_rank_that_is_asked_for_its_stacks_as_it_leaves_is_not_ended_by_it(tmp_path: Path) -> None:
+    script = """
+import os, signal, sys
+from pathlib import Path
+from x1_pretrain.config import WatchdogConfig
+from x1_pretrain.runtime.watchdog import Watchdog
+with Watchdog(Path(sys.argv[1]), 0, WatchdogConfig()):
+    pass
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+    assert subprocess.run([sys.executable, "-c", script, str(tmp_path)], timeout=60).returncode == 0
 
 
 def test_a_hang_asks_the_other_ranks_for_their_stacks(tmp_path: Path) -> None:
-    with running(tmp_path, "working", "200", RANK="1") as other:
+    with running(tmp_path, "working", "/absent", RANK="1") as other:
         with running(tmp_path, "python", PEER=str(other.pid)) as first:
-            first.communicate(timeout=20)
+            first.communicate(timeout=120)
         assert first.returncode == 75
         wait_for(lambda: any(tmp_path.glob("hang-rank1-*.txt")))
         assert other.poll() is None  # it goes on
@@ -392,16 +485,16 @@ def test_a_hang_asks_the_other_ranks_for_their_stacks(tmp_path: Path) -> None:
 
 def test_a_rank_waits_for_the_first_one_to_save(tmp_path: Path) -> None:
     with (
-        running(tmp_path, "working", "100") as first,
-        running(tmp_path, "python", RANK="1", PEER=str(first.pid)) as other,
+        running(tmp_path, "working", "/absent") as first,
+        running(tmp_path, "python", RANK="1", PEER=str(first.pid), SAVE_S="600") as other,
     ):
-        time.sleep(3.5)  # its limit is 2
+        assert other.stdout is not None
+        assert other.stdout.readline().startswith("ON_HANG")
+        time.sleep(0.3)  # one that does not wait is gone by then
         assert other.poll() is None
         first.kill()
         first.wait()
-        begun = time.monotonic()
-        assert other.wait(20) == 75
-        assert time.monotonic() - begun < 0.5
+        assert other.wait(120) == 75
 
 
 def test_a_stranger_with_the_id_of_a_dead_rank_is_left_alone(tmp_path: Path) -> None:
@@ -426,7 +519,7 @@ def test_the_guardian_ends_with_a_killed_trainer(tmp_path: Path) -> None:
         wait_for(lambda: not is_alive(guardian))
 
 
-def wait_for(condition: object, limit_s: float = 5) -> None:
+def wait_for(condition: object, limit_s: float = 60) -> None:
     deadline = time.monotonic() + limit_s
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < deadline, "nothing happened in time"

@@ -97,6 +97,18 @@ def test_what_killed_writers_left_is_swept_after_a_day(root: Path) -> None:
     assert (old.exists(), young.exists()) == (False, True)
 
 
+def test_a_newcomer_whose_clock_is_days_off_sweeps_nothing_of_those_who_write(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    FolderStore(root).put("a", b"x")
+    young = root / ".x1-mirror/writing/young"
+    young.write_bytes(b"x")
+    ahead = time.time() + 3 * 86_400
+    monkeypatch.setattr(time, "time", lambda: ahead)
+    FolderStore(root).put("b", b"x")
+    assert young.exists()
+
+
 def test_the_same_size_and_time_are_not_the_same_version(root: Path) -> None:
     store = FolderStore(root)
     etag = store.create("h", b"1")

@@ -114,7 +114,7 @@ def test_a_long_rate_limit_is_not(store: HubStore, hub: Hub) -> None:
         proxy.add("429", times=1, retry_after=25)
         with pytest.raises(UnreachableError, match="asks to wait 25 s"):
             HubStore(parse("hf://user/runs"), proxy.url, 1).stat("run/head.json")
-    assert time.monotonic() - before < 5
+    assert time.monotonic() - before < 15
 
 
 def test_a_commit_whose_answer_got_lost(hub: Hub) -> None:
@@ -156,7 +156,7 @@ def test_a_hub_that_never_answers_is_given_up(hub: Hub) -> None:
         for ask in (store.names, lambda: store.stat("a"), lambda: store.create("a", b"")):
             with pytest.raises(UnreachableError, match="did not answer in time"):
                 ask()
-        assert time.monotonic() - before < 3
+        assert time.monotonic() - before < 30
 
 
 def test_the_clock_is_the_hubs(hub: Hub) -> None:

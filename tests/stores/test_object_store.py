@@ -374,7 +374,7 @@ def test_a_network_that_breaks(s3: Bucket, proxy: FaultyProxy, kind: str) -> Non
         begun = time.monotonic()
         with pytest.raises(UnreachableError) as caught:
             CALLS[name](store)
-        assert time.monotonic() - begun < 3
+        assert time.monotonic() - begun < 15  # of 20 s that a small request has
         assert "\n" not in str(caught.value)
         assert "127.0.0.1" not in str(caught.value)
     proxy.clear()
@@ -422,7 +422,7 @@ def test_a_large_object_to_a_dead_store_ends(s3: Bucket, proxy: FaultyProxy) -> 
     begun = time.monotonic()
     with pytest.raises(UnreachableError):
         store.put_stream("large", [b"x" * (10 << 20)] * 3, 30 << 20)
-    assert time.monotonic() - begun < 6
+    assert time.monotonic() - begun < 30  # of 50 s that a part has
 
 
 @pytest.mark.slow

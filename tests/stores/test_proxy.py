@@ -79,7 +79,11 @@ def test_no_answer_though_it_may_be_done(
 ) -> None:
     proxy.add(kind, on="PUT", done=done)
     with pytest.raises(TimeoutError if kind == "timeout" else ConnectionError):
-        asker.ask("PUT", "/late", b"x", timeout=0.5)
+        asker.ask("PUT", "/late", b"x", timeout=0.5 if kind == "timeout" else 60)
+    end = time.monotonic() + 60
+    while done and "late" not in s3.sizes():  # it may be under way
+        assert time.monotonic() < end
+        time.sleep(0.01)
     assert ("late" in s3.sizes()) is done
 
 
@@ -164,7 +168,7 @@ def test_slow_for_all_together(asker: Asker, proxy: FaultyProxy) -> None:
         one.start()
     for one in many:
         one.join()
-    assert 0.4 < time.monotonic() - before < 2
+    assert 0.4 < time.monotonic() - before < 20
 
 
 def test_a_timeout_ends_with_its_fault(asker: Asker, proxy: FaultyProxy) -> None:

@@ -21,6 +21,7 @@ from x1_pretrain.doctor.machine import Host
 from x1_pretrain.doctor.mirror import Visit
 from x1_pretrain.doctor.services import Alerts, Budget, Store
 from x1_pretrain.doctor.trial import Facts, Trial
+from x1_pretrain.errors import UserError
 from x1_pretrain.model.flops import GPT2_VOCABULARY
 
 # Seconds at most, of a whole of 115; a shorter whole shrinks them alike.
@@ -181,13 +182,10 @@ def step(options: Options, found: Examined, limit_s: float, say: Callable[[str],
     assert options.config is not None
     config = options.config
     vocab = config.model.vocab_size or found.vocab or GPT2_VOCABULARY
-    if config.batch_blocks % found.ranks:
-        message = (
-            f"training.batch_tokens {config.training.batch_tokens} is {config.batch_blocks} blocks of "
-            f"{config.model.context}, which {found.ranks} ranks can't share evenly"
-        )
-        return Trial({"refused": {"message": message}})
-    share = config.training.batch_tokens // found.ranks
+    try:
+        share = config.blocks_per_rank(found.ranks) * config.model.context
+    except UserError as error:
+        return Trial({"refused": {"message": str(error)}})
     tree = config.model_copy(
         update={
             "model": config.model.model_copy(update={"vocab_size": vocab}),

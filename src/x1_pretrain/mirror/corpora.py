@@ -1,7 +1,8 @@
 """Sending the corpora of a run, where that was asked for: once for all runs of a mirror, and after all else.
 
-`data/<fingerprint>/` is whole when its manifest is there, which is sent last. A thread of its own sends; it
-pauses between two pieces while a checkpoint is on its way.
+`data/<fingerprint>/` is whole when its manifest is there, which is sent last, and nobody deletes it: nobody
+begins to once a head names it, so it is looked at only after that (old_corpora.py). A thread of its own
+sends; it pauses between two pieces while a checkpoint is on its way.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ from typing import Any
 from x1_pretrain.mirror.head import DATA
 from x1_pretrain.mirror.patience import StoppedError
 from x1_pretrain.mirror.sending import OtherContentError, Rate, Sender, hash_file, send_file
-from x1_pretrain.stores.store import NotThereError, Store, StoreError, UnreachableError
+from x1_pretrain.stores.store import Meta, NotThereError, Store, StoreError, UnreachableError
 
 FILES = ("tokenizer.json", "val.idx.npy", "train.idx.npy", "val.bin", "train.bin")
 MANIFEST = "manifest.json"
+GOING = "going"  # beside it: `x1 runs gc` deletes the corpus
+GOING_S = 900.0  # of that age it was left by one that was killed
+AGAIN_S = 2.0
 FOR_GOOD = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)  # else: tried again
 
 
@@ -35,10 +39,10 @@ class CorpusSender(Sender):
         rate: Rate,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
-        super().__init__()
+        super().__init__(on_change)
         self.whole = dict(whole)
         self.bad: dict[str, str] = {}  # names of corpora that can't be sent, and why; of the last try
-        self._store, self._corpora, self._rate, self._on_change = store, dict(corpora), rate, on_change
+        self._store, self._corpora, self._rate = store, dict(corpora), rate
         self._free = threading.Event()
 
     def left(self) -> list[str]:
@@ -54,23 +58,24 @@ class CorpusSender(Sender):
     def pause(self) -> None:
         self._free.clear()
 
-    def _work(self) -> None:
+    def _work(self) -> bool:
         try:
             for name in self.left():
                 self._corpus(name, Path(self._corpora[name]))
             self.failing = False
         except StoreError as error:
             self.error, self.failing = error, True
-            return
+            return False
         except StoppedError:
-            return
-        self._on_change()
+            return False
+        return True
 
     def _corpus(self, name: str, folder: Path) -> None:
         try:
             manifest = (folder / MANIFEST).read_bytes()
             tree = json.loads(manifest)
             place, hashes = f"{DATA}/{tree['fingerprint']}", hashes_of(tree)
+            self._outlast_gc(place)
             if not self._has(f"{place}/{MANIFEST}", len(manifest)):
                 for file in FILES:
                     self._file(f"{place}/{file}", folder / file, hashes.get(file))
@@ -80,6 +85,15 @@ class CorpusSender(Sender):
             self.bad[name] = str(error)
         except OSError as error:
             raise UnreachableError(f"{folder}: can't be read ({error.strerror})") from None
+
+    def _outlast_gc(self, place: str) -> None:
+        """What it said of the corpus before our head named it, it does."""
+        while (sign := going(self._store, place)) is not None:
+            if sign[1] > GOING_S:
+                return self._store.delete([f"{place}/{GOING}"])
+            if self._stop.wait(AGAIN_S):
+                raise StoppedError
+        return None
 
     def _has(self, key: str, size: int) -> bool:
         try:
@@ -103,6 +117,15 @@ class CorpusSender(Sender):
             if self._stop.is_set():
                 return True
         return self._stop.is_set()
+
+
+def going(store: Store, place: str) -> tuple[Meta, float] | None:
+    """The sign of a gc that deletes the corpus, and its age by the store's clock; None: nobody does."""
+    try:
+        sign = store.stat(f"{place}/{GOING}")
+    except NotThereError:
+        return None
+    return sign, ((store.now() or sign.modified) - sign.modified).total_seconds()
 
 
 def bytes_of(folder: Path) -> int:

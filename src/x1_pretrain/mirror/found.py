@@ -8,7 +8,7 @@ from x1_pretrain.mirror.claim import UNSAID
 from x1_pretrain.mirror.head import Head
 from x1_pretrain.mirror.job import Opened
 from x1_pretrain.mirror.lease import Lease
-from x1_pretrain.mirror.state import MirrorState
+from x1_pretrain.records.mirror_state import MirrorState
 
 if TYPE_CHECKING:
     from x1_pretrain.mirror.restore import Restored

@@ -43,18 +43,19 @@ class LocalCheckpoints:
 
     def look(self) -> dict[int, Local]:
         """By step; those of another run, or without a manifest that can be read, are left out."""
-        known, self._known = self._known, {}
+        known: dict[int, tuple[tuple[int, int, int], Local | None]] = {}  # another thread may look meanwhile
         for path in list_checkpoints(self._folder):
             try:
                 found = (path / MANIFEST).stat()
             except OSError:
                 continue
             stamp = (found.st_ino, found.st_mtime_ns, found.st_size)
-            before = known.get(step_of(path))
+            before = self._known.get(step_of(path))
             if before is None or before[0] != stamp:
                 before = (stamp, self._read(path, self._clock()))
-            self._known[step_of(path)] = before
-        return {step: local for step, (_, local) in self._known.items() if local is not None}
+            known[step_of(path)] = before
+        self._known = known
+        return {step: local for step, (_, local) in known.items() if local is not None}
 
     def _read(self, path: Path, since: float) -> Local | None:
         try:

@@ -59,8 +59,8 @@ class Outbox(Sender):
     """One checkpoint at a time."""
 
     def __init__(self, store: Store, run: str, rate: Rate, on_change: Callable[[], None]) -> None:
-        super().__init__()
-        self._store, self._run, self._rate, self._on_change = store, run, rate, on_change
+        super().__init__(on_change)
+        self._store, self._name, self._rate = store, run, rate
         self.parcel: Parcel | None = None
         self._begun: dict[str, Parcel] = {}  # by the hash of the manifest
 
@@ -90,7 +90,7 @@ class Outbox(Sender):
         if self.parcel and self.parcel.local.step > step:
             self.parcel.void = True
 
-    def _work(self, parcel: Parcel) -> None:
+    def _work(self, parcel: Parcel) -> bool:
         try:
             parcel.published = self._send(parcel)
         except OtherContentError as error:
@@ -104,11 +104,9 @@ class Outbox(Sender):
             pass  # nobody wants it any more
         except OSError as error:  # too many open files, a disk that stumbled: not the checkpoint's fault
             self.error = UnreachableError(f"{parcel.local.path}: can't be read ({error.strerror})")
-        if parcel.published or parcel.bad:
-            self.failing = False
-            self._on_change()
-        elif self.error:
-            self.failing = True  # said at the next look, which is not hastened by it
+        arrived = bool(parcel.published or parcel.bad)
+        self.failing = not arrived and (self.failing or self.error is not None)
+        return arrived  # an error is said at the next look, which is not hastened by it
 
     def _send(self, parcel: Parcel) -> Published:
         local = parcel.local
@@ -135,7 +133,7 @@ class Outbox(Sender):
         )
 
     def _key(self, parcel: Parcel, name: str) -> str:
-        return f"{self._run}/{parcel.path}/{name}"
+        return f"{self._name}/{parcel.path}/{name}"
 
     def _file(self, parcel: Parcel, name: str, file: BinaryIO) -> None:
         if name in parcel.sent:

@@ -314,8 +314,7 @@ class Publisher:
         )
 
     def take_news(self) -> list[str]:
-        news, self.news = self.news, []
-        return news
+        return [self.news.pop(0) for _ in range(len(self.news))]  # one may come meanwhile
 
     def left(self) -> list[str]:
         """What the mirror lacks, a line each, but for corpora."""

@@ -32,7 +32,9 @@ from x1_pretrain.mirror.identity import mark_in, run_id_of
 from x1_pretrain.mirror.patience import Patience, UnusableError, in_lanes
 from x1_pretrain.mirror.restore import records_back, refuse_without_room, remove_partial
 from x1_pretrain.mirror.restored_records import Source, restore_files
-from x1_pretrain.mirror.state import (
+from x1_pretrain.money.ledger import NAME as LEDGER
+from x1_pretrain.records.metrics import read_rows
+from x1_pretrain.records.mirror_state import (
     PULLED,
     PULLED_HOME,
     MirrorState,
@@ -40,8 +42,6 @@ from x1_pretrain.mirror.state import (
     read_state,
     write_state,
 )
-from x1_pretrain.money.ledger import NAME as LEDGER
-from x1_pretrain.records.metrics import read_rows
 from x1_pretrain.records.run_folder import parse_row
 from x1_pretrain.runtime.checkpoint_files import folder_name, verify_folder
 from x1_pretrain.runtime.lock import lock_folder

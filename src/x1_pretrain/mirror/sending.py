@@ -67,21 +67,29 @@ class Content:
 class Sender:
     """One thread that sends large files, as those who wait for them see it."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_change: Callable[[], None]) -> None:
+        self.busy = False
         self.error: StoreError | None = None  # of the last try
         self.failing = False  # nothing has arrived whole since the last error
         self.arrived = 0  # files
+        self._on_change = on_change
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
 
-    @property
-    def busy(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
-
-    def _start(self, work: Callable[[], None], name: str) -> None:
-        self.error = None
-        self._thread = threading.Thread(target=work, name=name, daemon=True)
+    def _start(self, work: Callable[[], bool], name: str) -> None:
+        """`work` says whether something is there now; whoever is woken by that finds nobody busy."""
+        self.error, self.busy = None, True
+        self._thread = threading.Thread(target=self._run, args=(work,), name=name, daemon=True)
         self._thread.start()
+
+    def _run(self, work: Callable[[], bool]) -> None:
+        arrived = False
+        try:
+            arrived = work()
+        finally:
+            self.busy = False
+        if arrived:
+            self._on_change()
 
     def stop(self) -> None:
         self._stop.set()

@@ -91,11 +91,24 @@ def throw_away(store: Store, head: Head, etag: str, now: datetime, by: str) -> s
 
 def _put_entry(store: Store, called: str, data: bytes) -> str:
     number, key = 1, f"{TRASH}/{called}.json"
-    while _there(store, key):
+    while not _made(store, key, data):
         number += 1
         key = f"{TRASH}/{called}-{number}.json"
-    store.put(key, data)
     return key
+
+
+def _made(store: Store, key: str, data: bytes) -> bool:
+    """False where it is there, also of one who was faster."""
+    if store.conditional:
+        try:
+            store.create(key, data)
+        except ChangedError:
+            return False
+        return True
+    if _there(store, key):
+        return False
+    store.put(key, data)
+    return True
 
 
 def _there(store: Store, key: str) -> bool:
@@ -154,6 +167,10 @@ def put_back(store: Store, one: Thrown, by: str) -> None:
             f"(`x1 runs rm {store.label}/{one.name}`)"
         )
     _refuse_incomplete(store, one)
+    if not _there(store, one.key):
+        raise RefusedError(
+            f"{store.label}/{one.key}: is being deleted, or was restored; look again (`x1 runs`)"
+        )
     epoch = max(one.head.writer.epoch, found[0].writer.epoch if found else 0)
     writer = replace(one.head.writer, epoch=epoch, state="released", why=_why(one, by))
     data = encode(replace(one.head, writer=writer, trashed_utc=None))
@@ -283,17 +300,21 @@ def _left_behind(
 
 
 def delete(store: Store, one: Doomed) -> None:
-    """For good. An entry is first renamed: what is half deleted can't be restored."""
-    going = None
-    if one.entry is not None:
-        going = one.entry.key if one.entry.going else f"{one.entry.key}{GOING}"
-        if not one.entry.going:
-            store.put(going, encode(one.entry.head))
-            store.delete([one.entry.key])
-    store.delete(one.keys)
-    if going and one.entry is not None:
-        _forget(store, one.entry)
-        store.delete([going])
+    """For good. An entry is first renamed: what is half deleted can't be restored. Of what was restored since
+    it was judged nothing goes."""
+    if one.entry is None:
+        return store.delete(one.keys)
+    going = one.entry.key if one.entry.going else f"{one.entry.key}{GOING}"
+    if not one.entry.going:
+        if not _there(store, one.entry.key):
+            return None
+        store.put(going, encode(one.entry.head))
+        store.delete([one.entry.key])
+    live = look(store, one.name)
+    kept = spaces(live[0]) if live and not live[0].trashed else set()
+    store.delete(key for key in one.keys if kept.isdisjoint(key.split("/")[1:3]))
+    _forget(store, one.entry)
+    return store.delete([going])
 
 
 def _forget(store: Store, one: Thrown) -> None:

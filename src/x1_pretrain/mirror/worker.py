@@ -34,8 +34,8 @@ from x1_pretrain.mirror.outage import Outage
 from x1_pretrain.mirror.patience import AwayError
 from x1_pretrain.mirror.preflight import AbsentError, preflight
 from x1_pretrain.mirror.publisher import Identity, Publisher
-from x1_pretrain.mirror.state import MirrorState, folder_id, is_anothers, read_state, write_state
 from x1_pretrain.mirror.talk import LOOK, GoneError, Orders, Voice, lines_of
+from x1_pretrain.records.mirror_state import MirrorState, folder_id, is_anothers, read_state, write_state
 from x1_pretrain.runtime.processes import state_and_start
 from x1_pretrain.stores.address import parse
 from x1_pretrain.stores.folder_store import FolderStore

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -30,7 +29,7 @@ from x1_pretrain.money.guard import ZERO, dollars, minutes
 from x1_pretrain.money.ledger import NAME, Ledger, LedgerError, Row, find_ledger
 from x1_pretrain.money.notify import Notifier
 from x1_pretrain.money.providers.opened import open_provider
-from x1_pretrain.money.sidecar import Sidecar
+from x1_pretrain.money.sidecar import Request, Sidecar
 from x1_pretrain.money.standing import Mirror, Standing, verdict
 from x1_pretrain.money.teardown import Ending, end_loudly
 
@@ -53,7 +52,7 @@ class OuterGuard:
     mirror: Mirror | None = None  # of the run: what is on the machine is there too
     lost: bool = False  # it was ended because it works no more
 
-    def run(self, stop: threading.Event) -> int:
+    def run(self, stop: Request) -> int:
         while not stop.is_set():
             self._turn()
             self.sidecar.read_ledger()
@@ -194,18 +193,18 @@ def watched(
     sidecar = _sidecar(ledger, machines[-1], clock, ceiling_usd, poll_s)
     agreed = launched_with(ledger.rows(), machines[-1].tag, "usd_per_hr")
     guard = OuterGuard(folder, sidecar, clock, linger_s, agreed, mirror=mirror)
-    stop = threading.Event()
+    stop = Request()
     numbers = (signal.SIGTERM, signal.SIGINT)
     before = [signal.signal(number, lambda *_: stop.set()) for number in numbers]
     code = guard.run(stop)
-    if guard.lost and stop.is_set() and mirror is not None:
-        code = INTERRUPTED
-        print("interrupted: it is not moved; the same `x1 launch` goes on from its mirror", flush=True)
     proof = f"; proof in {folder / PROOF}" if code == FINISHED else ""
     print(f"{dollars(sidecar.spent_usd)} in all{proof}", flush=True)
     sidecar.notifier.close(20.0)
     for number, handler in zip(numbers, before, strict=True):
         signal.signal(number, handler)
+    if guard.lost and stop.is_set() and mirror is not None:  # asked for no later than now
+        code = INTERRUPTED
+        print("interrupted: it is not moved; the same `x1 launch` goes on from its mirror", flush=True)
     return code, guard.lost and not stop.is_set()
 
 

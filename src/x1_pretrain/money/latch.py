@@ -9,6 +9,7 @@ import json
 import os
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -44,6 +45,8 @@ def read(folder: Path) -> Stop | None:
     try:
         tree: dict[str, Any] = read_json(file)
     except Exception as error:
+        if not os.path.lexists(file):  # cleared meanwhile
+            return None
         return Stop(f"{NAME} is there but can't be read ({error})", "unknown", 78, "unknown")
     fields = {name: tree.get(name) for name in Stop.__dataclass_fields__}
     texts = {k: str(v) if v is not None else None for k, v in fields.items() if k != "exit_code"}
@@ -78,8 +81,10 @@ def _name(new: Path, file: Path) -> None:
         os.link(new, file)
     except FileExistsError:
         return
-    except OSError:  # no hard links here (some network and FUSE disks)
-        new.replace(file)
+    except OSError:  # no hard links here (some network and FUSE disks): an empty file claims the name
+        with suppress(FileExistsError):
+            file.touch(exist_ok=False)
+            new.replace(file)
 
 
 def _sync(folder: Path) -> None:

@@ -195,6 +195,7 @@ def main(
     """Price a run, rent its machine, and guard it until it is gone."""
     overrides = dict(parse_assignment(text) for text in set_)
     loaded = with_mirror(load_config(config, overrides), mirror, mirror_data)
+    loaded.blocks_per_rank(gpu_count)
     names = provider_names(provider, loaded)
     clock = Clock.from_environment()
     raised = positive("--raise-ceiling-to", raise_ceiling_to)

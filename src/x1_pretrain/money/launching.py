@@ -17,7 +17,7 @@ from x1_pretrain.money.clock import Clock
 from x1_pretrain.money.guard import dollars
 from x1_pretrain.money.guard_command import guard_machine
 from x1_pretrain.money.ledger import Ledger
-from x1_pretrain.money.machine_jobs import JobOptions, train_flags
+from x1_pretrain.money.machine_jobs import JobOptions, ranks_flag, train_flags
 from x1_pretrain.money.moving import Mover
 from x1_pretrain.money.pricing import Wanted
 from x1_pretrain.money.providers.base import Offer, Provider, UnknownOutcomeError
@@ -85,6 +85,7 @@ def start_here(
     command += ["--rate-usd-per-hr", str(rate), "--", "--config", str(file)]
     command += ["--budget-cap-usd", str(wanted.ceiling_usd), "--run-dir", str(config.folder)]
     command += ["--data-dir", options.data_dir] if options.data_dir else []
+    command += ranks_flag(wanted.gpus)
     command += train_flags(config, replace(options, raised_usd=None))  # it is raised already
     for assignment in options.assignments:
         command += ["--set", assignment]

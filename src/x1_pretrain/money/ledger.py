@@ -60,22 +60,21 @@ class Ledger:
             if self._held is not None:
                 yield
                 return
-            try:
-                self.file.parent.mkdir(parents=True, exist_ok=True)
-                self._held = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o644)
-                fcntl.flock(self._held, fcntl.LOCK_EX)
-            except OSError as error:
-                self._release()
-                raise LedgerError(f"{self.file}: can't be written ({error.strerror})") from None
-            try:
+            try:  # Ctrl-C may come at any line: what is held is let go
+                self._hold()
                 yield
             finally:
-                self._release()
+                held, self._held = self._held, None
+                if held is not None:
+                    os.close(held)
 
-    def _release(self) -> None:
-        if self._held is not None:
-            os.close(self._held)
-            self._held = None
+    def _hold(self) -> None:
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self._held = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o644)
+            fcntl.flock(self._held, fcntl.LOCK_EX)
+        except OSError as error:
+            raise LedgerError(f"{self.file}: can't be written ({error.strerror})") from None
 
     def _cut_torn_end(self, descriptor: int) -> tuple[int, int]:
         """Where the next row goes, and the number of the last one."""

@@ -74,7 +74,7 @@ def job_for(
         corpus=options.data_dir or "",
         passed_variables=passed(config, options),
         supervise_flags=supervise_flags,
-        train_flags=train_flags(config, options),
+        train_flags=(*ranks_flag(gpus), *train_flags(config, options)),
         gpus=gpus,
         data_from_mirror=options.data_from_mirror,
         stop_s=STOP_S + (math.ceil(config.mirror.grace_s) if config.mirror.uri else 0),
@@ -85,6 +85,11 @@ def passed(config: RunConfig, options: JobOptions) -> tuple[str, ...]:
     """The names of the variables that a machine is handed, each once."""
     wanted = (*ALWAYS_PASSED, *options.passed, *credentials.names(config.mirror.uri))
     return tuple(dict.fromkeys(wanted))
+
+
+def ranks_flag(gpus: int) -> tuple[str, ...]:
+    """A process for each GPU that is paid for."""
+    return ("--ranks", str(gpus)) if gpus > 1 else ()
 
 
 def train_flags(config: RunConfig, options: JobOptions) -> tuple[str, ...]:
@@ -149,9 +154,9 @@ def request_for(
     environment = {name: os.environ[name] for name in passed(config, options) if name in os.environ}
     environment |= credentials.values(config.mirror.uri, os.environ, config.mirror.endpoint)
     if offer.provider == "fake":
-        script, image = on_this_computer(config, tag, usd_per_hr, cap_usd, disk_gib, options), "none:1"
+        script = on_this_computer(config, offer, tag, usd_per_hr, cap_usd, disk_gib, options)
         environment |= {k: os.environ[k] for k in (FAKE_VARIABLE, CLOCK_VARIABLE) if k in os.environ}
-        return LaunchRequest(offer, tag, script, image, disk_gib, environment)
+        return LaunchRequest(offer, tag, script, "none:1", disk_gib, environment)
     flags = (
         "--disk-gib",
         str(disk_gib),
@@ -176,7 +181,13 @@ def told(options: JobOptions) -> list[str]:
 
 
 def on_this_computer(
-    config: RunConfig, tag: str, usd_per_hr: Decimal, cap_usd: Decimal, disk_gib: int, options: JobOptions
+    config: RunConfig,
+    offer: Offer,
+    tag: str,
+    usd_per_hr: Decimal,
+    cap_usd: Decimal,
+    disk_gib: int,
+    options: JobOptions,
 ) -> str:
     """The fake provider's machines are processes here: the supervisor starts in this very installation. With
     a mirror each of them has a run folder of its own, as a real one has."""
@@ -187,6 +198,7 @@ def on_this_computer(
     words += ["--rate-usd-per-hr", str(usd_per_hr), "--disk-gib", str(disk_gib), "--every-s", "60"]
     words += [*(told(options) if mirrored else []), "--"]
     words += ["--config", str(folder / "launch.yaml"), "--run-dir", str(folder)]
+    words += ranks_flag(offer.gpu_count)
     words += ["--budget-cap-usd", str(cap_usd), *(train_flags(config, options) if mirrored else [])]
     words += ["--data-dir", str(Path(options.data_dir).absolute())] if options.data_dir else []
     if not mirrored:

@@ -146,7 +146,7 @@ class Notifier:
         self._urls = labelled(addresses)
         self._ledger, self._clock, self._run, self._say = ledger, clock, run, say
         self.channels = list(self._urls)  # safe to show
-        self._mutex = threading.Lock()
+        self._mutex = threading.RLock()  # a signal's handler may close what its own thread writes to
         self._unwritten: list[Row] = []  # rows that the disk did not take yet
         self._said: set[str] = set()  # troubles of the ledger, each said once
         self._stopping = False

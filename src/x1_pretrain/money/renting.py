@@ -72,9 +72,9 @@ def interruptible() -> Iterator[None]:
 
 def interrupted(folder: Path, clock: Clock) -> int:
     """Somebody ends the launch while a machine is rented that no guard watches."""
-    say("interrupted: ending what is rented")
     try:
         with interruptible():
+            say("interrupted: ending what is rented")
             end_loudly(folder, clock)
     except KeyboardInterrupt:
         say(f"interrupted again: a machine may be left, and bill. `x1 teardown {folder}` ends it")

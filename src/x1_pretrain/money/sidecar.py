@@ -8,8 +8,9 @@ job). The provider's word is checked against our own meter; when it can't be rea
 from __future__ import annotations
 
 import json
-import threading
+import queue
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
@@ -30,6 +31,24 @@ SOONEST_S = 15.0  # between two polls
 QUIET_POLLS = 3  # after so many failed polls a person hears of it
 TROUBLE_AGAIN_S = 3600.0
 GONE = (Status.TERMINATING, Status.GONE)
+
+
+class Request:
+    """To stop, from a signal's handler: it may come at any line of `wait`, where an Event would wait for its
+    own thread."""
+
+    def __init__(self) -> None:
+        self._made: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+    def set(self) -> None:
+        self._made.put(None)
+
+    def is_set(self) -> bool:
+        return not self._made.empty()
+
+    def wait(self, seconds: float) -> None:
+        with suppress(queue.Empty):
+            self._made.put(self._made.get(timeout=seconds))
 
 
 @dataclass
@@ -70,7 +89,7 @@ class Sidecar:
         self.began_s = self.clock.steady_s()
         self.age_s = max(0.0, (self.clock.now() - self.machine.since).total_seconds())  # by then
 
-    def run(self, stop: threading.Event) -> None:
+    def run(self, stop: Request) -> None:
         """Poll, sleep, until told to stop or the machine is gone; a poll that fails is never the end."""
         while not stop.is_set() and self.machine.ended is None:
             try:

@@ -144,10 +144,16 @@ def most_kept(checkpoint: CheckpointConfig, total_steps: int) -> int:
     return min(kept, most_made(checkpoint.every, total_steps, len(checkpoint.at)))
 
 
-def most_held(uri: str, checkpoint: CheckpointConfig, total_steps: int) -> int:
+def history(every: int, total_steps: int, at: int = 0) -> float:
+    """Checkpoints that a store which keeps all bills at most, in the mean over the run: one comes each
+    `every` steps, so half of those in the end; of those `at` other steps all, which may come at once."""
+    return most_made(every, total_steps) / 2 + at
+
+
+def most_held(uri: str, checkpoint: CheckpointConfig, total_steps: int) -> float:
     """Checkpoints that its store bills at once, at most."""
     if keeps_all(uri):
-        return most_made(checkpoint.every, total_steps, len(checkpoint.at))
+        return history(checkpoint.every, total_steps, len(checkpoint.at))
     return most_kept(checkpoint, total_steps)
 
 
@@ -168,7 +174,7 @@ class Planned:
 
     rates: Rates
     label: str
-    checkpoints: int
+    checkpoints: float  # of a history in the mean
     checkpoint_gib: float
     rows_gib: float = 0.0
     corpus_gib: float = 0.0  # of what is mirrored of the data

@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import IO, Annotated, Any
 
@@ -107,6 +108,7 @@ class Supervisor:
             self._keep_sidecar()
             self._note_return()
             time.sleep(0.1)
+        self._note_return()  # it may have been short
         self.down_since_s, self.batches = self.clock.steady_s(), batches(self.folder)
         self._note("session_end", exit_code=code, step=last_step(self.folder))
         return code
@@ -219,15 +221,17 @@ def start(command: Sequence[str], log: IO[bytes] | None = None) -> subprocess.Po
         command,
         env={**os.environ, "X1_UNATTENDED": "1"},
         start_new_session=True,
-        preexec_fn=_end_with_parent,
+        preexec_fn=partial(_end_with_parent, os.getpid()),
         stdout=log,
         stderr=log,
     )
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(parent: int) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # gone before it was asked for
+            os._exit(INTERRUPTED)
 
 
 def batches(folder: Path) -> int:

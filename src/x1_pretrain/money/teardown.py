@@ -235,7 +235,9 @@ def write_proof(folder: Path, ledger: Ledger, say: Callable[[str], None] = print
         return
     try:
         tree = {"schema_version": VERSIONS[PROOF], "confirmed": rows}
-        (folder / PROOF).write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+        new = folder / f".{PROOF}.{os.getpid()}.new"  # the guard and a sidecar may both write it
+        new.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+        new.replace(folder / PROOF)
     except OSError as error:
         say(f"{folder / PROOF}: can't be written ({error.strerror}); the ledger has the same rows")
 

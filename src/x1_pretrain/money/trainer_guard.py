@@ -6,9 +6,11 @@ not leave in time (a hang), it ends the process: the latch is written and the la
 
 from __future__ import annotations
 
+import math
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -67,7 +69,9 @@ class TrainerGuard:
     _stop: threading.Event = field(default_factory=threading.Event)
     _leaving: Action = Action.GO
     _thread: threading.Thread | None = None
+    _arming: threading.Lock = field(default_factory=threading.Lock)
     _timer: threading.Timer | None = None
+    _ends_s: float = math.inf  # when it ends the process
 
     def __post_init__(self) -> None:
         self._began, self._ticked_s = self.clock.now(), self.clock.steady_s()
@@ -271,12 +275,17 @@ class TrainerGuard:
         latch.write(self.folder, latch.Stop(reason, "guard", code, stamp(self.clock.now()), spent, ceiling))
 
     def _last_resort(self, patience_s: float) -> None:
-        """End the process if the loop has not left by then."""
-        if self._timer:
-            self._timer.cancel()
-        self._timer = threading.Timer(patience_s, _end_this_process)
-        self._timer.daemon = True
-        self._timer.start()
+        """End the process if the loop has not left by then. The soonest end holds; after `close` there is
+        none."""
+        with self._arming:
+            ends_s = time.monotonic() + patience_s
+            if self._stop.is_set() or ends_s >= self._ends_s:
+                return
+            if self._timer:
+                self._timer.cancel()
+            self._ends_s, self._timer = ends_s, threading.Timer(patience_s, _end_this_process)
+            self._timer.daemon = True
+            self._timer.start()
 
     # --------------------------------------------------------------------------------------------------------
     # The thread
@@ -319,11 +328,12 @@ class TrainerGuard:
 
     def close(self, drain_s: float = 10.0) -> None:
         """Once: what comes later finds it closed."""
-        if self._stop.is_set():
-            return
-        self._stop.set()
-        if self._timer:
-            self._timer.cancel()
+        with self._arming:
+            if self._stop.is_set():
+                return
+            self._stop.set()
+            if self._timer:
+                self._timer.cancel()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(2.0)
         self.notifier.close(drain_s)

@@ -23,6 +23,7 @@ class WatchedFile:
     def __init__(self, address: Address, clock: Clock, read_every_s: float, quiet_s: float) -> None:
         self.address, self.problem = address, None
         self._clock, self._every_s, self._quiet_s = clock, read_every_s, quiet_s
+        self._taking = threading.Lock()
         self._seen: BudgetFile | None = None
         self._at_s = 0.0  # the steady second at which `seen` was true
         self._asked_s = clock.steady_s()
@@ -71,10 +72,11 @@ class WatchedFile:
             self.problem = str(found)
             return None
         self.problem = None
-        if self._seen is None or found.last_update != self._seen.last_update:
-            age_s = max(0.0, (self._clock.now() - found.last_update).total_seconds())
-            self._at_s = self._clock.steady_s() - age_s
-        self._seen = found
-        return Reading(
-            found.spent_usd, found.rate_usd_per_hr, found.projected_total_usd, self._at_s, found.seq
-        )
+        with self._taking:  # the loop and the guard's thread both read
+            if self._seen is None or found.last_update != self._seen.last_update:
+                age_s = max(0.0, (self._clock.now() - found.last_update).total_seconds())
+                self._at_s = self._clock.steady_s() - age_s
+            self._seen = found
+            return Reading(
+                found.spent_usd, found.rate_usd_per_hr, found.projected_total_usd, self._at_s, found.seq
+            )

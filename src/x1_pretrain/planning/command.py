@@ -25,6 +25,7 @@ from x1_pretrain.model.flops import GPT2_VOCABULARY
 from x1_pretrain.money import gate
 from x1_pretrain.numbers import for_json, parse_amount
 from x1_pretrain.planning import config_file, critique, data_check, remarks, screen
+from x1_pretrain.planning.cluster import NODE_GPUS
 from x1_pretrain.planning.flags import (
     DISK_GIB,
     USUAL_BATCH,
@@ -133,7 +134,8 @@ def _plan(wanted: Wanted, output: Path | None, explain: bool, as_json: bool) -> 
         output = DEFAULT
     if output is not None:
         written = config_file.write(made, output, corpora(wanted, made))
-        notes.append(f"{output}: written; `x1 train --config {output}` runs it as {written.name}")
+        ranks = f" --ranks {wanted.gpus}" if 1 < wanted.gpus <= NODE_GPUS else ""
+        notes.append(f"{output}: written; `x1 train --config {output}{ranks}` runs it as {written.name}")
         notes.append(f"to rent its machine: {launch_line(made, output, wanted)}")
     if as_json:
         print(_json(config_file.tree(made, wanted.steps, wanted.flops, wanted.ratio, notes)))

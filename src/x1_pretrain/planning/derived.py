@@ -9,7 +9,7 @@ from x1_pretrain.learning.recipe import Derived
 from x1_pretrain.model import shapes
 from x1_pretrain.model.memory import GPU_MEMORY_SHARE
 from x1_pretrain.money import gate
-from x1_pretrain.money.storage import CHECKPOINT_BYTES
+from x1_pretrain.money.storage import CHECKPOINT_BYTES, keeps_all
 from x1_pretrain.numbers import flop, human
 from x1_pretrain.planning.cadence import (
     CHECKPOINT_H,
@@ -100,8 +100,8 @@ def _mirror(made: Plan) -> Iterator[Derived]:
         "mirror",
         float(made.quote.mirror_usd),
         f"{gate.exact(made.quote.mirror_usd)}",
-        "what is held x hours x price + one fetch",
-        f"({planned.checkpoints} x {planned.checkpoint_gib:,.2f} GiB{rows}{data}) x {hours:,.1f} h x "
+        f"what is held{' in the mean' * keeps_all(planned.label)} x hours x price + one fetch",
+        f"({planned.checkpoints:,g} x {planned.checkpoint_gib:,.2f} GiB{rows}{data}) x {hours:,.1f} h x "
         f"${float(rates.usd_per_gib_month):.4g} a month + {planned.fetched_gib:,.2f} GiB x "
         f"${float(rates.egress_usd_per_gib):.4g}",
         rates.said,

@@ -28,8 +28,8 @@ from x1_pretrain.money.storage import (
     Planned,
     Rates,
     bytes_per_token,
+    history,
     keeps_all,
-    most_made,
     rows_gib,
 )
 from x1_pretrain.numbers import human
@@ -309,7 +309,7 @@ class Plan:
         asked, disk, steps = self.ask.mirror, self.disk, self.recipe.steps
         if asked is None:
             return None
-        held = most_made(self.checkpoint_every, steps) if keeps_all(asked.uri) else self.most_kept
+        held = history(self.checkpoint_every, steps) if keeps_all(asked.uri) else self.most_kept
         corpus_gib = disk.corpus_bytes / GIB if asked.data else 0.0
         each_gib = disk.checkpoint_bytes / GIB
         return Planned(asked.rates, asked.uri, held, each_gib, rows_gib(steps), corpus_gib)

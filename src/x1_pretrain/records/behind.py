@@ -7,9 +7,9 @@ from datetime import datetime
 from pathlib import Path
 
 from x1_pretrain.errors import UserError
-from x1_pretrain.mirror.state import ALONE, NAME, MirrorState, read_state
 from x1_pretrain.numbers import size
 from x1_pretrain.records.console import duration
+from x1_pretrain.records.mirror_state import ALONE, NAME, MirrorState, read_state
 
 SILENT_S = 60.0  # its process looks every few seconds, and writes down what it finds
 

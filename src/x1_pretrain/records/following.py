@@ -15,13 +15,13 @@ from typing import Any, Literal
 
 from x1_pretrain.config_reading import parse_config, parse_yaml
 from x1_pretrain.errors import UserError
-from x1_pretrain.mirror.state import MirrorState
 from x1_pretrain.money import latch
 from x1_pretrain.money.account import Rented, account
 from x1_pretrain.money.ledger import NAME as LEDGER
 from x1_pretrain.money.ledger import read_rows
 from x1_pretrain.records.behind import as_of, copied, last_word
 from x1_pretrain.records.goodput import Goodput, goodput
+from x1_pretrain.records.mirror_state import MirrorState
 from x1_pretrain.records.run_folder import (
     ENDINGS,
     SILENT_S,

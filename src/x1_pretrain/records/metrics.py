@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +23,7 @@ def utc_now() -> str:
 
 
 class JsonLines:
-    """An append-only file of JSON rows with one writer.
+    """An append-only file of JSON rows with one process that writes.
 
     When the disk is full a row waits in memory and goes out with the next one that fits; `on_trouble` hears
     of it once per trouble.
@@ -30,6 +31,7 @@ class JsonLines:
 
     def __init__(self, path: Path, on_trouble: Callable[[str], None] = lambda _: None) -> None:
         self.path, self._on_trouble = path, on_trouble
+        self._writing = threading.RLock()  # the watchdog's thread tells of a hang while the loop may go on
         self._waiting: list[bytes] = []
         self._in_trouble = False
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -42,19 +44,20 @@ class JsonLines:
 
     def flush(self) -> None:
         """Try to write what waits. A failed write leaves no half row behind."""
-        while self._waiting:
-            data = self._waiting[0]
-            try:
-                written = os.pwrite(self._file, data, self._end)
-                if written != len(data):
-                    os.ftruncate(self._file, self._end)
-                    raise OSError(28, "No space left on device")
-            except OSError as error:
-                self._trouble(error)
-                return
-            self._end += written
-            self._waiting.pop(0)
-        self._in_trouble = False
+        with self._writing:
+            while self._waiting:
+                data = self._waiting[0]
+                try:
+                    written = os.pwrite(self._file, data, self._end)
+                    if written != len(data):
+                        os.ftruncate(self._file, self._end)
+                        raise OSError(28, "No space left on device")
+                except OSError as error:
+                    self._trouble(error)
+                    return
+                self._end += written
+                self._waiting.pop(0)
+            self._in_trouble = False
 
     def _trouble(self, error: OSError) -> None:
         if not self._in_trouble:
@@ -132,8 +135,8 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 def rewind(path: Path, step: int) -> int:
     """Move the rows after `step`, and a torn last line, to `<name>.superseded.jsonl`; how many were moved.
 
-    Rows are in step order, so they are the end of the file: it is copied, then cut. A kill in between leaves
-    the copy made twice and the file whole.
+    Rows are in step order, so they are the end of the file: it is copied, then cut. After a kill in between
+    it is done again.
     """
     if not path.exists():
         return 0
@@ -148,9 +151,18 @@ def rewind(path: Path, step: int) -> int:
         rest = stream.read()
         if rest:
             moved = rest.count(b"\n")
-            with path.with_name(f"{path.stem}.superseded.jsonl").open("ab") as aside:
-                aside.write(rest if rest.endswith(b"\n") else rest[: rest.rfind(b"\n") + 1])
-                aside.flush()
-                os.fsync(aside.fileno())
+            _set_aside(path.with_name(f"{path.stem}.superseded.jsonl"), rest[: rest.rfind(b"\n") + 1])
             stream.truncate(kept)
     return moved
+
+
+def _set_aside(file: Path, rows: bytes) -> None:
+    """Behind what is there, on the disk. Not again what a kill left there, or a mirror gave back."""
+    with file.open("a+b") as aside:
+        aside.seek(0)
+        there = aside.read()
+        aside.truncate(there.rfind(b"\n") + 1)
+        known = set(there.splitlines(keepends=True))
+        aside.write(b"".join(row for row in rows.splitlines(keepends=True) if row not in known))
+        aside.flush()
+        os.fsync(aside.fileno())

@@ -69,12 +69,12 @@ class MlflowSink:
                 f"MLflow is off: it is not installed ({mlflow_store.INSTALL}); metrics.jsonl has everything"
             )
             return
-        while not self._done():
+        while not self._given_up and not self._done():
             self._wake.wait(self._pause_s)
             self._wake.clear()
 
     def _done(self) -> bool:
-        """One look at the file. True once the run is closed in the store, or closing it was given up."""
+        """One look at the file. True once the run is closed in the store."""
         status = self._status  # read before the rows: all rows of a closing run are then in the file
         try:
             stored = self._connected()
@@ -83,7 +83,7 @@ class MlflowSink:
                 stored.finish(status)
         except Exception as error:  # whatever ails the store, training must not feel it
             self._trouble(error)
-            return self._given_up
+            return False
         self._well_again()
         return status is not None
 

@@ -57,6 +57,8 @@ class Newest:
                     found[kind] = row
         self.rows = self.rows | found
         self._end, self._seam = end, _between(stream, max(0, end - SEAM_BYTES), end)
+        if len(self._seam) < min(SEAM_BYTES, end):  # rows were cut off just now
+            self._forget()
 
 
 def _between(stream: IO[bytes], begin: int, end: int) -> bytes:

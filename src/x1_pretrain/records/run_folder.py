@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from difflib import get_close_matches
@@ -163,8 +164,10 @@ def list_runs(folder: Path) -> list[Path]:
 
 
 def _last_change(run: Path) -> float:
-    metrics = run / "metrics.jsonl"
-    return (metrics if metrics.exists() else run / "manifest.json").stat().st_mtime
+    for name in ("metrics.jsonl", "manifest.json"):
+        with suppress(OSError):
+            return (run / name).stat().st_mtime
+    return 0.0  # thrown away meanwhile
 
 
 def _not_a_run(folder: Path, runs: Path) -> str:

@@ -10,6 +10,7 @@ It needs nothing but the run folder, and the page nothing but itself.
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -22,11 +23,11 @@ import typer
 
 from x1_pretrain.command import run as run_app
 from x1_pretrain.command import single
-from x1_pretrain.errors import FINISHED, UserError
+from x1_pretrain.errors import FAULT, FINISHED, UserError
 from x1_pretrain.records.run_folder import Run, find_run, open_run
 from x1_pretrain.report import compare, story
-from x1_pretrain.report.blocks import Page
-from x1_pretrain.report.material import gather
+from x1_pretrain.report.blocks import Line, Page
+from x1_pretrain.report.material import clean, gather
 from x1_pretrain.report.page import html
 
 NAME = "report.html"
@@ -48,24 +49,42 @@ def main(
     watch: Annotated[bool, Flag("--watch", help="write it again until the runs are over")] = False,
     every: Annotated[float, Flag(help="seconds between two writings of --watch", min=1.0)] = 30.0,
 ) -> int:
-    """One HTML file that shows a run, or several side by side."""
-    opened = [open_run(find_run(name)) for name in dict.fromkeys(runs)]
-    if prediction is not None and len(opened) > 1:
+    """One HTML file that shows a run, or several side by side: those of them that can be read."""
+    names = list(dict.fromkeys(runs))
+    opened, broken = open_all(names)
+    if prediction is not None and len(names) > 1:
         raise UserError(
-            f"--prediction {prediction}: speaks of one run, {len(opened)} were named; report them one by one"
+            f"--prediction {prediction}: speaks of one run, {len(names)} were named; report them one by one"
         )
-    file = output or (opened[0].folder / NAME if len(opened) == 1 else Path(NAME))
+    for line in broken:
+        print(f"x1: {line}", file=sys.stderr)
+    file = output or (opened[0].folder / NAME if len(names) == 1 else Path(NAME))
     file = file / NAME if file.is_dir() else file
 
     def build(refresh_s: float | None) -> Page:
-        return page_of(opened, datetime.now(UTC), prediction, verify, refresh_s, file.parent)
+        page = page_of(opened, datetime.now(UTC), prediction, verify, refresh_s, file.parent)
+        absent = [Line(f"Not on this page: {clean(line)}", "bad") for line in broken]
+        return replace(page, lead=[*absent, *page.lead])
 
     if watch:
         watching(build, file, every, time.sleep)
     else:
         write(html(build(None)), file)
     print(f"report: {file} ({file.stat().st_size / 1024:,.0f} KiB)")
-    return FINISHED
+    return FAULT if broken else FINISHED
+
+
+def open_all(names: Sequence[str]) -> tuple[list[Run], list[str]]:
+    """The runs that can be opened, and why the others can't; UserError if none can."""
+    opened, broken = [], list[UserError]()
+    for name in names:
+        try:
+            opened.append(open_run(find_run(name)))
+        except UserError as error:
+            broken.append(error)
+    if not opened:
+        raise broken[0]
+    return opened, [str(error) for error in broken]
 
 
 def page_of(

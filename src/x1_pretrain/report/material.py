@@ -21,7 +21,6 @@ from pydantic import ValidationError
 
 from x1_pretrain.corpus.shards import Manifest as CorpusManifest
 from x1_pretrain.errors import UserError
-from x1_pretrain.mirror.state import MirrorState
 from x1_pretrain.money import latch
 from x1_pretrain.money.account import Account, account
 from x1_pretrain.money.ledger import NAME as LEDGER
@@ -30,6 +29,7 @@ from x1_pretrain.postmortem.episodes import Spike, episodes, tokens_after
 from x1_pretrain.records.behind import last_word
 from x1_pretrain.records.data_order import injected_stretches
 from x1_pretrain.records.goodput import Goodput, goodput
+from x1_pretrain.records.mirror_state import MirrorState
 from x1_pretrain.records.run_folder import (
     POSTMORTEM,
     Row,

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from x1_pretrain.mirror.state import NAME as MIRROR
 from x1_pretrain.money.audit import audit, gone
 from x1_pretrain.postmortem.episodes import episodes
 from x1_pretrain.postmortem.page import KINDS, STILL_UP
 from x1_pretrain.records.behind import last_word
 from x1_pretrain.records.export_folder import WEIGHTS
+from x1_pretrain.records.mirror_state import NAME as MIRROR
 from x1_pretrain.records.run_folder import POSTMORTEM, Row, Run, last_step, read_json, series
 from x1_pretrain.review import weights
 from x1_pretrain.review.check import FAILED, NOT_APPLICABLE, Check, judged

@@ -20,7 +20,9 @@ from x1_pretrain.records.run_folder import (
     read_jsonl,
     with_numbers,
 )
-from x1_pretrain.review.check import NOT_APPLICABLE, Check, judged
+from x1_pretrain.review.check import NOT_APPLICABLE, PASSED, Check, judged
+
+STEPS = "steps.jsonl"
 
 
 def rows_whole(run: Run) -> Check:
@@ -43,7 +45,9 @@ def steps_covered(run: Run, rows: Sequence[Row]) -> Check:
     """Every step that was due is there once, in order, with the tokens it must have."""
     train = [row["step"] for row in rows if is_train(row)]
     evaluated = [row["step"] for row in rows if is_evaluation(row)]
-    problems = [f"no training row for step {step}" for step in sorted(due_steps(run, rows) - set(train))]
+    lost = lost_up_to(run.events(), "metrics.jsonl")
+    missing = sorted(due_steps(run, rows) - set(train))
+    problems = [f"no training row for step {step}{_lost(step, lost)}" for step in missing]
     for kind, steps in (("training", train), ("evaluation", evaluated)):
         problems += [f"{n} {kind} rows for step {step}" for step, n in Counter(steps).items() if n > 1]
     steps = [row["step"] for row in rows]
@@ -79,20 +83,24 @@ def _token_problems(run: Run, rows: Sequence[Row]) -> list[str]:
 
 def every_step(run: Run, read_rows: Callable[[], Sequence[Row]]) -> Check:
     """steps.jsonl holds each step once, in order, up to the last, and the numbers of the rows of metrics."""
-    name, file = "every step on record", run.folder / "steps.jsonl"
-    if not file.exists():
+    name, file, formats = "every step on record", run.folder / STEPS, run.manifest.get("formats")
+    if not file.exists() and not (isinstance(formats, dict) and STEPS in formats):
         return Check(name, NOT_APPLICABLE, "no steps.jsonl: an older run")
-    rows = read_rows()
+    rows, events = read_rows(), run.events()
     recorded = [with_numbers(row) for row in read_jsonl(file).rows if is_number(row.get("step"))]
-    if not recorded:
-        nothing = ["steps.jsonl has no rows"] if last_step(rows) else []
-        return judged(name, nothing, "no step done yet")
     steps = [row["step"] for row in recorded]
-    first, last, allowed = steps[0], max(steps), _first_steps(run)
-    problems = [] if first in allowed else [f"begins at step {first}, expected {min(allowed)}"]
-    problems += [f"step {a} is followed by step {b}" for a, b in pairwise(steps) if b != a + 1]
-    if last < last_step(rows):
-        problems.append(f"ends at step {last:,}, metrics.jsonl at {last_step(rows):,}")
+    first = 1 + min((one["step"] for one in reached(events)), default=0)
+    last = max([last_step(rows), saved(events), *steps])
+    if last < first:
+        return Check(name, PASSED, "no step done yet")
+    problems = [f"begins at step {steps[0]}, expected {first}"] if steps and steps[0] < first else []
+    lost = lost_up_to(events, STEPS)
+    problems += [
+        f"no row of {_stretch(a + 1, b - 1)}{_lost(a + 1, lost)}"
+        for a, b in pairwise(sorted({first - 1, *steps, last + 1}))
+        if b != a + 1
+    ]
+    problems += [f"step {a} is followed by step {b}" for a, b in pairwise(steps) if b <= a]
     by_step = {row["step"]: row for row in recorded}
     same = [row for row in rows if is_train(row) and row["step"] in by_step]
     problems += [problem for row in same for problem in _disagreement(row, by_step[row["step"]])]
@@ -103,9 +111,42 @@ def every_step(run: Run, read_rows: Callable[[], Sequence[Row]]) -> Check:
     )
 
 
-def _first_steps(run: Run) -> set[int]:
-    """Where steps.jsonl may begin: after the start, or after a resume of a run older than the file."""
-    return {1 + one["step"] for one in reached(run.events())} or {1}
+def _stretch(first: int, last: int) -> str:
+    return f"step {first}" if first == last else f"steps {first} to {last}"
+
+
+def saved(events: Sequence[Row]) -> int:
+    """The step of the newest checkpoint, of those that no rewind and no later resume went back over."""
+    newest = 0
+    for event in events:
+        kind = event.get("event")
+        step: Any = event.get("to_step" if kind == "rewind" else "step")
+        if kind == "checkpoint" and is_number(step):
+            newest = step
+        elif kind in ("start", "resume", "rewind") and is_number(step):
+            newest = min(newest, step)
+    return newest
+
+
+def lost_up_to(events: Sequence[Row], file: str) -> int:
+    """The step at which a session came back from a mirror that had lost rows of the file; 0: none did."""
+    told = (f"{file}: rows are missing", f"{file}: ends at step")  # as a restore says it
+    return max(
+        (
+            event["step"]
+            for event in events
+            if event.get("event") == "mirror"
+            and is_number(event.get("step"))
+            and str(event.get("message")).startswith(told)
+        ),
+        default=0,
+    )
+
+
+def _lost(step: int, lost: int) -> str:
+    if step > lost:
+        return ""
+    return f", lost in the mirror that the run came back from (the event of step {lost} says so)"
 
 
 def _disagreement(row: Row, step: Row) -> list[str]:

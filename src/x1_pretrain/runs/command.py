@@ -295,9 +295,10 @@ def gc(
     yes: Yes = False,
     older_than: Annotated[str, typer.Option(metavar="7d", help="in the trash for so long")] = "7d",
 ) -> int:
-    """Delete for good what has been in the trash for 7 days, and what broken uploads left in a mirror.
+    """Delete for good what has been in the trash for 7 days, what broken uploads left in a mirror, and its
+    corpora that no run there names any more.
 
-    Without --yes it only shows what would go. Corpora in a mirror are never deleted here."""
+    Without --yes it only shows what would go."""
     if older_than.strip()[-1:].isdigit():  # 7 seconds, where 7 days were meant, would delete it all
         raise UserError(f"--older-than {older_than}: expected a time with its unit, such as 7d or 12h")
     age_s, where = duration_s(older_than, "--older-than"), folder or RUNS
@@ -309,7 +310,7 @@ def gc(
     freed = 0 if alone else emptying.gc_here(Path(where), age_s, yes)
     for place in stores:
         try:
-            freed += emptying.gc_there(place.open(RETRIES), age_s, yes, trouble)
+            freed += emptying.gc_there(place, place.open(RETRIES), age_s, yes, trouble)
         except (StoreError, UserError) as error:
             trouble.append(str(error))
     for line in trouble:

@@ -6,15 +6,23 @@ import os
 import time
 from contextlib import closing
 from datetime import UTC, datetime
+from decimal import Decimal
 from pathlib import Path
 
+from x1_pretrain.config import MirrorConfig
+from x1_pretrain.mirror import old_corpora
 from x1_pretrain.mirror import trash as mirror_trash
+from x1_pretrain.money import storage
+from x1_pretrain.money.guard import dollars
+from x1_pretrain.money.standing import endpoint_of
 from x1_pretrain.numbers import size
 from x1_pretrain.records import runs, runs_table, trash
 from x1_pretrain.runs.listing import Place
 from x1_pretrain.runs.listing import places as mirrors_of
 from x1_pretrain.stores.address import parse
 from x1_pretrain.stores.store import Store
+
+CENT = Decimal("0.01")
 
 # -----------------------------------------------------------------------------------------------------------
 # Back
@@ -69,7 +77,7 @@ def gc_here(folder: Path, age_s: float, yes: bool) -> int:
     return freed
 
 
-def gc_there(store: Store, age_s: float, yes: bool, trouble: list[str]) -> int:
+def gc_there(place: Place, store: Store, age_s: float, yes: bool, trouble: list[str]) -> int:
     if not store.names():
         return 0
     now = store.now()
@@ -84,5 +92,31 @@ def gc_there(store: Store, age_s: float, yes: bool, trouble: list[str]) -> int:
         freed += one.bytes
         if yes:
             mirror_trash.delete(store, one)
+    freed += corpora_gc(place, store, now, age_s, yes, trouble, {o.entry.key for o in found if o.entry})
     store.close()
     return freed
+
+
+def corpora_gc(
+    place: Place, store: Store, now: datetime, age_s: float, yes: bool, trouble: list[str], going: set[str]
+) -> int:
+    """Those that no run names once the entries `going` are gone."""
+    old, wrong = old_corpora.old_corpora(store, now, age_s, going)
+    for one in old:
+        print(f"{store.label}/{one.place}  {size(one.bytes)}  corpus that no run names{_a_month(place, one)}")
+    if yes and old:
+        old, left = old_corpora.delete(store, old)
+        wrong += left
+    trouble += [line for line in wrong if line not in trouble]
+    return sum(one.bytes for one in old)
+
+
+def _a_month(place: Place, one: old_corpora.OldCorpus) -> str:
+    """What its store bills; nothing where none does."""
+    uri = str(place.address)
+    bills = storage.rates(uri, endpoint_of(MirrorConfig(uri=uri, endpoint=place.endpoint)))
+    usd = bills.kept_usd(one.bytes / storage.GIB, storage.MONTH_H)
+    if not usd:
+        return "" if bills.known else ", of no known price"
+    history = "; billed until its history is squashed" if storage.keeps_all(uri) else ""
+    return f", {dollars(usd) if usd >= CENT else f'under {dollars(CENT)}'} a month{history}"

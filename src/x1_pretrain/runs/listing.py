@@ -15,10 +15,10 @@ from x1_pretrain.errors import UserError
 from x1_pretrain.mirror.head import NAME, TRASH, Head, decode
 from x1_pretrain.mirror.heads import look, run_names
 from x1_pretrain.mirror.leftovers import mirrored_bytes
-from x1_pretrain.mirror.state import ALONE, MirrorState, read_state
 from x1_pretrain.money.clock import stamp
 from x1_pretrain.numbers import span
 from x1_pretrain.records.following import amount
+from x1_pretrain.records.mirror_state import ALONE, MirrorState, read_state
 from x1_pretrain.records.runs import Listed, is_begun
 from x1_pretrain.records.trash import KEPT
 from x1_pretrain.stores.address import Address, is_uri, parse, run_address

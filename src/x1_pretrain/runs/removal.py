@@ -15,10 +15,10 @@ from x1_pretrain.mirror import trash as mirror_trash
 from x1_pretrain.mirror.head import Head
 from x1_pretrain.mirror.heads import look
 from x1_pretrain.mirror.identity import another_run_in
-from x1_pretrain.mirror.state import read_state
 from x1_pretrain.numbers import size
 from x1_pretrain.records import runs, runs_table, trash
 from x1_pretrain.records.behind import copied
+from x1_pretrain.records.mirror_state import read_state
 from x1_pretrain.records.runs import Listed
 from x1_pretrain.records.trash import TrashError
 from x1_pretrain.runs.listing import Place, is_address, mirror_of, of_head

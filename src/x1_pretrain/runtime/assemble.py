@@ -45,17 +45,6 @@ def be_deterministic(device: torch.device) -> None:
         torch.backends.cudnn.benchmark = False
 
 
-def local_blocks(config: RunConfig, world: World) -> int:
-    """Blocks of a step that this rank computes."""
-    blocks, rest = divmod(config.batch_blocks, world.size)
-    if rest:
-        raise UserError(
-            f"training.batch_tokens {config.training.batch_tokens} is {config.batch_blocks} blocks of "
-            f"{config.model.context}, which {world.size} ranks can't share evenly"
-        )
-    return blocks
-
-
 def wanted_attention(config: RunConfig) -> attention.Requested:
     """flash_attn's backward adds in any order, which torch's deterministic switch does not see."""
     return "sdpa" if config.training.deterministic else config.training.attention
@@ -123,7 +112,7 @@ def use_compiled(decoder: Decoder, machine: Machine, mode: str, z_loss: float) -
 def _micro_batch(
     config: RunConfig, world: World, decoder: Decoder, optimizer: AdamW, precision: fit.Precision
 ) -> tuple[int | None, str]:
-    wanted, blocks = config.training.micro_batch, local_blocks(config, world)
+    wanted, blocks = config.training.micro_batch, config.blocks_per_rank(world.size)
     if wanted != "auto":
         if blocks % wanted:
             near = fit.divisors_up_to(blocks, wanted)[0]

@@ -24,6 +24,7 @@ from typing import Any
 
 TICK_S = 0.5
 DUMP_S = 5.0  # the longest wait for the stacks
+WAKE_S = 2.0  # then for a word from one that the asking woke up, on a busy machine
 
 
 def watch(parent: int, spool: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -46,7 +47,7 @@ def watch(parent: int, spool: int, clock: Callable[[], float] = time.monotonic) 
             silent_s += min(between, 2 * TICK_S)
             if silent_s > latest["left_s"]:
                 stacks = asked_stacks(parent, spool)
-                if select.select([0], [], [], 0)[0]:
+                if select.select([0], [], [], WAKE_S)[0]:
                     continue  # the signal woke it up: then it speaks for itself
                 end(parent, stacks, about, latest, silent_s)
                 return

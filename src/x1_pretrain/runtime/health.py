@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,21 +20,9 @@ from x1_pretrain.runtime.host import HostWatch
 from x1_pretrain.runtime.machine_reading import network_mount
 from x1_pretrain.runtime.memory import LeakDetector
 from x1_pretrain.runtime.pace import Facts, PaceKeeper, Slow
-from x1_pretrain.runtime.run import Run
+from x1_pretrain.runtime.run import Health, Run
 from x1_pretrain.runtime.watchdog import suspended_line
 from x1_pretrain.runtime.world import World
-
-
-@dataclass
-class Health:
-    """Of one session, on its first rank."""
-
-    host: HostWatch
-    pace: PaceKeeper
-    facts: Facts  # of the session's start
-    ram: LeakDetector
-    gpu: LeakDetector | None = None
-    peak_told: bool = False
 
 
 def open_health(run: Run) -> Health | None:

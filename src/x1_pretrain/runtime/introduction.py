@@ -11,11 +11,11 @@ from x1_pretrain import config as cfg
 from x1_pretrain.config import RunConfig
 from x1_pretrain.config_reading import to_yaml
 from x1_pretrain.errors import UserError
-from x1_pretrain.mirror.state import go_on_without
 from x1_pretrain.model.flops import parameter_counts
 from x1_pretrain.records import run_manifest
 from x1_pretrain.records.formats import FORMATS
 from x1_pretrain.records.metrics import utc_now
+from x1_pretrain.records.mirror_state import go_on_without
 from x1_pretrain.runtime import assemble
 from x1_pretrain.runtime.run import Run
 from x1_pretrain.runtime.session import link_checkpoints, open_records, write_atomically

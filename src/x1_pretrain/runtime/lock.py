@@ -115,6 +115,8 @@ def lock_folder(
     file = (folder / "lock").open("a+", encoding="utf-8", errors="replace")
     try:
         with_kernel = _flocked(folder, file, flock)
+        if with_kernel:
+            _refuse_moved(folder, file)
         before = _holder(file)
         note = _judge(folder, file, before, with_kernel, say)
         mine = Holder.here()
@@ -141,6 +143,16 @@ def _flocked(folder: Path, file: IO[str], flock: Callable[[IO[str], int], None])
             raise
         return False
     return True
+
+
+def _refuse_moved(folder: Path, file: IO[str]) -> None:
+    """Between the opening and the lock somebody may have moved the folder into the trash."""
+    try:
+        same = os.path.samestat(os.fstat(file.fileno()), (folder / "lock").stat())
+    except FileNotFoundError:
+        same = False
+    if not same:
+        raise RefusedError(f"{folder}: was moved away in this moment; look where it is, then try again")
 
 
 def _holder(file: IO[str]) -> Holder | None:

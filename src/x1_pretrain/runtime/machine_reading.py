@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 
 from x1_pretrain.runtime.gpu_health import Gpu, GpuReading
+from x1_pretrain.runtime.processes import cores
 
 GIB = 2**30
 MOUNTS = Path("/proc/mounts")
@@ -136,11 +137,6 @@ def _cpu() -> dict[str, float]:
     """Seconds by kind, all cores. Guests are counted in user already."""
     times = psutil.cpu_times()._asdict()
     return {name: float(value) for name, value in times.items() if not name.startswith("guest")}
-
-
-def cores() -> int:
-    """Those this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -195,7 +195,8 @@ class Mirror:
 
     def _keep_alive(self) -> None:
         now = time.monotonic()
-        if self._process.poll() is None or self.lost or self._draining or now - self._started_s < AGAIN_S:
+        lives = self._process.poll() is None or self._reader.is_alive()  # until its last word was taken
+        if lives or self.lost or self._draining or now - self._started_s < AGAIN_S:
             return
         code, self._started_s = self._process.returncode, now
         said = f"the mirror's process ended (exit code {code}, see {LOG}): started again, until it lives"

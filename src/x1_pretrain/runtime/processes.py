@@ -49,3 +49,8 @@ def _answers(pid: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def cores() -> int:
+    """Those this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

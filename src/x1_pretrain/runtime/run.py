@@ -1,12 +1,13 @@
-"""What the loop holds: one `Run`, and the clock that says where its time went."""
+"""What the loop holds: one `Run`, the clock that says where its time went, what it watches and counts."""
 
 from __future__ import annotations
 
 import subprocess
 import time
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 import psutil
 from torch import Tensor
@@ -18,23 +19,23 @@ from x1_pretrain.corpus.reader import Reader
 from x1_pretrain.corpus.shards import Corpus
 from x1_pretrain.corpus.tokenizer import Tokenizer
 from x1_pretrain.evals.perplexity import Windows
+from x1_pretrain.learning.noise import NoiseScales
 from x1_pretrain.learning.stability import Judged, State
 from x1_pretrain.model.decoder import Decoder
 from x1_pretrain.model.flops import FlopsPerToken
 from x1_pretrain.money.trainer_guard import TrainerGuard
 from x1_pretrain.records import console
-from x1_pretrain.records.metrics import utc_now
+from x1_pretrain.records.metrics import read_rows, utc_now
 from x1_pretrain.records.mlflow_sink import MlflowSink
 from x1_pretrain.runtime.assemble import Machine
+from x1_pretrain.runtime.host import HostWatch
+from x1_pretrain.runtime.memory import LeakDetector
+from x1_pretrain.runtime.mirror import Mirror
+from x1_pretrain.runtime.pace import Facts, PaceKeeper
 from x1_pretrain.runtime.session import Records, Session
 from x1_pretrain.runtime.signals import Signals
 from x1_pretrain.runtime.watchdog import Phase, Watchdog
 from x1_pretrain.runtime.world import World
-
-if TYPE_CHECKING:
-    from x1_pretrain.runtime.health import Health
-    from x1_pretrain.runtime.mirror import Mirror
-    from x1_pretrain.runtime.telemetry import Telemetry
 
 # What the rows call the time of a phase.
 TIME_OF: dict[Phase, str] = {"data": "wait", "update": "step", "leaving": "other"}
@@ -105,6 +106,54 @@ class Update:
     injected: bool
     step_s: float = 0.0
     wait_s: float = 0.0  # of it, for data
+
+
+@dataclass
+class Telemetry:
+    """Of one run, from its start on; counts are since the last row."""
+
+    noise: NoiseScales
+    steps: int = 0
+    clipped: int = 0
+    injected: int = 0
+    by_layer: dict[str, float] = field(default_factory=dict)  # gradients', where this row is a dear one
+    squares: list[float] = field(default_factory=list)  # of the last gradient, by group
+
+    def count(self, update: Update) -> None:
+        self.steps += 1
+        self.clipped += update.grad_norm > update.judged.clip
+        self.injected += update.injected
+
+    @classmethod
+    def resumed(cls, config: RunConfig, step: int, saved: Mapping[str, Any]) -> Self:
+        """At `step`: a row counts the steps since the one before also where a resume lies between them."""
+        found = cls(NoiseScales.from_json(saved, config.telemetry.noise_scale == "groups"))
+        if since := step % config.log.every:
+            for row in read_rows(config.folder / "steps.jsonl"):
+                if step - since < row["step"] <= step:
+                    found.steps += 1
+                    found.clipped += row["grad_norm"] > row["clip"]
+                    found.injected += row.get("injected", False)
+        return found
+
+    def counts(self) -> dict[str, float]:
+        """Since the last row."""
+        row: dict[str, float] = {"clipped_share": self.clipped / max(1, self.steps)}
+        row |= {"injected_steps": self.injected} if self.injected else {}
+        self.steps = self.clipped = self.injected = 0
+        return row
+
+
+@dataclass
+class Health:
+    """Of one session, on its first rank."""
+
+    host: HostWatch
+    pace: PaceKeeper
+    facts: Facts  # of the session's start
+    ram: LeakDetector
+    gpu: LeakDetector | None = None
+    peak_told: bool = False
 
 
 @dataclass

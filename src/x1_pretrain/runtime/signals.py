@@ -22,7 +22,8 @@ REQUESTS = (signal.SIGTERM, signal.SIGINT)
 class Signals:
     """`with Signals() as signals:` ... `if signals.requested: save and leave`."""
 
-    def __init__(self) -> None:
+    def __init__(self, quiet: bool = False) -> None:
+        self._say: Callable[[str], None] = (lambda _: None) if quiet else _say
         self.requested: str | None = None  # the name of the first signal, or who else asked and why
         self.requested_s: float | None = None  # when, by the monotonic clock
         self.exit_code = INTERRUPTED
@@ -52,29 +53,29 @@ class Signals:
             self.requested_s = self.requested_s or time.monotonic()
             self.requested = why
         if self.nothing_to_save:
-            _say(f"\nx1: {why}: nothing was learned since the last checkpoint; leaving\n")
+            self._say(f"\nx1: {why}: nothing was learned since the last checkpoint; leaving\n")
             self._leave(why)
 
     def _on_request(self, number: int, _: FrameType | None) -> None:
         name = signal.Signals(number).name
         if self._signalled:
-            _say(
+            self._say(
                 f"\nx1: {name} again: leaving at once; the last checkpoint is safe, relaunch to go on from "
                 "it\n"
             )
             self._leave(name)
         self._signalled = True
         if self.requested is not None:
-            _say(f"\nx1: {name}: leaving already (once more: at once)\n")
+            self._say(f"\nx1: {name}: leaving already (once more: at once)\n")
             return
         self.requested, self.requested_s = name, time.monotonic()
         if self.nothing_to_save:
-            _say(f"\nx1: {name}: nothing was learned since the last checkpoint; leaving\n")
+            self._say(f"\nx1: {name}: nothing was learned since the last checkpoint; leaving\n")
             self._leave(name)
         if self.opening:
-            _say(f"\nx1: {name}: leaving; what was fetched stays (once more: leave at once)\n")
+            self._say(f"\nx1: {name}: leaving; what was fetched stays (once more: leave at once)\n")
             return
-        _say(f"\nx1: {name}: saving a checkpoint, then leaving (once more: leave at once)\n")
+        self._say(f"\nx1: {name}: saving a checkpoint, then leaving (once more: leave at once)\n")
 
     def _leave(self, name: str) -> None:
         self.before_leaving(name)

@@ -25,10 +25,9 @@ from x1_pretrain.records.metrics import read_rows, rewind
 from x1_pretrain.records.mlflow_sink import MlflowSink
 from x1_pretrain.records.run_folder import POSTMORTEM
 from x1_pretrain.runtime import checkpoint, checkpoint_files, telemetry
-from x1_pretrain.runtime.run import Run, Update
+from x1_pretrain.runtime.run import Run, Telemetry, Update
 from x1_pretrain.runtime.session import STEP_FILES, Records, open_records
 from x1_pretrain.runtime.start import open_reader
-from x1_pretrain.runtime.telemetry import Telemetry
 
 POSTMORTEM_S = 60.0  # what the end of a run waits for one
 

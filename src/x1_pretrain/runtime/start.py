@@ -24,10 +24,10 @@ from x1_pretrain.corpus.shards import Corpus
 from x1_pretrain.errors import RefusedError, UserError
 from x1_pretrain.evals.perplexity import windows
 from x1_pretrain.learning.stability import State, after_rewind
-from x1_pretrain.mirror.state import read_state
 from x1_pretrain.model.flops import flops_per_token
 from x1_pretrain.money.trainer_guard import TrainerGuard
 from x1_pretrain.records import console
+from x1_pretrain.records.mirror_state import read_state
 from x1_pretrain.records.mlflow_sink import MlflowSink
 from x1_pretrain.runtime import assemble, budget, checkpoint, checkpoint_files, hangs, mirroring, world
 from x1_pretrain.runtime.crash import crash_report
@@ -35,7 +35,7 @@ from x1_pretrain.runtime.introduction import manifest, open_folder
 from x1_pretrain.runtime.lock import FolderLock
 from x1_pretrain.runtime.mirror import LOG, Mirror
 from x1_pretrain.runtime.mirror import job_for as mirror_job
-from x1_pretrain.runtime.run import Clock, Run
+from x1_pretrain.runtime.run import Clock, Run, Telemetry
 from x1_pretrain.runtime.session import (
     Session,
     lock_places,
@@ -46,7 +46,6 @@ from x1_pretrain.runtime.session import (
     write_atomically,
 )
 from x1_pretrain.runtime.signals import Signals
-from x1_pretrain.runtime.telemetry import Telemetry
 from x1_pretrain.runtime.watchdog import Watchdog
 from x1_pretrain.runtime.world import World
 from x1_pretrain.stores.address import parse as parse_address
@@ -76,7 +75,7 @@ def started(
     ):
         corpora = open_corpora(config)
         config = resolve(config, corpora)
-        assemble.local_blocks(config, here)
+        config.blocks_per_rank(here.size)
         session = agreed_session(config, corpora, fresh, here, branch_from, locks)
         with opened(config, corpora, session, mirror, signals, here, screen, raise_ceiling_to) as run:
             yield run
@@ -326,7 +325,7 @@ def get_ready(run: Run) -> None:
     """Find how this machine computes the run best, say it, and write the manifest."""
     machine = run.machine
     assemble.fit_machine(run.config, run.world, run.decoder, run.optimizer, machine, run.signals)
-    blocks = assemble.local_blocks(run.config, run.world)
+    blocks = run.config.blocks_per_rank(run.world.size)
     micro, context = machine.micro_batch, run.config.model.context
     for line in machine.said:
         run.event("machine", f"  {line}")

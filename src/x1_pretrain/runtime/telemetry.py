@@ -6,60 +6,20 @@ micro-batch. Where a step is one micro-batch, every `SPLIT_EVERY`-th step is don
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from x1_pretrain.config import RunConfig
 from x1_pretrain.corpus.reader import Batch
 from x1_pretrain.learning import vitals
-from x1_pretrain.learning.noise import NoiseScales
 from x1_pretrain.model.loss import IGNORED
-from x1_pretrain.records.metrics import read_rows, utc_now
+from x1_pretrain.records.metrics import utc_now
 from x1_pretrain.runtime.run import Run, Update
 from x1_pretrain.runtime.session import Records
 
 SPLIT_EVERY = 16
-
-
-@dataclass
-class Telemetry:
-    """Of one run, from its start on; counts are since the last row."""
-
-    noise: NoiseScales
-    steps: int = 0
-    clipped: int = 0
-    injected: int = 0
-    by_layer: dict[str, float] = field(default_factory=dict)  # gradients', where this row is a dear one
-    squares: list[float] = field(default_factory=list)  # of the last gradient, by group
-
-    def count(self, update: Update) -> None:
-        self.steps += 1
-        self.clipped += update.grad_norm > update.judged.clip
-        self.injected += update.injected
-
-    @classmethod
-    def resumed(cls, config: RunConfig, step: int, saved: Mapping[str, Any]) -> Self:
-        """At `step`: a row counts the steps since the one before also where a resume lies between them."""
-        found = cls(NoiseScales.from_json(saved, config.telemetry.noise_scale == "groups"))
-        if since := step % config.log.every:
-            for row in read_rows(config.folder / "steps.jsonl"):
-                if step - since < row["step"] <= step:
-                    found.steps += 1
-                    found.clipped += row["grad_norm"] > row["clip"]
-                    found.injected += row.get("injected", False)
-        return found
-
-    def counts(self) -> dict[str, float]:
-        """Since the last row."""
-        row: dict[str, float] = {"clipped_share": self.clipped / max(1, self.steps)}
-        row |= {"injected_steps": self.injected} if self.injected else {}
-        self.steps = self.clipped = self.injected = 0
-        return row
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -165,6 +165,8 @@ class Watchdog:
             return self
         self._spool = _spool()
         if hasattr(faulthandler, "register"):
+            with contextlib.suppress(ValueError):  # not the main thread
+                signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # from `close` on: another rank may still ask
             faulthandler.register(signal.SIGUSR1, file=self._spool, all_threads=True)
         self._guardian = self._guarded()
         self._tell_guardian(limit_s(self._mark[0], self._limits, self._warm), self._mark)
@@ -179,13 +181,16 @@ class Watchdog:
         if self._thread is None:
             return
         self._thread.join(timeout=10)
+        if self._hung:  # it saves what can be saved, and ends this process
+            self._thread.join()
         faulthandler.unregister(signal.SIGUSR1)
         if self._guardian is not None and self._guardian.stdin is not None:
             with contextlib.suppress(OSError):
                 self._guardian.stdin.close()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._guardian.wait(timeout=5)
-        os.close(self._spool)
+        if not self._thread.is_alive():
+            os.close(self._spool)
         self._thread = None
 
     def __enter__(self) -> Self:

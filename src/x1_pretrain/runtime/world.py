@@ -1,4 +1,4 @@
-"""Ranks and devices: one process, or `torchrun` with several. One process pays for none of it."""
+"""Ranks and devices: one process, or several (`--ranks`, torchrun). One process pays for none of it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import Store, TCPStore
 
 from x1_pretrain.errors import UserError
+from x1_pretrain.runtime.ranks import MEETING
 
 T = TypeVar("T")
 OLDEST_TORCH = (2, 11)
@@ -111,18 +113,42 @@ def require_torch() -> None:
 
 
 def join(device: str | None = None, patience_s: float = 1800.0) -> World:
-    """This process's place: from torchrun's environment if there is one, else alone. A rank that waits longer
-    than `patience_s` for the others gives up; it must cover what the first rank does alone, such as
-    compiling."""
+    """This process's place: from the variables of `ranks` or torchrun if there are any, else alone. A rank
+    that waits longer than `patience_s` for the others gives up; it must cover what the first rank does alone,
+    such as compiling."""
     require_torch()
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     chosen = _device(device, int(os.environ.get("LOCAL_RANK", 0)))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if size > 1:
-        backend = "nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=patience_s))
+        backend, patience = "nccl" if chosen.type == "cuda" else "gloo", timedelta(seconds=patience_s)
+        if MEETING in os.environ:
+            dist.init_process_group(
+                backend, timeout=patience, store=_meeting(rank, size, patience), rank=rank, world_size=size
+            )
+        else:
+            dist.init_process_group(backend, timeout=patience)
     return World(rank, size, chosen)
+
+
+def _meeting(rank: int, size: int, patience: timedelta) -> Store:
+    """Where our own ranks meet: at a socket that their parent opened for the first of them."""
+    where, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    opened = int(os.environ[MEETING]) if rank == 0 else None
+    return TCPStore(where, port, size, rank == 0, patience, master_listen_fd=opened)
+
+
+def ranks_wanted(text: str, device: str | None) -> int:
+    """`--ranks N` or `auto`: as many processes as GPUs."""
+    gpus = torch.cuda.device_count() if device != "cpu" else 0
+    if text == "auto":
+        return max(1, gpus)
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"--ranks {text}: expected a number of processes, 1 or more, or auto")
+    if int(text) == 1 < gpus:
+        print(f"1 of the {gpus} GPUs here is used; --ranks {gpus} uses them all", flush=True)
+    return int(text)
 
 
 def _device(wanted: str | None, local_rank: int) -> torch.device:
@@ -138,7 +164,7 @@ def _device(wanted: str | None, local_rank: int) -> torch.device:
         )
     if local_rank >= torch.cuda.device_count():
         raise UserError(
-            f"rank {local_rank} has no GPU: this machine has {torch.cuda.device_count()}; "
-            "start torchrun with --nproc_per_node of at most that"
+            f"rank {local_rank} has no GPU: this machine has {torch.cuda.device_count()}; give --ranks of at "
+            "most that"
         )
     return torch.device("cuda", local_rank)

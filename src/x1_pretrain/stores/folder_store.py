@@ -192,7 +192,7 @@ class FolderStore:
             )
         _make_folders(self._root / WRITING, self._root.parent)
         self._device = self._root.stat().st_dev
-        _sweep(self._root / WRITING)
+        _sweep(self._root / WRITING, self._probe())
 
     def _refuse_other_disk(self) -> None:
         """Nothing is "not there" or "new" because the disk was unmounted under us."""
@@ -326,12 +326,11 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _sweep(folder: Path) -> None:
-    """Remove what killed writers left behind."""
-    now = time.time()
+def _sweep(folder: Path, now: datetime) -> None:
+    """Remove what killed writers left behind, by the disk's clock: others may be writing."""
     for path in folder.iterdir():
         with suppress(OSError):
-            if now - path.stat().st_mtime > LEFT_BEHIND_S:
+            if now.timestamp() - path.stat().st_mtime > LEFT_BEHIND_S:
                 path.unlink()
 
 

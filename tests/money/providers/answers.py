@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -205,13 +206,12 @@ def broken(body: Any, status: int = 200, **more: Any) -> Reply:
     return Reply(status, content, **more)
 
 
-def refused_port() -> str:
-    """An address of this machine where nobody listens."""
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+@contextmanager
+def refused_port() -> Iterator[str]:
+    """An address of this machine that is taken, and where nobody listens."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{taken.getsockname()[1]}"
 
 
 def discreet(error: BaseException, log: str = "") -> str:

@@ -137,4 +137,4 @@ def test_opening_asks_nothing() -> None:
     open_provider(
         "lambda", Clock(), environment={"LAMBDA_API_KEY": KEY, "X1_LAMBDA_URL": "https://192.0.2.1"}
     )
-    assert time.monotonic() - began < 1.0
+    assert time.monotonic() - began < 9  # a connection is waited for 10 s

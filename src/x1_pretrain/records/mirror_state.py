@@ -8,6 +8,7 @@ behind by a later writer.
 from __future__ import annotations
 
 import json
+import os
 import secrets
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -99,6 +100,6 @@ def write_state(folder: Path, state: MirrorState) -> None:
     """Whole or not at all."""
     content = {"schema_version": SCHEMA_VERSION, "kind": "mirror-state", **asdict(state)}
     content["updated_utc"] = utc_now()
-    temporary = folder / f".{NAME}-new"
+    temporary = folder / f".{NAME}.{os.getpid()}.new"  # a killed trainer's mirror may be at it as well
     temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     temporary.replace(folder / NAME)
