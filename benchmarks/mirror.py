@@ -39,7 +39,7 @@ import torch
 
 import telemetry
 from x1_pretrain.mirror.job import Job
-from x1_pretrain.runtime import checkpoint_files
+from x1_pretrain.records import checkpoint_files
 from x1_pretrain.runtime.run import Run
 from x1_pretrain.runtime.signals import Signals
 from x1_pretrain.runtime.start import get_ready, started

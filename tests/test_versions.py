@@ -25,6 +25,7 @@ from x1_pretrain.money.account import account
 from x1_pretrain.money.clock import Clock
 from x1_pretrain.money.ledger import LedgerError, read_rows
 from x1_pretrain.records import trash
+from x1_pretrain.records.checkpoint_files import verify_folder
 from x1_pretrain.records.following import Seen, open_followed
 from x1_pretrain.records.formats import FORMATS, VERSIONS, check_folder
 from x1_pretrain.records.run_folder import open_run, read_json
@@ -32,7 +33,6 @@ from x1_pretrain.records.summary import Summary
 from x1_pretrain.report import command as report_command
 from x1_pretrain.review.command import FAILED, verify
 from x1_pretrain.runs import command as runs_command
-from x1_pretrain.runtime.checkpoint_files import verify_folder
 from x1_pretrain.stores.folder_store import FolderStore
 
 KEPT = Path(__file__).parent / "versions"

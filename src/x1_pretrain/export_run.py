@@ -26,6 +26,7 @@ from x1_pretrain.config_reading import parse_config, parse_yaml
 from x1_pretrain.errors import FAULT, FINISHED, UserError
 from x1_pretrain.money import audit
 from x1_pretrain.records import mlflow_store
+from x1_pretrain.records.checkpoint_files import newest_good, step_of
 from x1_pretrain.records.export_folder import WEIGHTS, Material, export, story
 from x1_pretrain.records.run_folder import (
     Row,
@@ -37,7 +38,6 @@ from x1_pretrain.records.run_folder import (
     read_json,
     resume_steps,
 )
-from x1_pretrain.runtime.checkpoint_files import newest_good, step_of
 
 RUNS = Path("runs")
 MLFLOW_OFF = "MLflow was off for this run; metrics.csv holds every point"

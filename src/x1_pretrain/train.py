@@ -30,18 +30,8 @@ from x1_pretrain.learning.schedule import learning_rate
 from x1_pretrain.model.flops import mfu
 from x1_pretrain.model.loss import IGNORED, chunk_terms, chunk_tokens, summed_loss
 from x1_pretrain.money.rehearsal import rehearse
-from x1_pretrain.records import console
-from x1_pretrain.runtime import (
-    assemble,
-    checkpoint_files,
-    fit,
-    health,
-    memory,
-    mirroring,
-    ranks,
-    spikes,
-    telemetry,
-)
+from x1_pretrain.records import checkpoint_files, console
+from x1_pretrain.runtime import assemble, fit, health, memory, mirroring, ranks, spikes, telemetry
 from x1_pretrain.runtime.budget import over_budget, tell_budget
 from x1_pretrain.runtime.evaluating import evaluated, sample
 from x1_pretrain.runtime.introduction import write_again

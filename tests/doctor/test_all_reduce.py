@@ -11,7 +11,7 @@ import pytest
 
 from x1_pretrain.doctor import all_reduce
 from x1_pretrain.doctor.all_reduce import SAFE_NCCL, Attempt, Patience
-from x1_pretrain.runtime.processes import is_alive
+from x1_pretrain.records.processes import is_alive
 
 QUICK = Patience(start_s=60.0, first_s=1.5, quiet_s=1.0)  # a word is followed by the next at once
 ENVIRONMENT: Mapping[str, str] = {"PATH": "/usr/bin:/bin"}

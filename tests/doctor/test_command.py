@@ -20,7 +20,7 @@ from x1_pretrain.doctor import all_reduce, command, conclusion, examination, ncc
 from x1_pretrain.doctor.all_reduce import Attempt
 from x1_pretrain.doctor.examination import Examined, Options
 from x1_pretrain.doctor.machine import look
-from x1_pretrain.runtime.processes import is_alive
+from x1_pretrain.records.processes import is_alive
 
 CALL = (
     "import sys; from x1_pretrain.doctor.command import app; from x1_pretrain.command import run; "

@@ -14,7 +14,7 @@ import pytest
 
 from x1_pretrain.doctor import trial
 from x1_pretrain.doctor.trial import Trial
-from x1_pretrain.runtime.processes import is_alive
+from x1_pretrain.records.processes import is_alive
 
 HEAD = "import os, sys, time, subprocess\nfrom x1_pretrain.doctor.trial import answered\n"
 

@@ -20,8 +20,7 @@ import x1_pretrain.train as train
 from x1_pretrain.command import run
 from x1_pretrain.corpus.reader import Reader
 from x1_pretrain.evals import perplexity
-from x1_pretrain.records import metrics
-from x1_pretrain.runtime import checkpoint_files
+from x1_pretrain.records import checkpoint_files, metrics
 
 AT_STEP = 12
 

@@ -16,7 +16,8 @@ import x1_pretrain.train as train
 from x1_pretrain.command import run
 from x1_pretrain.corpus.reader import Reader
 from x1_pretrain.evals import perplexity
-from x1_pretrain.runtime import checkpoint_files, fit
+from x1_pretrain.records import checkpoint_files
+from x1_pretrain.runtime import fit
 
 FROM_STEP = 12  # slow only once there is something to lose
 

@@ -14,12 +14,12 @@ from tests.end_to_end.processes import Training, curve, last_step, rows, wait_un
 
 from x1_pretrain.config_reading import load_config
 from x1_pretrain.corpus.mixture import open_corpora
+from x1_pretrain.records.checkpoint_files import list_checkpoints
 from x1_pretrain.records.run_folder import open_run
 from x1_pretrain.review.command import PASSED, verify
 from x1_pretrain.review.rows import blocks_in_order
 from x1_pretrain.runtime.branch import read_parent
 from x1_pretrain.runtime.checkpoint import read_state
-from x1_pretrain.runtime.checkpoint_files import list_checkpoints
 from x1_pretrain.runtime.session import resolve
 
 Capture = pytest.CaptureFixture[str]

@@ -20,7 +20,7 @@ from tests.end_to_end.processes import Training, curve, last_step, rows, wait_un
 from x1_pretrain.command import run as run_app
 from x1_pretrain.money import budget_file
 from x1_pretrain.money.budget_command import app as budget_app
-from x1_pretrain.runtime.checkpoint_files import newest_good, step_of
+from x1_pretrain.records.checkpoint_files import newest_good, step_of
 
 QUICK = ["--set", "budget.read_every_s=0.3", "--set", "budget.warmup_s=0"]
 SLOW_PHASE = Path(__file__).with_name("slow_phase.py")

@@ -29,7 +29,7 @@ from tests.end_to_end.processes import (
     weights,
 )
 
-from x1_pretrain.runtime.checkpoint_files import newest_good, step_of
+from x1_pretrain.records.checkpoint_files import newest_good, step_of
 
 SCRIPT = Path(__file__).with_name("faulty.py")
 STEPS, FAULT_AT = 40, 12

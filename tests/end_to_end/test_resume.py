@@ -15,8 +15,8 @@ from tests.end_to_end.in_process import train_here
 from tests.end_to_end.processes import Training, curve, rows, weights
 
 from x1_pretrain.records.behind import copied
+from x1_pretrain.records.checkpoint_files import list_checkpoints, newest_good, verify_folder
 from x1_pretrain.records.mirror_state import PULLED, MirrorState, read_state, write_state
-from x1_pretrain.runtime.checkpoint_files import list_checkpoints, newest_good, verify_folder
 
 Capture = pytest.CaptureFixture[str]
 
@@ -298,8 +298,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture
 def no_safety_margin(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the write itself meet the end of the disk, as when another program fills it meanwhile."""
-    monkeypatch.setattr("x1_pretrain.runtime.checkpoint_files._require_space", lambda folder, needed: None)
-    monkeypatch.setattr("x1_pretrain.runtime.checkpoint_files.SAFETY_BYTES", 0)
+    monkeypatch.setattr("x1_pretrain.records.checkpoint_files._require_space", lambda folder, needed: None)
+    monkeypatch.setattr("x1_pretrain.records.checkpoint_files.SAFETY_BYTES", 0)
 
 
 def test_a_signal_at_the_very_end_loses_neither_evaluation_nor_finish(
@@ -399,8 +399,8 @@ def test_a_save_that_fails_for_another_reason_removes_nothing(
     tmp_path: Path, config: Path, corpus: Path, capfd: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only want of space makes older checkpoints go; weights that went bad make them precious."""
+    from x1_pretrain.records.checkpoint_files import CheckpointFailedError
     from x1_pretrain.runtime import checkpoint
-    from x1_pretrain.runtime.checkpoint_files import CheckpointFailedError
 
     good = checkpoint.save
 

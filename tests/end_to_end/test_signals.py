@@ -11,7 +11,7 @@ import pytest
 from tests.corpora import write_config
 from tests.end_to_end.processes import Training, curve, last_step, rows, wait_until, weights
 
-from x1_pretrain.runtime.checkpoint_files import newest_good, step_of
+from x1_pretrain.records.checkpoint_files import newest_good, step_of
 
 SCRIPT = Path(__file__).with_name("slow_phase.py")
 STEPS = 40

@@ -18,7 +18,7 @@ from typing import Any
 from x1_pretrain.mirror.claim import UNSAID
 from x1_pretrain.mirror.head import Epoch, Head, Object, Published, Writer, encode
 from x1_pretrain.mirror.job import Job
-from x1_pretrain.runtime import checkpoint_files
+from x1_pretrain.records import checkpoint_files
 from x1_pretrain.stores.store import Meta, Store, UnreachableError
 
 RUN_ID = "tiny-20261121T120000Z-abcdef"

@@ -21,9 +21,9 @@ import yaml
 from x1_pretrain.demo import config_tree
 from x1_pretrain.mirror.head import Head
 from x1_pretrain.mirror.job import Job
+from x1_pretrain.records import checkpoint_files
+from x1_pretrain.records.checkpoint_files import folder_name
 from x1_pretrain.records.metrics import rewind
-from x1_pretrain.runtime import checkpoint_files
-from x1_pretrain.runtime.checkpoint_files import folder_name
 from x1_pretrain.stores.store import Store
 
 RUN_ID = "tiny-20261121T000000Z-abcdef"

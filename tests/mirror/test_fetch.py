@@ -31,8 +31,8 @@ from x1_pretrain.mirror import fetch, patience
 from x1_pretrain.mirror.download import Progress
 from x1_pretrain.mirror.fetch import fetch_checkpoint
 from x1_pretrain.mirror.patience import AGAIN_S, AwayError, UnusableError
-from x1_pretrain.runtime import checkpoint_files
-from x1_pretrain.runtime.checkpoint_files import needs_and_has, verify_folder
+from x1_pretrain.records import checkpoint_files
+from x1_pretrain.records.checkpoint_files import needs_and_has, verify_folder
 from x1_pretrain.stores.address import parse
 from x1_pretrain.stores.folder_store import FolderStore
 from x1_pretrain.stores.opened import open_store

@@ -33,8 +33,8 @@ from x1_pretrain.mirror.lease import Lease, LostError
 from x1_pretrain.mirror.looks import Looks
 from x1_pretrain.mirror.outage import Outage
 from x1_pretrain.mirror.publisher import Identity, Publisher, size
+from x1_pretrain.records.checkpoint_files import folder_name, list_checkpoints, step_of
 from x1_pretrain.records.metrics import rewind
-from x1_pretrain.runtime.checkpoint_files import folder_name, list_checkpoints, step_of
 from x1_pretrain.stores.store import DeniedError, StoreError, UnreachableError
 
 

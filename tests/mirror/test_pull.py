@@ -16,9 +16,9 @@ from tests.end_to_end.in_process import train_here
 from tests.mirror.published import RUN_ID, Mirrored, content, event, publish, rows
 from x1_pretrain import cli
 from x1_pretrain.mirror.head import decode, encode
+from x1_pretrain.records.checkpoint_files import verify_folder
+from x1_pretrain.records.lock import lock_folder
 from x1_pretrain.records.mirror_state import read_state
-from x1_pretrain.runtime.checkpoint_files import verify_folder
-from x1_pretrain.runtime.lock import lock_folder
 from x1_pretrain.stores.folder_store import FolderStore
 
 

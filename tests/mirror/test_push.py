@@ -14,9 +14,9 @@ from tests.stores.model_store import Clock, Fault, ModelStore
 from x1_pretrain.command import run as run_app
 from x1_pretrain.mirror import outage, push_command
 from x1_pretrain.mirror.heads import look
+from x1_pretrain.records.lock import lock_folder
 from x1_pretrain.records.mirror_state import read_state
 from x1_pretrain.records.run_folder import open_run
-from x1_pretrain.runtime.lock import lock_folder
 from x1_pretrain.stores.address import parse
 from x1_pretrain.stores.opened import open_store
 

@@ -37,9 +37,9 @@ from x1_pretrain.money.clock import Clock
 from x1_pretrain.money.ledger import Ledger
 from x1_pretrain.money.ledger import read_rows as ledger_rows
 from x1_pretrain.numbers import size
+from x1_pretrain.records.checkpoint_files import newest_good
 from x1_pretrain.records.metrics import rewind
 from x1_pretrain.records.mirror_state import MirrorState, write_state
-from x1_pretrain.runtime.checkpoint_files import newest_good
 from x1_pretrain.stores.folder_store import FolderStore
 from x1_pretrain.stores.store import NotThereError, UnreachableError
 

@@ -11,8 +11,8 @@ from safetensors.numpy import save_file
 
 from x1_pretrain.config import RunConfig, config_hash
 from x1_pretrain.config_reading import parse_config, to_yaml
+from x1_pretrain.records.checkpoint_files import publish
 from x1_pretrain.review.weights import expected_shapes
-from x1_pretrain.runtime.checkpoint_files import publish
 
 RUN_ID = "tiny-20261121T101500Z-ab12cd"
 FINGERPRINT = "f" * 64

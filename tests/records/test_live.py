@@ -28,13 +28,13 @@ from x1_pretrain.command import run as run_app
 from x1_pretrain.records import following, live
 from x1_pretrain.records.following import CURVE_POINTS, Curve, Seen, open_followed
 from x1_pretrain.records.frame import clean, event_line, frame, sparkline, status_line
+from x1_pretrain.records.lock import Holder
 from x1_pretrain.records.mirror_state import PULLED, PULLED_HOME, MirrorState, go_on_without, write_state
 from x1_pretrain.records.run_folder import ENDINGS, open_run
 from x1_pretrain.records.summary import Summary
 from x1_pretrain.records.tail import Tail
 from x1_pretrain.report.material import gather
 from x1_pretrain.report.state import state as report_state
-from x1_pretrain.runtime.lock import Holder
 
 NOW = datetime(2026, 11, 21, 10, 16, tzinfo=UTC).timestamp()  # 18 s after the builder's last record
 
@@ -59,7 +59,7 @@ def folder(tmp_path: Path) -> Path:
 
 def held_by(folder: Path, process: subprocess.Popen[bytes]) -> None:
     """The lock as a trainer with that process id would hold it."""
-    from x1_pretrain.runtime.processes import boot_id, started
+    from x1_pretrain.records.processes import boot_id, started
 
     holder = Holder(process.pid, os.uname().nodename, "-", boot_id(), started(process.pid), "ab12cd34")
     (folder / "lock").write_text(holder.line())

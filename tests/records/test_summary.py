@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from tests.records.builder import RUN_ID, build_run, event, write_lines
 
 from x1_pretrain.records import newest as module
+from x1_pretrain.records.lock import Holder, lock_folder
 from x1_pretrain.records.newest import Newest
+from x1_pretrain.records.processes import boot_id
 from x1_pretrain.records.summary import Summary, newest_whole
-from x1_pretrain.runtime.lock import Holder, lock_folder
-from x1_pretrain.runtime.processes import boot_id
 
 NOW = 2_000_000_000.0
 

@@ -395,7 +395,7 @@ def test_weights_that_come_out_other_are_seen(folder: Path) -> None:
 
 def reseal(folder: Path, write: Callable[[Path], object]) -> None:
     """A good checkpoint (its hashes match) with other weights."""
-    from x1_pretrain.runtime.checkpoint_files import sha256
+    from x1_pretrain.records.checkpoint_files import sha256
 
     place = folder / "checkpoints" / "step-000000042"
     write(place / "model.safetensors")

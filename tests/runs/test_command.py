@@ -26,11 +26,11 @@ from x1_pretrain.mirror.heads import look
 from x1_pretrain.mirror.old_corpora import OldCorpus
 from x1_pretrain.numbers import size
 from x1_pretrain.records import runs_table, trash
+from x1_pretrain.records.lock import lock_folder
 from x1_pretrain.records.mirror_state import PULLED, MirrorState, go_on_without, write_state
 from x1_pretrain.records.runs import Listed
 from x1_pretrain.runs import emptying, listing
 from x1_pretrain.runs.command import app
-from x1_pretrain.runtime.lock import lock_folder
 from x1_pretrain.stores.address import parse
 from x1_pretrain.stores.folder_store import FolderStore
 from x1_pretrain.stores.opened import open_store

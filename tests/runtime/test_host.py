@@ -19,7 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from x1_pretrain.config import TelemetryConfig
-from x1_pretrain.runtime import gpu_health, host, machine_reading, processes, thresholds
+from x1_pretrain.records import processes
+from x1_pretrain.runtime import gpu_health, host, machine_reading, thresholds
 from x1_pretrain.runtime.gpu_health import Gpu, GpuReading, open_gpu
 from x1_pretrain.runtime.host import HostWatch, Writes
 from x1_pretrain.runtime.machine_reading import Looker, Seen, network_mount

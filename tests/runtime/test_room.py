@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.runtime.test_checkpoint_files import content
-from x1_pretrain.runtime import checkpoint_files as files
-from x1_pretrain.runtime.retention import kept
+from tests.records.test_checkpoint_files import content
+from x1_pretrain.records import checkpoint_files as files
+from x1_pretrain.records.retention import kept
 
 
 def steps_in(folder: Path) -> set[int]:

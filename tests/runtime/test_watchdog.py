@@ -20,8 +20,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from x1_pretrain.config import WatchdogConfig
+from x1_pretrain.records.processes import is_alive, started
 from x1_pretrain.runtime.crash import crash_report
-from x1_pretrain.runtime.processes import is_alive, started
 from x1_pretrain.runtime.watchdog import AT_REST, Hang, Watchdog, counted_s, limit_s
 
 LIMITS = WatchdogConfig(

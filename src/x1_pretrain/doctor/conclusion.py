@@ -20,8 +20,8 @@ from x1_pretrain.model.flops import GPT2_VOCABULARY, parameter_counts
 from x1_pretrain.model.gpus import Kind
 from x1_pretrain.model.memory import training_memory
 from x1_pretrain.money.prices import list_price
+from x1_pretrain.records import checkpoint_files
 from x1_pretrain.records.metrics import utc_now
-from x1_pretrain.runtime import checkpoint_files
 
 ENV_NAME = nccl_env.NAME
 RANK_BYTES = 3 << 30  # a process with torch, CUDA's context and pinned buffers, in the host's memory

@@ -12,8 +12,8 @@ from typing import Any
 from x1_pretrain.mirror.claim import UNSAID
 from x1_pretrain.mirror.fetch import is_same
 from x1_pretrain.mirror.head import Head, Object, Published
+from x1_pretrain.records.checkpoint_files import list_checkpoints, step_of
 from x1_pretrain.records.mirror_state import read_state
-from x1_pretrain.runtime.checkpoint_files import list_checkpoints, step_of
 
 MARKER = ".restoring.json"  # in a run folder whose records are being replaced
 

@@ -26,7 +26,7 @@ from x1_pretrain.mirror.patience import (
     get_verified,
     told,
 )
-from x1_pretrain.runtime.checkpoint_files import (
+from x1_pretrain.records.checkpoint_files import (
     FETCHING,
     NEEDED,
     SCHEMA_VERSION,

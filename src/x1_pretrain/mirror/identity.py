@@ -7,7 +7,7 @@ from pathlib import Path
 
 from x1_pretrain.errors import RefusedError
 from x1_pretrain.mirror.head import Head
-from x1_pretrain.runtime.checkpoint_files import list_checkpoints
+from x1_pretrain.records.checkpoint_files import list_checkpoints
 
 
 def mark_in(file: Path, key: str) -> str | None:

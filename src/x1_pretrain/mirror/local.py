@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from x1_pretrain.mirror.head import is_plain
-from x1_pretrain.runtime.checkpoint_files import list_checkpoints, step_of
+from x1_pretrain.records.checkpoint_files import list_checkpoints, step_of
 
 MANIFEST = "manifest.json"
 

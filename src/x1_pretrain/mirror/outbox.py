@@ -32,8 +32,8 @@ from x1_pretrain.mirror.sending import (
     hash_file,
     send_file,
 )
+from x1_pretrain.records.checkpoint_files import folder_name
 from x1_pretrain.records.metrics import utc_now
-from x1_pretrain.runtime.checkpoint_files import folder_name
 from x1_pretrain.stores.store import DeniedError, NotThereError, Store, StoreError, UnreachableError
 
 AT_ONCE = 3  # files

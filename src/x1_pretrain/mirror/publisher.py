@@ -29,10 +29,10 @@ from x1_pretrain.mirror.sending import Rate
 from x1_pretrain.mirror.small_files import SmallFiles
 from x1_pretrain.mirror.trash import clean
 from x1_pretrain.numbers import size
+from x1_pretrain.records.checkpoint_files import spike_in
 from x1_pretrain.records.metrics import read_rows
+from x1_pretrain.records.retention import kept, to_go_back_to
 from x1_pretrain.records.summary import Summary
-from x1_pretrain.runtime.checkpoint_files import spike_in
-from x1_pretrain.runtime.retention import kept, to_go_back_to
 from x1_pretrain.stores.store import DeniedError, Store, StoreError, UnreachableError
 
 MB = 1_000_000

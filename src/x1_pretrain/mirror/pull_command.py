@@ -33,6 +33,8 @@ from x1_pretrain.mirror.patience import Patience, UnusableError, in_lanes
 from x1_pretrain.mirror.restore import records_back, refuse_without_room, remove_partial
 from x1_pretrain.mirror.restored_records import Source, restore_files
 from x1_pretrain.money.ledger import NAME as LEDGER
+from x1_pretrain.records.checkpoint_files import folder_name, verify_folder
+from x1_pretrain.records.lock import lock_folder
 from x1_pretrain.records.metrics import read_rows
 from x1_pretrain.records.mirror_state import (
     PULLED,
@@ -43,8 +45,6 @@ from x1_pretrain.records.mirror_state import (
     write_state,
 )
 from x1_pretrain.records.run_folder import parse_row
-from x1_pretrain.runtime.checkpoint_files import folder_name, verify_folder
-from x1_pretrain.runtime.lock import lock_folder
 from x1_pretrain.stores.address import run_address
 from x1_pretrain.stores.opened import open_store
 from x1_pretrain.stores.store import Store, StoreError

@@ -30,10 +30,10 @@ from x1_pretrain.mirror.publisher import Identity, Publisher
 from x1_pretrain.mirror.restore import records_back
 from x1_pretrain.mirror.restored_records import Source
 from x1_pretrain.numbers import size
+from x1_pretrain.records.checkpoint_files import list_checkpoints, step_of
+from x1_pretrain.records.lock import lock_folder
 from x1_pretrain.records.mirror_state import MirrorState, folder_id, write_state
 from x1_pretrain.records.run_folder import Run, find_run, last_step, open_run
-from x1_pretrain.runtime.checkpoint_files import list_checkpoints, step_of
-from x1_pretrain.runtime.lock import lock_folder
 from x1_pretrain.stores.address import Address, parse
 from x1_pretrain.stores.opened import open_store
 from x1_pretrain.stores.store import Store, StoreError

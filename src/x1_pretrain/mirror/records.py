@@ -16,8 +16,8 @@ from typing import Any, BinaryIO
 
 from x1_pretrain.mirror.head import Object
 from x1_pretrain.mirror.sending import Rate
+from x1_pretrain.records.retention import losses_at
 from x1_pretrain.records.run_folder import parse_row
-from x1_pretrain.runtime.retention import losses_at
 from x1_pretrain.stores.store import Store
 
 PIECE_BYTES = 256 << 10  # from this size on a piece stays as it is

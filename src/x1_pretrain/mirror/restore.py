@@ -42,14 +42,14 @@ from x1_pretrain.mirror.restored_records import (
     write_whole,
 )
 from x1_pretrain.numbers import size
-from x1_pretrain.records.metrics import read_rows
-from x1_pretrain.runtime.checkpoint_files import (
+from x1_pretrain.records.checkpoint_files import (
     FETCHING,
     folder_name,
     spike_in,
     sync_directory,
     verify_folder,
 )
+from x1_pretrain.records.metrics import read_rows
 from x1_pretrain.stores.address import parse
 from x1_pretrain.stores.opened import open_store
 from x1_pretrain.stores.store import NotThereError, Store, StoreError

@@ -15,7 +15,7 @@ from x1_pretrain.mirror.head import DATA, Head
 from x1_pretrain.mirror.identity import mark_in
 from x1_pretrain.mirror.patience import LANES, Patience, UnusableError, told
 from x1_pretrain.numbers import size
-from x1_pretrain.runtime.checkpoint_files import sha256, sync_directory, sync_file
+from x1_pretrain.records.checkpoint_files import sha256, sync_directory, sync_file
 from x1_pretrain.stores.store import NotThereError, Store
 
 FETCHES = 2  # of a file of a corpus that does not match its hash

@@ -36,7 +36,7 @@ from x1_pretrain.mirror.preflight import AbsentError, preflight
 from x1_pretrain.mirror.publisher import Identity, Publisher
 from x1_pretrain.mirror.talk import LOOK, GoneError, Orders, Voice, lines_of
 from x1_pretrain.records.mirror_state import MirrorState, folder_id, is_anothers, read_state, write_state
-from x1_pretrain.runtime.processes import state_and_start
+from x1_pretrain.records.processes import state_and_start
 from x1_pretrain.stores.address import parse
 from x1_pretrain.stores.folder_store import FolderStore
 from x1_pretrain.stores.opened import open_store

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from x1_pretrain.errors import RefusedError, UserError
+from x1_pretrain.records.checkpoint_files import sha256, step_of
 from x1_pretrain.records.metrics import utc_now
 from x1_pretrain.records.plots import History, draw_all
 from x1_pretrain.records.run_folder import (
@@ -28,7 +29,6 @@ from x1_pretrain.records.run_folder import (
     validation_losses,
 )
 from x1_pretrain.records.run_manifest import without_passwords
-from x1_pretrain.runtime.checkpoint_files import sha256, step_of
 
 WEIGHTS = {"model.safetensors": "final.safetensors", "optimizer.safetensors": "final-optimizer.safetensors"}
 STEM = POSTMORTEM.removesuffix(".md")

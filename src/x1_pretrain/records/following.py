@@ -21,6 +21,7 @@ from x1_pretrain.money.ledger import NAME as LEDGER
 from x1_pretrain.money.ledger import read_rows
 from x1_pretrain.records.behind import as_of, copied, last_word
 from x1_pretrain.records.goodput import Goodput, goodput
+from x1_pretrain.records.lock import STALE_S, Holder
 from x1_pretrain.records.mirror_state import MirrorState
 from x1_pretrain.records.run_folder import (
     ENDINGS,
@@ -36,7 +37,6 @@ from x1_pretrain.records.run_folder import (
     read_json,
 )
 from x1_pretrain.records.tail import Tail
-from x1_pretrain.runtime.lock import STALE_S, Holder
 
 CURVE_POINTS = 512  # at most, of a curve of any length
 PACE_ROWS = 64  # training rows that the time left is counted from

@@ -13,8 +13,8 @@ from x1_pretrain.config import RunConfig
 from x1_pretrain.money.clock import parse_stamp
 from x1_pretrain.money.ledger import NAME as LEDGER
 from x1_pretrain.records import trash
+from x1_pretrain.records.checkpoint_files import list_checkpoints, step_of
 from x1_pretrain.records.summary import Summary
-from x1_pretrain.runtime.checkpoint_files import list_checkpoints, step_of
 
 STATES = {  # the states of a summary, as the list says them; the others are said as they are
     "waiting": "not started",

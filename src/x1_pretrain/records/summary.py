@@ -22,11 +22,11 @@ from x1_pretrain.money.account import account
 from x1_pretrain.money.ledger import NAME as LEDGER
 from x1_pretrain.money.ledger import read_rows
 from x1_pretrain.records.behind import as_of, copied
+from x1_pretrain.records.checkpoint_files import list_checkpoints, step_of
 from x1_pretrain.records.following import amount, holder_lives
+from x1_pretrain.records.lock import Holder
 from x1_pretrain.records.newest import Newest
 from x1_pretrain.records.run_folder import ENDINGS, SILENT_S, Row, is_number, moment, read_json
-from x1_pretrain.runtime.checkpoint_files import list_checkpoints, step_of
-from x1_pretrain.runtime.lock import Holder
 
 T = TypeVar("T")
 

@@ -10,12 +10,12 @@ from x1_pretrain.money.audit import audit, gone
 from x1_pretrain.postmortem.episodes import episodes
 from x1_pretrain.postmortem.page import KINDS, STILL_UP
 from x1_pretrain.records.behind import last_word
+from x1_pretrain.records.checkpoint_files import list_checkpoints, newest_good, sha256, step_of, verify_folder
 from x1_pretrain.records.export_folder import WEIGHTS
 from x1_pretrain.records.mirror_state import NAME as MIRROR
 from x1_pretrain.records.run_folder import POSTMORTEM, Row, Run, last_step, read_json, series
 from x1_pretrain.review import weights
 from x1_pretrain.review.check import FAILED, NOT_APPLICABLE, Check, judged
-from x1_pretrain.runtime.checkpoint_files import list_checkpoints, newest_good, sha256, step_of, verify_folder
 
 
 def final_loss(run: Run, rows: Sequence[Row]) -> Check:

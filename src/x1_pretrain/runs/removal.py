@@ -18,11 +18,11 @@ from x1_pretrain.mirror.identity import another_run_in
 from x1_pretrain.numbers import size
 from x1_pretrain.records import runs, runs_table, trash
 from x1_pretrain.records.behind import copied
+from x1_pretrain.records.lock import lock_folder
 from x1_pretrain.records.mirror_state import read_state
 from x1_pretrain.records.runs import Listed
 from x1_pretrain.records.trash import TrashError
 from x1_pretrain.runs.listing import Place, is_address, mirror_of, of_head
-from x1_pretrain.runtime.lock import lock_folder
 from x1_pretrain.stores.address import Address, run_address
 from x1_pretrain.stores.store import Meta, Store, StoreError
 

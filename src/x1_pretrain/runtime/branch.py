@@ -15,7 +15,8 @@ from x1_pretrain.config import OptimizerConfig, RunConfig
 from x1_pretrain.corpus.shards import Corpus
 from x1_pretrain.errors import RefusedError, UserError
 from x1_pretrain.learning.schedule import first_difference
-from x1_pretrain.runtime import checkpoint, checkpoint_files
+from x1_pretrain.records import checkpoint_files
+from x1_pretrain.runtime import checkpoint
 from x1_pretrain.runtime.checkpoint import RunState
 
 # Fields that only set the learning rate may differ: the rates themselves are compared, update by update.

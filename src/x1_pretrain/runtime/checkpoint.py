@@ -22,8 +22,8 @@ from x1_pretrain.errors import RefusedError
 from x1_pretrain.learning import optimizers
 from x1_pretrain.model import huggingface
 from x1_pretrain.model.decoder import Decoder
-from x1_pretrain.runtime import checkpoint_files
-from x1_pretrain.runtime.checkpoint_files import CheckpointFailedError, DiskFullError
+from x1_pretrain.records import checkpoint_files
+from x1_pretrain.records.checkpoint_files import CheckpointFailedError, DiskFullError
 
 
 @dataclass(frozen=True)

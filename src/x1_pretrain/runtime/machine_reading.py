@@ -15,8 +15,8 @@ from typing import Any
 
 import psutil
 
+from x1_pretrain.records.processes import cores
 from x1_pretrain.runtime.gpu_health import Gpu, GpuReading
-from x1_pretrain.runtime.processes import cores
 
 GIB = 2**30
 MOUNTS = Path("/proc/mounts")

@@ -19,7 +19,7 @@ from x1_pretrain.errors import (
 )
 from x1_pretrain.money import storage
 from x1_pretrain.money.standing import endpoint_of
-from x1_pretrain.runtime import checkpoint_files
+from x1_pretrain.records import checkpoint_files
 from x1_pretrain.runtime.mirror import Mirror
 from x1_pretrain.runtime.run import Run
 from x1_pretrain.runtime.saving import prune

@@ -25,7 +25,7 @@ from types import FrameType
 from typing import IO
 
 from x1_pretrain.errors import BUDGET_CHECKPOINTED, BUDGET_STOPPED, FINISHED, INTERRUPTED, REFUSED, USAGE
-from x1_pretrain.runtime.processes import cores
+from x1_pretrain.records.processes import cores
 
 SETTLE_S = 30.0  # for the other ranks, once one has left: saving is done by then, waiting for it is not
 SAME_S = 0.5  # a signal that comes to a whole process group as well is one request

@@ -6,11 +6,12 @@ import time
 from pathlib import Path
 
 from x1_pretrain import config as cfg
+from x1_pretrain.records import checkpoint_files
+from x1_pretrain.records.checkpoint_files import CheckpointFailedError, DiskFullError
 from x1_pretrain.records.metrics import read_rows
-from x1_pretrain.runtime import checkpoint, checkpoint_files
+from x1_pretrain.records.retention import losses_at, to_go_back_to
+from x1_pretrain.runtime import checkpoint
 from x1_pretrain.runtime.checkpoint import RunState
-from x1_pretrain.runtime.checkpoint_files import CheckpointFailedError, DiskFullError
-from x1_pretrain.runtime.retention import losses_at, to_go_back_to
 from x1_pretrain.runtime.run import Run
 
 

@@ -20,12 +20,13 @@ from x1_pretrain.corpus import mixture
 from x1_pretrain.corpus.order import INJECTED_STEPS, Order
 from x1_pretrain.corpus.shards import Corpus
 from x1_pretrain.errors import RefusedError, UserError
+from x1_pretrain.records import checkpoint_files
 from x1_pretrain.records.formats import check_folder
+from x1_pretrain.records.lock import FolderLock, lock_folder
 from x1_pretrain.records.metrics import JsonLines, read_rows, rewind
-from x1_pretrain.runtime import checkpoint, checkpoint_files
+from x1_pretrain.runtime import checkpoint
 from x1_pretrain.runtime.branch import read_parent, short
 from x1_pretrain.runtime.checkpoint import RunState
-from x1_pretrain.runtime.lock import FolderLock, lock_folder
 
 STEP_FILES = (
     "metrics.jsonl",

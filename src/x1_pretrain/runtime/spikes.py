@@ -21,10 +21,11 @@ from x1_pretrain.corpus.reader import Batch
 from x1_pretrain.errors import FAULT, UserError
 from x1_pretrain.learning import stability
 from x1_pretrain.learning.stability import Episode
+from x1_pretrain.records import checkpoint_files
 from x1_pretrain.records.metrics import read_rows, rewind
 from x1_pretrain.records.mlflow_sink import MlflowSink
 from x1_pretrain.records.run_folder import POSTMORTEM
-from x1_pretrain.runtime import checkpoint, checkpoint_files, telemetry
+from x1_pretrain.runtime import checkpoint, telemetry
 from x1_pretrain.runtime.run import Run, Telemetry, Update
 from x1_pretrain.runtime.session import STEP_FILES, Records, open_records
 from x1_pretrain.runtime.start import open_reader

@@ -26,13 +26,13 @@ from x1_pretrain.evals.perplexity import windows
 from x1_pretrain.learning.stability import State, after_rewind
 from x1_pretrain.model.flops import flops_per_token
 from x1_pretrain.money.trainer_guard import TrainerGuard
-from x1_pretrain.records import console
+from x1_pretrain.records import checkpoint_files, console
+from x1_pretrain.records.lock import FolderLock
 from x1_pretrain.records.mirror_state import read_state
 from x1_pretrain.records.mlflow_sink import MlflowSink
-from x1_pretrain.runtime import assemble, budget, checkpoint, checkpoint_files, hangs, mirroring, world
+from x1_pretrain.runtime import assemble, budget, checkpoint, hangs, mirroring, world
 from x1_pretrain.runtime.crash import crash_report
 from x1_pretrain.runtime.introduction import manifest, open_folder
-from x1_pretrain.runtime.lock import FolderLock
 from x1_pretrain.runtime.mirror import LOG, Mirror
 from x1_pretrain.runtime.mirror import job_for as mirror_job
 from x1_pretrain.runtime.run import Clock, Run, Telemetry

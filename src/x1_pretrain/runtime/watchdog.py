@@ -33,8 +33,8 @@ from typing import Literal, Self
 from x1_pretrain import __version__
 from x1_pretrain.config import WatchdogConfig
 from x1_pretrain.errors import INTERRUPTED
+from x1_pretrain.records.processes import STATES, is_alive, started, state_and_start
 from x1_pretrain.runtime import guardian
-from x1_pretrain.runtime.processes import STATES, is_alive, started, state_and_start
 
 Phase = Literal["start", "data", "step", "update", "evaluation", "sampling", "checkpoint", "other", "leaving"]
 

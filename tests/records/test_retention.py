@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from x1_pretrain.runtime.retention import kept, losses_at, to_go_back_to
+from x1_pretrain.records.retention import kept, losses_at, to_go_back_to
 
 STEPS = st.lists(st.integers(0, 40), max_size=25)
 LOSS = st.one_of(st.sampled_from([1.0, 2.0, 2.5]), st.floats(width=32))

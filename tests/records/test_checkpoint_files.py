@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from x1_pretrain.runtime import checkpoint_files as files
+from x1_pretrain.records import checkpoint_files as files
 
 
 def content(data: bytes = b"weights") -> Callable[[Path], None]:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO
 
 from x1_pretrain.errors import RefusedError
-from x1_pretrain.runtime.processes import boot_id, is_alive, started
+from x1_pretrain.records.processes import boot_id, is_alive, started
 
 BEAT_S = 10.0  # between two renewals of the file's time
 STALE_S = 60.0  # a holder on another machine that has not renewed it for so long is gone

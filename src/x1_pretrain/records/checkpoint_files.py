@@ -20,7 +20,7 @@ from types import MappingProxyType
 from typing import Any
 
 from x1_pretrain.numbers import size
-from x1_pretrain.runtime import retention
+from x1_pretrain.records import retention
 
 SCHEMA_VERSION = 1
 TEMPORARY = ".writing-"

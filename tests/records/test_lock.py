@@ -18,15 +18,15 @@ from typing import IO
 import pytest
 
 from x1_pretrain.errors import RefusedError
-from x1_pretrain.runtime import lock
-from x1_pretrain.runtime.lock import Holder, lock_folder
-from x1_pretrain.runtime.processes import boot_id, is_alive, started
+from x1_pretrain.records import lock
+from x1_pretrain.records.lock import Holder, lock_folder
+from x1_pretrain.records.processes import boot_id, is_alive, started
 
 SCRIPT = """
 import errno, os, sys, time
 from pathlib import Path
 from x1_pretrain.errors import RefusedError
-from x1_pretrain.runtime import lock
+from x1_pretrain.records import lock
 
 def unsupported(file, how):
     raise OSError(int(sys.argv[2]), "fake")
