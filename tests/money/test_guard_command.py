@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,62 @@ def test_the_machine_ends_below_the_ceiling(
     assert "projected" in printed
     assert "termination.json" in printed
     assert json.loads((rental.folder / "guard.json").read_text())["spent_usd"] <= 3
+
+
+def test_a_closed_terminal_leaves_the_machine_guarded(
+    rental: Rental, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C and SIGTERM end the guard; a lost line is nobody's word."""
+    rented(rental)
+    turn, turns = guard_command.OuterGuard._turn, list[int]()
+
+    def hung_up(guard: guard_command.OuterGuard) -> None:
+        turns.append(1)
+        if len(turns) == 2:
+            os.kill(os.getpid(), signal.SIGHUP)
+        turn(guard)
+
+    monkeypatch.setattr(guard_command.OuterGuard, "_turn", hung_up)
+    with a_hang_up_interrupts():
+        assert command(str(rental.folder), "--every-s", "60") == FINISHED
+    assert len(turns) > 2
+    assert not rental.fake.world.alive()
+    assert "the terminal is gone, the guard goes on" in (rental.folder / "guard.log").read_text()
+
+
+@contextmanager
+def a_hang_up_interrupts() -> Iterator[None]:
+    """As `x1 launch` leaves it to the guard."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGHUP, interrupt)
+    try:
+        yield
+        assert signal.getsignal(signal.SIGHUP) is interrupt
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_without_its_terminal_the_guard_speaks_to_a_file(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; from pathlib import Path; from x1_pretrain.money.guard_command import hung_up\n"
+        "terminals = [number for number in (1, 2) if os.isatty(number)]\n"
+        "print('ready', flush=True); sys.stdin.read()\n"
+        "hung_up(Path(sys.argv[1]), terminals); print('$1.20 of $3.00', flush=True)"
+    )
+    ours, theirs = os.openpty()
+    words = [sys.executable, "-c", code, str(tmp_path / "guard.log")]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=theirs, stderr=subprocess.PIPE) as child:
+        os.close(theirs)
+        assert os.read(ours, 5) == b"ready"
+        os.close(ours)  # whoever prints there now fails
+        _, said = child.communicate(b"", timeout=120)
+    assert child.returncode == 0, said
+    told = (tmp_path / "guard.log").read_text().splitlines()
+    assert told[0].endswith(f"the terminal is gone, the guard goes on; `kill {child.pid}` ends it")
+    assert told[1] == "$1.20 of $3.00"
 
 
 def test_what_the_run_cost_elsewhere_counts(rental: Rental) -> None:

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated
@@ -24,7 +27,7 @@ from x1_pretrain.money.account import Rented, account
 from x1_pretrain.money.audit import PROOF
 from x1_pretrain.money.budget_file import BudgetFile
 from x1_pretrain.money.channels import addresses
-from x1_pretrain.money.clock import Clock, duration_s
+from x1_pretrain.money.clock import Clock, duration_s, stamp
 from x1_pretrain.money.guard import ZERO, dollars, minutes
 from x1_pretrain.money.ledger import NAME, Ledger, LedgerError, Row, find_ledger
 from x1_pretrain.money.notify import Notifier
@@ -36,6 +39,7 @@ from x1_pretrain.money.teardown import Ending, end_loudly
 DRIFT = Decimal("1.2")  # dearer than this times the agreed price is a person's question
 LATE = 1.25  # so much longer than planned, and somebody should look
 SILENT_S = 1800.0  # without a word of the mirror, and somebody should look
+LOG = "guard.log"  # in the run folder, once the terminal is gone
 LOST_FOR_S = 30.0  # a lost machine whose run can go on elsewhere: seen so at two looks
 
 
@@ -193,19 +197,35 @@ def watched(
     sidecar = _sidecar(ledger, machines[-1], clock, ceiling_usd, poll_s)
     agreed = launched_with(ledger.rows(), machines[-1].tag, "usd_per_hr")
     guard = OuterGuard(folder, sidecar, clock, linger_s, agreed, mirror=mirror)
-    stop = Request()
+    stop, terminals = Request(), [number for number in (1, 2) if os.isatty(number)]
     numbers = (signal.SIGTERM, signal.SIGINT)
-    before = [signal.signal(number, lambda *_: stop.set()) for number in numbers]
+    before = {number: signal.signal(number, lambda *_: stop.set()) for number in numbers}
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        before[signal.SIGHUP] = signal.signal(signal.SIGHUP, lambda *_: hung_up(folder / LOG, terminals))
     code = guard.run(stop)
     proof = f"; proof in {folder / PROOF}" if code == FINISHED else ""
     print(f"{dollars(sidecar.spent_usd)} in all{proof}", flush=True)
     sidecar.notifier.close(20.0)
-    for number, handler in zip(numbers, before, strict=True):
+    for number, handler in before.items():
         signal.signal(number, handler)
     if guard.lost and stop.is_set() and mirror is not None:  # asked for no later than now
         code = INTERRUPTED
         print("interrupted: it is not moved; the same `x1 launch` goes on from its mirror", flush=True)
     return code, guard.lost and not stop.is_set()
+
+
+def hung_up(log: Path, terminals: Sequence[int]) -> None:
+    """The terminal was closed. Somebody still has to watch the machine: the words go into a file."""
+    try:
+        file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    except OSError:
+        file = os.open(os.devnull, os.O_WRONLY)
+    for number in terminals:
+        os.dup2(file, number)
+    said = f"{stamp(datetime.now(UTC))} the terminal is gone, the guard goes on; `kill {os.getpid()}` ends it"
+    with suppress(OSError):  # a full disk
+        os.write(file, f"{said}\n".encode())
+    os.close(file)
 
 
 def _sidecar(ledger: Ledger, machine: Rented, clock: Clock, ceiling_usd: Decimal, poll_s: float) -> Sidecar:
