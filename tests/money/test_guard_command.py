@@ -114,7 +114,9 @@ def test_without_its_terminal_the_guard_speaks_to_a_file(tmp_path: Path) -> None
     words = [sys.executable, "-c", code, str(tmp_path / "guard.log")]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=theirs, stderr=subprocess.PIPE) as child:
         os.close(theirs)
-        assert os.read(ours, 5) == b"ready"
+        heard = b""
+        while not heard.endswith(b"ready\r\n"):
+            heard += os.read(ours, 100)
         os.close(ours)  # whoever prints there now fails
         _, said = child.communicate(b"", timeout=120)
     assert child.returncode == 0, said
