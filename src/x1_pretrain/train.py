@@ -451,7 +451,7 @@ def main(
         )
     if dry_run_budget:
         return rehearse(loaded)
-    if not ranks.is_rank() and (size := ranks_wanted(ranks_, device)) > 1:
+    if (size := ranks_wanted(ranks_, device)) > 1:
         loaded.blocks_per_rank(size)
         return ranks.run(size)
     if (picked := pick_up(config, os.environ)) and ranks.is_first():

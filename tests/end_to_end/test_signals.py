@@ -12,6 +12,7 @@ from tests.corpora import write_config
 from tests.end_to_end.processes import Training, curve, last_step, rows, wait_until, weights
 
 from x1_pretrain.records.checkpoint_files import newest_good, step_of
+from x1_pretrain.runtime.signals import SAME_S
 
 SCRIPT = Path(__file__).with_name("slow_phase.py")
 STEPS = 40
@@ -118,6 +119,7 @@ def test_a_second_signal_leaves_at_once(tmp_path: Path, config: Path, corpus: Pa
     training.wait_for_line("PHASE endless-checkpoint")
     training.send(signal.SIGINT)
     training.wait_for_line("once more: leave at once")
+    time.sleep(SAME_S + 0.1)
     training.send(signal.SIGINT)
     code, output = training.end()  # does not wait for the checkpoint
     assert code == 75, output

@@ -158,6 +158,34 @@ def test_a_gc_that_slept_deletes_nothing(tmp_path: Path) -> None:
     assert there <= set(world.store.objects)
 
 
+@pytest.mark.parametrize("taken_over", [False, True])
+def test_a_sign_is_watched_where_the_store_does_not_tell_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken_over: bool
+) -> None:
+    """It is one that was left behind once it was the same for long enough; another gc's is another."""
+    monkeypatch.setattr(corpora, "AGAIN_S", 0.001)
+    world, looks = World(tmp_path), 0
+    world.store.tells_time = False
+    world.store.put(f"{world.place}/going", b"of one that was killed")
+    world.store.delete([f"{world.place}/{MANIFEST}"])
+
+    def waits(op: str, key: str) -> None:
+        nonlocal looks
+        if (op, key) == ("stat", f"{world.place}/going"):
+            looks += 1
+            world.clock.sleep(GOING_S / 2)
+            if taken_over and looks == 3:
+                world.store._write(key, b"of another")
+
+    world.store.before = waits
+    sender = CorpusSender(world.store, {"web": str(world.web)}, {}, Rate(None), steady=world.clock.steady)
+    sender.go_on()
+    sender.wait(10)
+    assert (sender.busy, sender.whole) == (False, {"web": world.mark})
+    assert looks == (6 if taken_over else 4)
+    assert f"{world.place}/going" not in world.store.objects
+
+
 def test_a_sender_that_is_told_to_end_does_not_wait_for_gc(tmp_path: Path) -> None:
     world = World(tmp_path)
     world.store.put(f"{world.place}/going", b"")

@@ -198,10 +198,13 @@ def test_the_checkpoint_folder_of_another_run_is_left_alone(run: Mirrored, tmp_p
 def test_rows_that_the_mirror_lacks_are_told(run: Mirrored, tmp_path: Path, name: str) -> None:
     run.records["steps.jsonl"] = rows(1, 260)
     run.records[name] = b"".join(row(step) for step in range(10, 191, 10))  # every tenth has a row
-    (_, said) = back(run, tmp_path / "run").notes
+    told = back(run, tmp_path / "run")
+    (_, said) = told.notes
+    assert told.lost == [name]
     assert said.startswith(f"{name}: ends at step 190, and the checkpoint is of step 200")
     run.records[name] += row(200)
-    assert len(back(run, tmp_path / "other").notes) == 1
+    other = back(run, tmp_path / "other")
+    assert (len(other.notes), other.lost) == (1, [])
     run.records[name] = b"".join(row(step) for step in range(15, 196, 15))  # the next one is 210's
     assert len(back(run, tmp_path / "third").notes) == 1
 
@@ -511,7 +514,9 @@ def test_rows_that_can_not_be_had_are_told(run: Mirrored, tmp_path: Path, name: 
     (folder / name).write_bytes(rows(1, 20, loss=2.5))
     head = run.save()
     run.store.delete([f"tiny/{head.records[name][3].path}"])
-    (said,) = restore(job_of(folder), head, run.store, lambda _: None, patience_s=0.0, again_s=()).notes
+    told = restore(job_of(folder), head, run.store, lambda _: None, patience_s=0.0, again_s=())
+    (said,) = told.notes
+    assert told.lost == [name]
     assert said.startswith(f"{name}: rows are missing, tiny/e0001")
     assert said.endswith("; what is here stays as it is")
     assert (folder / name).read_bytes() == rows(1, 20, loss=2.5)
@@ -644,6 +649,7 @@ def test_a_piece_that_is_gone(run: Mirrored, tmp_path: Path) -> None:
     run.store.delete([f"tiny/{head.records['metrics.jsonl'][1].path}"])
     told = restore(job_of(tmp_path / "run"), head, run.store, lambda _: None)
     assert any(note.startswith("metrics.jsonl: rows are missing, tiny/e0001") for note in told.notes)
+    assert told.lost == ["metrics.jsonl"]
     assert len((tmp_path / "run" / "metrics.jsonl").read_bytes()) < len(run.records["metrics.jsonl"])
     run.store.delete([f"tiny/{head.records['events.jsonl'][0].path}"])
     with pytest.raises(RefusedError, match=r"without all of events\.jsonl"):

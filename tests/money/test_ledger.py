@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import random
 import select
 import signal
@@ -17,6 +18,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta, timezone
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -187,6 +189,101 @@ def test_an_interrupt_on_the_way_in_frees_it(
         flock(other.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)  # it is really held, and ...
     with ledger.file.open() as other:
         flock(other.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)  # ... really let go
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A signal's handler, in the thread that it interrupts
+
+
+@pytest.fixture
+def elsewhere(ledger: Ledger) -> Iterator[Callable[[], None]]:
+    """Another process holds the ledger, until it is told to let go."""
+    ledger.append("first")
+    with ledger.file.open() as other:  # to the lock, another opening of the file is another process
+        fcntl.flock(other.fileno(), fcntl.LOCK_EX)
+        yield other.close
+
+
+def handling(monkeypatch: pytest.MonkeyPatch, handler: Callable[[], object]) -> None:
+    """A signal comes while the lock is first waited for."""
+    flock = fcntl.flock
+
+    def interrupted(descriptor: int, operation: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", flock)
+        handler()
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", interrupted)
+
+
+def test_a_handler_does_not_write_while_another_process_holds_the_lock(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch, elsewhere: Callable[[], None]
+) -> None:
+    monkeypatch.setattr("x1_pretrain.money.ledger.HANDLER_S", 0.05)
+    said: list[str] = []
+
+    def handler() -> None:
+        with pytest.raises(LedgerError) as error:
+            ledger.append("handler")
+        said.append(one_line(error, ledger.file))
+        elsewhere()
+
+    handling(monkeypatch, handler)
+    ledger.append("second")
+    assert "another process" in said[0]
+    assert [row["event"] for row in ledger.rows()] == ["first", "second"]
+
+
+def test_a_handler_writes_once_the_lock_is_free_and_so_does_what_it_interrupted(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch, elsewhere: Callable[[], None]
+) -> None:
+    def handler() -> None:
+        threading.Timer(0.1, elsewhere).start()
+        ledger.append("handler")
+
+    handling(monkeypatch, handler)
+    ledger.append("second")
+    assert [(row["seq"], row["event"]) for row in ledger.rows()] == [
+        (1, "first"),
+        (2, "handler"),
+        (3, "second"),
+    ]
+    with ledger.file.open() as other:
+        fcntl.flock(other.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)  # it was let go
+
+
+def test_a_handler_in_the_middle_of_a_row_does_not_write_over_it(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Ledger._write
+
+    def interrupted(self: Ledger, *row: Any) -> Any:
+        monkeypatch.setattr(Ledger, "_write", write)
+        ledger.append("handler", "a row of another length")
+        return write(self, *row)
+
+    ledger.append("first")
+    monkeypatch.setattr(Ledger, "_write", interrupted)
+    ledger.append("second")
+    assert [row["event"] for row in ledger.rows()] == ["first", "handler", "second"]
+
+
+def test_a_handler_on_the_way_out_does_not_wait_for_its_own_thread(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may come between any two lines; here it does at the one that closes the file."""
+    close = os.close
+
+    def interrupted(descriptor: int) -> None:
+        monkeypatch.setattr(os, "close", close)
+        with ledger.file.open() as other:  # what the handler would wait for
+            fcntl.flock(other.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        ledger.append("handler")
+        close(descriptor)
+
+    monkeypatch.setattr(os, "close", interrupted)
+    ledger.append("first")
+    assert [row["event"] for row in ledger.rows()] == ["first", "handler"]
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -17,12 +18,14 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
 from tests.money.fakes import MailServer
 
 from x1_pretrain.errors import UserError
+from x1_pretrain.money import ledger as ledger_module
 from x1_pretrain.money import notify
 from x1_pretrain.money.channels import addresses, labelled, reason, shown
 from x1_pretrain.money.clock import Clock
@@ -241,30 +244,50 @@ def test_a_row_that_another_thread_is_writing_is_not_lost_from_sight(
     assert len(good.took) == 1
 
 
-def test_a_signal_s_handler_may_close_it_at_any_line(ledger: Ledger) -> None:
-    """A second SIGTERM leaves at once, with the alerts that are on their way."""
-    notifier, closed = Notifier([], ledger, Clock(), RUN, lambda line: None), list[int]()
+def at_line(number: int, handler: Callable[[], object]) -> Callable[..., Any]:
+    """A trace that calls the handler before that line of ours, or of what a lock or an Event does."""
+    ours, left = {notify.__file__, ledger_module.__file__, threading.__file__}, [number]
 
-    class Rows(list[dict[str, Any]]):
-        def append(self, row: dict[str, Any]) -> None:
-            super().append(row)
-            os.kill(os.getpid(), signal.SIGUSR1)
+    def trace(frame: FrameType, kind: str, _: object) -> Callable[..., Any] | None:
+        if frame.f_code.co_filename not in ours:
+            return None
+        if kind == "line":
+            left[0] -= 1
+            if left[0] == 0:
+                handler()
+        return trace
+
+    return trace
+
+
+def test_a_signal_s_handler_may_close_it_at_any_line(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second SIGTERM leaves at once, with the alerts that are on their way."""
+    notifier, closed = Notifier(["json://127.0.0.1:9"], ledger, Clock(), RUN, lambda line: None), list[int]()
+    notifier.close(0)  # its thread sends nothing
+    monkeypatch.setattr(os, "fsync", lambda _: None)
 
     def too_long(*_: object) -> None:
         raise TimeoutError("it waits for itself")
 
-    notifier._unwritten = Rows()
-    handlers = {signal.SIGUSR1: lambda *_: closed.append(len(notifier.close(1))), signal.SIGALRM: too_long}
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    signal.alarm(20)
+    before, tracing, line = signal.signal(signal.SIGALRM, too_long), sys.gettrace(), 0
+    signal.alarm(30)
     try:
-        notifier.alert("price", "X1 x1-50m: price", "up")
+        while len(closed) == line:
+            ledger.file.unlink(missing_ok=True)
+            line += 1
+            sys.settrace(at_line(line, lambda: closed.append(len(notifier.close(0)))))
+            notifier.alert("price", "X1 x1-50m: price", "up")
+            sys.settrace(tracing)
+            told = {(row["event"], row["due"]) for row in ledger.rows()}  # seen twice it may be
+            assert [event for event, _ in told] == ["alert_due"], line
+            assert notifier._unwritten == []
+            with ledger.file.open() as other:
+                fcntl.flock(other.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)  # nor is it held
     finally:
+        sys.settrace(tracing)
         signal.alarm(0)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    assert closed == [1, 1]  # at the alert, and at the row that says that nobody was told
-    assert [row["event"] for row in ledger.rows()] == ["alert_due", "alert"]
+        signal.signal(signal.SIGALRM, before)
+    assert line > 50
 
 
 def test_a_damaged_line_in_the_ledger_keeps_no_alert_back(ledger: Ledger, hook: Any) -> None:

@@ -228,12 +228,12 @@ def test_nothing_trains_without_its_supervisor(
 SLOW_START = """
 import os, signal, sys, time
 from x1_pretrain.money import supervise
-end_with_parent, supervisor = supervise._end_with_parent, os.getpid()
-def late(*args):
+supervisor, in_time = os.getpid(), supervise.dies_with_parent(signal.SIGTERM)
+def late():
     os.kill(supervisor, signal.SIGKILL)
     while os.getppid() == supervisor: time.sleep(0.01)
-    end_with_parent(*args)
-supervise._end_with_parent = late
+    in_time()
+supervise.dies_with_parent = lambda number: late
 supervise.start(["echo", "it trains"])
 """
 

@@ -14,9 +14,8 @@ from safetensors.numpy import save, save_file
 from tests.records import builder
 
 from x1_pretrain.corpus.order import Order
-from x1_pretrain.mirror.head import Head, Writer
-from x1_pretrain.mirror.restored_records import rows_that_lack
 from x1_pretrain.records.data_order import order_of, recorded_injections, recorded_jumps
+from x1_pretrain.records.formats import of_run
 from x1_pretrain.records.run_folder import open_run
 from x1_pretrain.review.command import verify
 
@@ -49,7 +48,15 @@ def step_rows(steps: int = builder.TOTAL_STEPS) -> Rows:
 def folder(tmp_path: Path) -> Path:
     folder = builder.build_run(tmp_path / "tiny")
     builder.write_lines(folder / "steps.jsonl", step_rows())
+    says_formats(folder, of_run({}))
     return folder
+
+
+def says_formats(folder: Path, formats: dict[str, int] | None) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest.pop("formats", None)
+    manifest |= {} if formats is None else {"formats": formats}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def test_every_step_once_and_the_same_numbers(folder: Path) -> None:
@@ -94,10 +101,24 @@ def test_a_loss_that_is_no_number_agrees_with_itself(folder: Path) -> None:
 
 def test_a_run_without_the_file_is_older_than_it_or_lost_it(folder: Path) -> None:
     (folder / "steps.jsonl").unlink()
-    assert results(folder)[EVERY] == ("not applicable", "no steps.jsonl: an older run")
-    manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps(manifest | {"formats": {"steps.jsonl": 1}}))
     assert failed(folder) == {EVERY: "no row of steps 1 to 42"}
+    says_formats(folder, None)
+    assert results(folder)[EVERY] == ("not applicable", "no steps.jsonl: an older run")
+
+
+def test_a_run_from_before_the_file_has_it_from_a_later_session_on(folder: Path) -> None:
+    """Session 2 went on from step 20. What the first wrote into the manifest the next ones keep to."""
+    builder.write_lines(folder / "steps.jsonl", step_rows()[20:])
+    assert failed(folder) == {EVERY: "no row of steps 1 to 20"}
+    for formats in (None, of_run({"run_id": "x"})):
+        says_formats(folder, formats)
+        builder.write_lines(folder / "steps.jsonl", step_rows()[20:])
+        assert results(folder)[EVERY][1].startswith("22 steps, 21 to 42, each once")
+        assert failed(folder) == {}
+        builder.write_lines(folder / "steps.jsonl", step_rows()[22:])
+        assert failed(folder) == {EVERY: "no row of steps 1 to 22"}  # no session began there
+        builder.write_lines(folder / "steps.jsonl", [])
+        assert failed(folder) == {EVERY: "no row of steps 21 to 42"}
 
 
 def test_steps_that_a_checkpoint_knows_of_are_missed_at_the_end(tmp_path: Path) -> None:
@@ -122,19 +143,16 @@ def test_a_branch_begins_after_its_parent(folder: Path) -> None:
     assert EVERY not in failed(folder)
 
 
-def restored(folder: Path, note: str, step: int = 20) -> None:
-    """What a session that began at `step` noted of its way back from the mirror."""
+def restored(folder: Path, *lost: str) -> None:
+    """A session that began at step 20 came back from a mirror that had lost rows of these files."""
     events = builder.read_lines(folder / "events.jsonl")
-    told = builder.event("mirror", step, 2) | {"message": note}
+    told = builder.event("mirror", 20, 2) | {"message": "mirrored in s3://runs", "lost": list(lost)}
     builder.write_lines(folder / "events.jsonl", [*events, told])
-
-
-LOST_PIECE = "steps.jsonl: rows are missing, tiny/e0001-aaaa1111/records/steps.jsonl/0 is not there"
 
 
 def test_what_the_mirror_lost_is_told_as_that(folder: Path) -> None:
     builder.write_lines(folder / "steps.jsonl", [row for row in step_rows() if row["step"] not in (3, 30)])
-    restored(folder, LOST_PIECE)
+    restored(folder, "steps.jsonl")
     assert failed(folder)[EVERY] == (
         "no row of step 3, lost in the mirror that the run came back from (the event of step 20 says so); "
         "no row of step 30"
@@ -142,18 +160,9 @@ def test_what_the_mirror_lost_is_told_as_that(folder: Path) -> None:
     rows = [row for row in builder.read_lines(folder / "metrics.jsonl") if row["step"] not in (15, 30)]
     builder.write_lines(folder / "metrics.jsonl", rows)
     assert failed(folder)[STEPS] == "no training row for step 15; no training row for step 30"
-    restored(folder, LOST_PIECE.replace("steps.jsonl", "metrics.jsonl"))
+    restored(folder, "metrics.jsonl")
     assert failed(folder)[STEPS].startswith("no training row for step 15, lost in the mirror that")
     assert failed(folder)[STEPS].endswith("; no training row for step 30")
-
-
-def test_rows_that_the_mirror_never_got_are_told_as_that(folder: Path) -> None:
-    builder.write_lines(folder / "steps.jsonl", step_rows(17))
-    head = Head("tiny", Writer(1, "", "", "", 0, ""), records={"steps.jsonl": []})
-    (note,) = rows_that_lack(folder, head, 20)
-    builder.write_lines(folder / "steps.jsonl", [row for row in step_rows() if not 17 < row["step"] <= 20])
-    restored(folder, note)
-    assert failed(folder)[EVERY].startswith("no row of steps 18 to 20, lost in the mirror that the run")
 
 
 # -----------------------------------------------------------------------------------------------------------

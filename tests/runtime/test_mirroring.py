@@ -17,7 +17,9 @@ from x1_pretrain.errors import INTERRUPTED, REFUSED
 from x1_pretrain.mirror.job import Job, Opened
 from x1_pretrain.money.account import account
 from x1_pretrain.money.ledger import Ledger
-from x1_pretrain.runtime.mirror import Mirror
+from x1_pretrain.runtime import mirror as mirror_module
+from x1_pretrain.runtime import mirroring
+from x1_pretrain.runtime.mirror import LATE_S, Mirror, MirrorRefusedError
 from x1_pretrain.runtime.mirroring import bill, end, tell
 
 GIB = 2**30
@@ -73,6 +75,21 @@ def ledger(tmp_path: Path) -> Ledger:
 
 def gib(ledger: Ledger) -> list[float]:
     return [row["gib"] for row in ledger.rows()]
+
+
+@pytest.mark.parametrize("lost", [[], ["steps.jsonl"]])
+def test_which_rows_the_mirror_had_lost_is_on_record(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch, lost: list[str]
+) -> None:
+    monkeypatch.setattr(mirroring, "publish", lambda *_: None)
+    mirror, told = Told(), list[dict[str, Any]]()
+    mirror._take({"is": "opened", "label": HUB, "epoch": 2, "found": True, "notes": ["a note"], "lost": lost})
+    session = Session(ledger, mirror)
+    session.run.event = lambda name, _, **fields: told.append({"event": name, **fields})
+    session.run.config.folder = ledger.file.parent
+    session.run.session, session.run.corpora = None, {}
+    mirroring.begin(session.run)
+    assert told == [{"event": "mirror"}, {"event": "mirror", "epoch": 2} | ({"lost": lost} if lost else {})]
 
 
 @pytest.mark.parametrize(("uri", "billed"), [("s3://bucket/runs", 7), (HUB, 12)])
@@ -148,8 +165,39 @@ def test_a_ledger_that_can_not_be_written_misses_nothing(ledger: Ledger) -> None
     assert gib(ledger) == [0, 8]
 
 
-def test_a_mirror_that_died_is_heard_to_the_end_before_it_is_started_again() -> None:
-    """Its last words would be taken for those of the next one."""
+def test_a_mirror_that_died_and_whose_child_holds_its_output_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Neither while it opens nor at the end."""
+    monkeypatch.setattr(mirror_module, "LATE_S", 0.05)
+    words = threading.Event()
+
+    class Died(Mirror):
+        def _start(self, mode: str) -> tuple[Any, Any]:
+            reader = threading.Thread(target=words.wait, daemon=True)
+            reader.start()
+            return SimpleNamespace(poll=lambda: 3, wait=lambda: 3, stdin=None), reader
+
+    signals: Any = SimpleNamespace(interrupted=lambda: words.wait(0), requested="", requested_s=None)
+    timer = threading.Timer(30, words.set)
+    timer.start()
+    job = Job("tiny", "folder", "checkpoints", HUB)
+    with pytest.raises(MirrorRefusedError, match="its process ended with exit code 3"):
+        Died.open(job, 1.0, signals, print)
+    assert Died(job, 1.0, signals, print).drain(600, "") != []
+    assert not words.is_set()
+    timer.cancel()
+    words.set()
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_a_mirror_that_died_is_heard_to_the_end_before_it_is_started_again(
+    held: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last words would be taken for those of the next one. But where a child of it holds its output there
+    is no end."""
+    clock = Steps()
+    monkeypatch.setattr("x1_pretrain.runtime.mirror.time", SimpleNamespace(monotonic=clock.steady_s))
     mirror, started, words = Told(), list[str](), threading.Event()
     reader = threading.Thread(target=words.wait, daemon=True)
     reader.start()
@@ -159,7 +207,13 @@ def test_a_mirror_that_died_is_heard_to_the_end_before_it_is_started_again() -> 
     mirror._start = lambda mode: started.append(mode) or again  # type: ignore[assignment, func-returns-value]
     assert mirror.news() == []
     assert not started
-    words.set()
-    reader.join(60)
+    clock.sleep(LATE_S)
+    assert mirror.news() == []
+    if held:
+        clock.sleep(0.1)
+    else:
+        words.set()
+        reader.join(60)
     assert [fields["exit_code"] for _, _, fields in mirror.news()] == [1]
     assert started == ["a"]
+    words.set()

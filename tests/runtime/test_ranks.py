@@ -105,22 +105,30 @@ def parent(tmp_path: Path) -> Iterator[Callable[..., Parent]]:
         ([1, 1], 1),
         ([0], 0),
         ([3, 0], 3),
+        ([None, 0, 75], 75),  # the first hung and was ended: its place counts
+        ([None, None], 0),
     ],
 )
-def test_the_code_of_a_run_is_made_of_those_of_its_ranks(codes: list[int], expected: int) -> None:
+def test_the_code_of_a_run_is_made_of_those_of_its_ranks(codes: list[int | None], expected: int) -> None:
     assert outcome(codes) == expected
 
 
 def test_a_number_of_ranks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
-    assert [ranks_wanted(text, None) for text in ("auto", "2", "8")] == [4, 2, 8]
-    assert ranks_wanted("auto", "cpu") == 1
+    assert [ranks_wanted(text, None) for text in ("auto", "2", "4")] == [4, 2, 4]
+    assert [ranks_wanted(text, "cpu") for text in ("auto", "8")] == [1, 8]
+    with pytest.raises(UserError, match=r"--ranks 8: this machine has 4 GPU\(s\)"):
+        ranks_wanted("8", "auto")
     assert capsys.readouterr().out == ""
     assert ranks_wanted("1", None) == 1
     assert "1 of the 4 GPUs here is used; --ranks 4 uses them all" in capsys.readouterr().out
     for wrong in ("0", "-1", "two", "1.5", ""):
         with pytest.raises(UserError, match="expected a number of processes"):
             ranks_wanted(wrong, None)
+    monkeypatch.setenv("RANK", "1")
+    assert ranks_wanted("2", None) == 2  # left over from elsewhere
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert ranks_wanted("2", None) == 1  # it is one of them
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -141,14 +149,26 @@ def test_each_rank_knows_its_place_and_one_holds_the_meeting(parent: Callable[..
 
 
 def test_a_request_reaches_every_rank_once(parent: Callable[..., Parent]) -> None:
-    counts = "signal.signal(signal.SIGTERM, lambda *_: seen.append(1)); "
-    waits = "end = time.time() + 60\nwhile not seen and time.time() < end: time.sleep(.01)\n"
-    running = parent(f"seen = []; {counts}{READY}\n{waits}time.sleep(.3); sys.exit(75 if seen == [1] else 3)")
-    running.ready()
-    for _ in range(5):  # as `timeout` and a process group's end do
-        running.process.send_signal(signal.SIGTERM)
+    """Also where each process is sent it: `timeout` and the end of a process group do so."""
+    waits = "end = time.time() + 60\n    while not s.requested and time.time() < end: time.sleep(.01)\n"
+    code = "from x1_pretrain.runtime.signals import Signals\nwith Signals(quiet=rank != 0) as s:\n"
+    running = parent(f"{code}    {READY}\n    {waits}    time.sleep(.3); sys.exit(75)")
+    pids = running.ready()
+    for pid in (running.process.pid, *pids, running.process.pid):
+        os.kill(pid, signal.SIGTERM)
+        time.sleep(0.02)
     code, said = running.end()
-    assert (code, said) == (75, "")
+    assert code == 75
+    assert said.splitlines()[1:] == [
+        "x1: SIGTERM: saving a checkpoint, then leaving (once more: leave at once)"
+    ]
+
+
+def test_a_request_for_stacks_does_not_end_a_rank_that_starts(parent: Callable[..., Parent]) -> None:
+    running = parent(f"{READY}time.sleep(.3); sys.exit(0)")
+    running.ready()
+    running.process.send_signal(signal.SIGUSR1)
+    assert running.end() == (0, "")
 
 
 def test_ctrl_c_is_passed_on(parent: Callable[..., Parent]) -> None:

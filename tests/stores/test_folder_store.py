@@ -109,6 +109,23 @@ def test_a_newcomer_whose_clock_is_days_off_sweeps_nothing_of_those_who_write(
     assert young.exists()
 
 
+def test_what_fills_the_disk_is_swept(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though nothing can be written, that would tell the disk's time."""
+    FolderStore(root).put("a", b"x")
+    old, write = root / ".x1-mirror/writing/old", os.write
+    old.write_bytes(b"x")
+    os.utime(old, (time.time() - 90_000,) * 2)
+
+    def full(descriptor: int, data: bytes) -> int:
+        if old.exists():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(descriptor, data)
+
+    monkeypatch.setattr(folder_store.os, "write", full)
+    FolderStore(root).put("b", b"x")
+    assert files(root) == ["a", "b"]
+
+
 def test_the_same_size_and_time_are_not_the_same_version(root: Path) -> None:
     store = FolderStore(root)
     etag = store.create("h", b"1")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 from x1_pretrain.mirror.head import DATA
 from x1_pretrain.mirror.patience import StoppedError
 from x1_pretrain.mirror.sending import OtherContentError, Rate, Sender, hash_file, send_file
-from x1_pretrain.stores.store import Meta, NotThereError, Store, StoreError, UnreachableError
+from x1_pretrain.stores.store import Meta, Store, StoreError, UnreachableError, there
 
 FILES = ("tokenizer.json", "val.idx.npy", "train.idx.npy", "val.bin", "train.bin")
 MANIFEST = "manifest.json"
@@ -38,12 +39,14 @@ class CorpusSender(Sender):
         whole: Mapping[str, str],
         rate: Rate,
         on_change: Callable[[], None] = lambda: None,
+        steady: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__(on_change)
         self.whole = dict(whole)
         self.bad: dict[str, str] = {}  # names of corpora that can't be sent, and why; of the last try
         self._store, self._corpora, self._rate = store, dict(corpora), rate
-        self._free = threading.Event()
+        self._free, self._steady = threading.Event(), steady
+        self._seen: dict[str, float] = {}  # since when, by etag: signs of a gc
 
     def left(self) -> list[str]:
         """Those that are not there whole, and could be."""
@@ -88,18 +91,18 @@ class CorpusSender(Sender):
 
     def _outlast_gc(self, place: str) -> None:
         """What it said of the corpus before our head named it, it does."""
-        while (sign := going(self._store, place)) is not None:
-            if sign[1] > GOING_S:
+        while (found := going(self._store, place)) is not None:
+            sign, age_s = found
+            since = self._seen.setdefault(sign.etag, self._steady())
+            if max(age_s, self._steady() - since) > GOING_S:  # some stores don't tell the time
                 return self._store.delete([f"{place}/{GOING}"])
             if self._stop.wait(AGAIN_S):
                 raise StoppedError
         return None
 
     def _has(self, key: str, size: int) -> bool:
-        try:
-            return self._store.stat(key).bytes == size
-        except NotThereError:
-            return False
+        found = there(self._store, key)
+        return found is not None and found.bytes == size
 
     def _file(self, key: str, path: Path, want: str | None) -> None:
         with path.open("rb") as file:
@@ -120,12 +123,10 @@ class CorpusSender(Sender):
 
 
 def going(store: Store, place: str) -> tuple[Meta, float] | None:
-    """The sign of a gc that deletes the corpus, and its age by the store's clock; None: nobody does."""
-    try:
-        sign = store.stat(f"{place}/{GOING}")
-    except NotThereError:
-        return None
-    return sign, ((store.now() or sign.modified) - sign.modified).total_seconds()
+    """The sign of a gc that deletes the corpus, and its age by the store's clock, 0 where it has
+    none; None: nobody does."""
+    sign = there(store, f"{place}/{GOING}")
+    return (sign, ((store.now() or sign.modified) - sign.modified).total_seconds()) if sign else None
 
 
 def bytes_of(folder: Path) -> int:

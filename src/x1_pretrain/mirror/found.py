@@ -40,6 +40,7 @@ def as_opened(lease: Lease, restored: Restored | None, state: MirrorState) -> Op
         found=before is not None,
         run_id=lease.head.run_id,
         notes=notes,
+        lost=restored.lost if restored else [],
         restored_step=restored.restored_step if restored else None,
         restored_bytes=restored.restored_bytes if restored else 0,
         restored_s=restored.restored_s if restored else 0.0,

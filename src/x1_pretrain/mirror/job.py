@@ -85,6 +85,7 @@ class Opened:
     notes: list[str] = field(
         default_factory=list
     )  # lines for the screen and events: skipped, taken over, ...
+    lost: list[str] = field(default_factory=list)  # record files of which the mirror lacks rows
     restored_step: int | None = None  # a checkpoint was fetched
     restored_bytes: int = 0
     restored_s: float = 0.0

@@ -25,6 +25,9 @@ from x1_pretrain.stores.store import ChangedError, Store
 
 FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 LATE_S = GOING_S / 3  # after its sign nothing is deleted: others take the sign for one that was left behind
+THEIRS = "another `x1 runs gc` deletes it, or was killed at it a moment ago"
+NAMED = "a run names it by now; it stays"
+LATE = "the store took too long; give `x1 runs gc` again later"
 
 
 @dataclass(frozen=True)
@@ -97,26 +100,18 @@ def delete(
     ours = [one for one in old if _claim(store, one)]
     names, trouble = named(store) if ours else (set(), [])
     goes = [one for one in ours if one.mark not in names and not trouble]
-    kept = trouble
-    for one in old:
-        if one not in ours:
-            why = "another `x1 runs gc` deletes it, or was killed at it a moment ago"
-            kept.append(f"{store.label}/{one.place}: {why}")
-        elif one.mark in names:
-            kept.append(f"{store.label}/{one.place}: a run names it by now; it stays")
+    trouble += [f"{store.label}/{one.place}: {THEIRS}" for one in old if one not in ours]
+    trouble += [f"{store.label}/{one.place}: {NAMED}" for one in ours if one.mark in names]
     for keys in (
         [f"{one.place}/{MANIFEST}" for one in goes],  # from now on it is not whole
         [f"{one.place}/{name}" for one in goes for name in one.names],
         [f"{one.place}/{GOING}" for one in ours],
     ):
         if steady() - begun > LATE_S:
-            return [], [
-                *kept,
-                f"{store.label}/{DATA}: the store took too long; give `x1 runs gc` again later",
-            ]
+            return [], [*trouble, f"{store.label}/{DATA}: {LATE}"]
         store.delete(keys)
         store.close()  # some stores do it only then
-    return goes, kept
+    return goes, trouble
 
 
 def _claim(store: Store, one: OldCorpus) -> bool:

@@ -63,6 +63,7 @@ class Restored:
     """What was put into the run folder."""
 
     notes: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)  # record files of which the mirror lacks rows
     restored_step: int | None = None  # of the checkpoint that was fetched
     restored_bytes: int = 0
     restored_s: float = 0.0
@@ -113,7 +114,7 @@ def restore(
     if fetched:
         took = f"{size(fetched.bytes)} in {time.monotonic() - begun:.1f} s"
         notes.append(f"fetched the checkpoint of step {fetched.step} from {where}: {took}")
-        notes += rows_that_lack(folder, head, fetched.step)
+        notes += rows_that_lack(source, folder, fetched.step)
     if chosen and job.step_fields.get("stability.policy") == "rewind":
         onset = spike_in(checkpoints / folder_name(chosen.step))
         before = [one for one in found if onset is not None and one.step < onset]
@@ -122,7 +123,8 @@ def restore(
         remove_partial(checkpoints)
     came += fetch_corpora(store, job.corpora, head, say, notes, patience_s, again_s)
     seconds = time.monotonic() - began
-    return Restored(notes, fetched.step if fetched else None, came, seconds, head.last_step())
+    step = fetched.step if fetched else None
+    return Restored(notes, sorted(source.lost), step, came, seconds, head.last_step())
 
 
 # ------------------------------------------------------------------------------------------------------------

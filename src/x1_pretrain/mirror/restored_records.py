@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -46,6 +46,7 @@ class Source:
     head: Head
     patience: Patience
     say: Callable[[str], None]
+    lost: set[str] = field(default_factory=set)  # record files of which rows can't be had any more
 
     def content(self, name: str, local: bytes) -> tuple[bytes, list[str]]:
         """All lines of a record file as the mirror has them, and what of it can't be had. Pieces that the
@@ -72,6 +73,7 @@ class Source:
                     f"{self.store.label}: {error}; without all of {name} the run would not be the same; "
                     "restore that object (from an earlier version in the bucket), or start a new run"
                 ) from None
+            self.lost.add(name)
             problems.append(f"{name}: rows are missing, {error}")
             return b""
 
@@ -168,14 +170,15 @@ def record_names(head: Head) -> list[str]:
     return sorted(name for name in head.records if is_plain(name) and name.endswith(".jsonl"))
 
 
-def rows_that_lack(folder: Path, head: Head, step: int) -> list[str]:
+def rows_that_lack(source: Source, folder: Path, step: int) -> list[str]:
     """Notes of the rows before a fetched checkpoint that the mirror never got, or lost."""
     notes = []
     for name in ("metrics.jsonl", "steps.jsonl"):
-        if name not in head.records:
+        if name not in source.head.records:
             continue
         last, apart = _where_it_ends(folder / name)
         if last + apart <= step:
+            source.lost.add(name)
             notes.append(
                 f"{name}: ends at step {last}, and the checkpoint is of step {step}: the mirror has no rows "
                 "of the steps between, which are not made again"

@@ -79,8 +79,13 @@ class Sender:
     def _start(self, work: Callable[[], bool], name: str) -> None:
         """`work` says whether something is there now; whoever is woken by that finds nobody busy."""
         self.error, self.busy = None, True
-        self._thread = threading.Thread(target=self._run, args=(work,), name=name, daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._run, args=(work,), name=name, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # of this machine's limits: tried again
+            self.error, self.failing, self.busy = UnreachableError(f"nothing is sent: {error}"), True, False
+        else:
+            self._thread = thread
 
     def _run(self, work: Callable[[], bool]) -> None:
         arrived = False

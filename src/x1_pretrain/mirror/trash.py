@@ -8,16 +8,17 @@ name at once; it writes under epochs of its own.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 
 from x1_pretrain.errors import RefusedError
-from x1_pretrain.mirror.head import NAME, TRASH, Head, Writer, decode, encode
-from x1_pretrain.mirror.heads import head_key, look, run_names, silence_s
+from x1_pretrain.mirror.head import TRASH, Head, Writer, decode, encode
+from x1_pretrain.mirror.heads import head_key, look, run_names, silence_s, write
 from x1_pretrain.mirror.leftovers import leftovers, paths
 from x1_pretrain.money.clock import stamp
 from x1_pretrain.records.trash import stamped
-from x1_pretrain.stores.store import ChangedError, Meta, NotThereError, Store
+from x1_pretrain.stores.store import ChangedError, Meta, NotThereError, Store, there
 
 GOING = ".going"  # an entry that is being deleted: it can't come back any more
 LOST = "lost"  # rows of writers that had lost their place
@@ -105,17 +106,9 @@ def _made(store: Store, key: str, data: bytes) -> bool:
         except ChangedError:
             return False
         return True
-    if _there(store, key):
+    if there(store, key):
         return False
     store.put(key, data)
-    return True
-
-
-def _there(store: Store, key: str) -> bool:
-    try:
-        store.stat(key)
-    except NotThereError:
-        return False
     return True
 
 
@@ -167,7 +160,7 @@ def put_back(store: Store, one: Thrown, by: str) -> None:
             f"(`x1 runs rm {store.label}/{one.name}`)"
         )
     _refuse_incomplete(store, one)
-    if not _there(store, one.key):
+    if not there(store, one.key):
         raise RefusedError(
             f"{store.label}/{one.key}: is being deleted, or was restored; look again (`x1 runs`)"
         )
@@ -175,10 +168,7 @@ def put_back(store: Store, one: Thrown, by: str) -> None:
     writer = replace(one.head.writer, epoch=epoch, state="released", why=_why(one, by))
     data = encode(replace(one.head, writer=writer, trashed_utc=None))
     try:
-        if found is None:
-            store.create(head_key(one.name), data)
-        else:
-            store.swap(head_key(one.name), data, found[1].etag)
+        write(store, one.name, data, found and found[1].etag)
     except ChangedError:
         if not _is_there(store, one.name, data):
             raise RefusedError(
@@ -195,7 +185,7 @@ def _why(one: Thrown, by: str) -> str:
 def _refuse_incomplete(store: Store, one: Thrown) -> None:
     """Somebody may have deleted objects by hand."""
     for checkpoint in one.head.checkpoints[-1:]:
-        if not _there(store, f"{one.name}/{checkpoint.path}/manifest.json"):
+        if not there(store, f"{one.name}/{checkpoint.path}/manifest.json"):
             raise RefusedError(
                 f"{store.label}/{one.key}: its newest checkpoint (step {checkpoint.step}) is no longer in "
                 "the mirror; it can't be restored"
@@ -300,33 +290,41 @@ def _left_behind(
 
 
 def delete(store: Store, one: Doomed) -> None:
-    """For good. An entry is first renamed: what is half deleted can't be restored. Of what was restored since
-    it was judged nothing goes."""
+    """For good. An entry is first renamed: what is half deleted can't be restored. Then the head is written
+    anew: who saw the entry before that can't restore it either. Of what was restored until then nothing goes.
+    """
     if one.entry is None:
         return store.delete(one.keys)
     going = one.entry.key if one.entry.going else f"{one.entry.key}{GOING}"
     if not one.entry.going:
-        if not _there(store, one.entry.key):
+        if not there(store, one.entry.key):
             return None
         store.put(going, encode(one.entry.head))
         store.delete([one.entry.key])
-    live = look(store, one.name)
-    kept = spaces(live[0]) if live and not live[0].trashed else set()
-    store.delete(key for key in one.keys if kept.isdisjoint(key.split("/")[1:3]))
+        store.close()  # some stores do it only then
     _forget(store, one.entry)
+    found = look(store, one.name)
+    kept = spaces(found[0]) if found and not _is_of(found[0], one.entry) else set()
+    store.delete(key for key in one.keys if kept.isdisjoint(key.split("/")[1:3]))
     return store.delete([going])
 
 
+def _is_of(head: Head, one: Thrown) -> bool:
+    """Whether the run is in the trash since then."""
+    return head.trashed and head.trashed_utc == one.head.trashed_utc
+
+
 def _forget(store: Store, one: Thrown) -> None:
-    """The head of a run that is gone keeps the count of its epochs, and nothing else. A new run of the name
-    may have come meanwhile: then it is left alone."""
+    """The head of a run that is gone keeps the count of its epochs, and nothing else; that of a later one in
+    the trash stays what it is, as another version. A live one is left alone; so is one that changes now."""
     found = look(store, one.name)
-    if found is None or not found[0].trashed or found[0].trashed_utc != one.head.trashed_utc:
+    head = found[0] if found else replace(one.head, writer=replace(one.head.writer, state="trashed"))
+    if not head.trashed:
         return
-    old = found[0].writer
-    writer = Writer(old.epoch, old.token, "", old.host, old.pid, old.since_utc, old.beat + 1, state="trashed")
-    bare = Head(one.name, writer, trashed_utc=one.head.trashed_utc)
-    try:
-        store.swap(f"{one.name}/{NAME}", encode(bare), found[1].etag)
-    except ChangedError:
-        return
+    old = head.writer
+    if _is_of(head, one):
+        old = Writer(old.epoch, old.token, "", old.host, old.pid, old.since_utc, old.beat, state="trashed")
+        head = Head(one.name, old, trashed_utc=one.head.trashed_utc)
+    with suppress(ChangedError):
+        again = replace(head, writer=replace(old, beat=old.beat + 1))
+        write(store, one.name, encode(again), found and found[1].etag)

@@ -11,8 +11,9 @@ import fcntl
 import json
 import os
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
@@ -26,6 +27,7 @@ from x1_pretrain.stores.address import refuse_uri
 Row = dict[str, Any]
 NAME = "ledger.jsonl"
 TAIL_BYTES = 1 << 16
+HANDLER_S = 2.0  # a signal's handler waits no longer: leaving may be what it is for
 
 
 class LedgerError(UserError):
@@ -55,26 +57,45 @@ class Ledger:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """No other process appends meanwhile: look, then append."""
+        """No other process appends meanwhile: look, then append. A handler that comes in the middle appends
+        too, under the same lock; while another process has that, it waits a moment, then LedgerError."""
         with self._mutex:
             if self._held is not None:
+                self._hold_again(self._held)
                 yield
                 return
-            try:  # Ctrl-C may come at any line: what is held is let go
+            try:  # Ctrl-C may come in here: what is held is let go
                 self._hold()
                 yield
             finally:
-                held, self._held = self._held, None
-                if held is not None:
-                    os.close(held)
+                self._let_go()
 
     def _hold(self) -> None:
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            self._held = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o644)
+            self._held = os.open(self.file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
             fcntl.flock(self._held, fcntl.LOCK_EX)
         except OSError as error:
             raise LedgerError(f"{self.file}: can't be written ({error.strerror})") from None
+
+    def _hold_again(self, held: int) -> None:
+        """This thread has the lock, or a signal came while it was waiting for it."""
+        end = time.monotonic() + HANDLER_S
+        while True:
+            try:
+                return fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if time.monotonic() > end:
+                    raise LedgerError(f"{self.file}: another process holds it ({error.strerror})") from None
+            time.sleep(0.02)
+
+    def _let_go(self) -> None:
+        """Unlocked before it is forgotten: a handler that came between would wait for its own thread."""
+        if self._held is not None:
+            with suppress(OSError):
+                fcntl.flock(self._held, fcntl.LOCK_UN)
+            held, self._held = self._held, None
+            os.close(held)
 
     def _cut_torn_end(self, descriptor: int) -> tuple[int, int]:
         """Where the next row goes, and the number of the last one."""
@@ -93,7 +114,7 @@ class Ledger:
     def _write(self, descriptor: int, row: Row, end: int) -> int:
         data = json.dumps(row, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
         try:
-            written = os.pwrite(descriptor, data, end)
+            written = os.write(descriptor, data)  # at the end, also if a handler wrote there meanwhile
             if written != len(data):
                 raise OSError(28, "No space left on device")
             os.fsync(descriptor)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import queue
 import re
 import sys
 import threading
@@ -146,11 +147,11 @@ class Notifier:
         self._urls = labelled(addresses)
         self._ledger, self._clock, self._run, self._say = ledger, clock, run, say
         self.channels = list(self._urls)  # safe to show
-        self._mutex = threading.RLock()  # a signal's handler may close what its own thread writes to
         self._unwritten: list[Row] = []  # rows that the disk did not take yet
         self._said: set[str] = set()  # troubles of the ledger, each said once
         self._stopping = False
-        self._wakes = {channel: threading.Event() for channel in self.channels}
+        # A signal's handler may close it at any line, where an Event would wait for its own thread
+        self._wakes = {channel: queue.SimpleQueue[None]() for channel in self.channels}
         for channel in self.channels:
             threading.Thread(
                 target=self._serve, args=(channel,), name=f"alerts {channel}", daemon=True
@@ -168,7 +169,7 @@ class Notifier:
         if raised and not self.channels:
             self._say(f"ALERT, and {VARIABLE} names no channel to send it to: {title}. {body}")
         for wake in self._wakes.values():
-            wake.set()
+            wake.put(None)
         return raised
 
     def _raise(self, key: str, title: str, body: str, again_after_s: float | None) -> bool:
@@ -192,7 +193,7 @@ class Notifier:
         self._flush()
         self._stopping = True
         for wake in self._wakes.values():
-            wake.set()
+            wake.put(None)
         return self.undelivered()
 
     def _worth_waiting(self, left_s: float) -> bool:
@@ -233,8 +234,8 @@ class Notifier:
             except Exception as error:  # a channel that stopped for good would be silence
                 self._say(f"alerts to {channel}: {type(error).__name__}; tried again in {POLL_S:g} s")
                 wait_s = POLL_S
-            self._wakes[channel].wait(max(0.05, self._clock.real_s(wait_s)))
-            self._wakes[channel].clear()
+            with suppress(queue.Empty):
+                self._wakes[channel].get(timeout=max(0.05, self._clock.real_s(wait_s)))
 
     def _send_what_is_due(self, channel: str) -> float:
         """Send one alert if any is due; seconds until the next look."""
@@ -296,8 +297,7 @@ class Notifier:
     # The ledger, and memory while the disk takes nothing: an alert may be about just that
 
     def _rows(self) -> list[Row]:
-        with self._mutex:  # before the file: a row that is written meanwhile is seen twice, never not at all
-            unwritten = list(self._unwritten)
+        unwritten = list(self._unwritten)  # before the file: what is written meanwhile is seen twice
         try:
             rows = self._ledger.rows()
         except LedgerError as error:
@@ -317,19 +317,18 @@ class Notifier:
 
     def _write(self, event: str, message: str, **fields: Any) -> None:
         row = {"time_utc": stamp(self._clock.now()), "event": event, "message": message, "run": self._run}
-        with self._mutex:
-            self._unwritten.append(row | fields)
+        self._unwritten.append(row | fields)
         self._flush()
 
     def _flush(self) -> None:
         """What waits goes to the disk, one thread at a time and in order; what does not get there stays."""
         try:
-            with self._ledger.locked():  # asked for before the mutex, never while that is held
-                while self._unwritten:
-                    row = self._unwritten[0]
-                    self._ledger.append(**{name: value for name, value in row.items() if name != "time_utc"})
-                    with self._mutex:
-                        self._unwritten.pop(0)
+            with self._ledger.locked():
+                while waiting := self._unwritten[:1]:
+                    row = {name: value for name, value in waiting[0].items() if name != "time_utc"}
+                    self._ledger.append(**row)
+                    with suppress(ValueError):  # a handler has done the same meanwhile
+                        self._unwritten.remove(waiting[0])
         except LedgerError as error:
             self._trouble(error)
 

@@ -13,7 +13,6 @@ counts, and what the launcher knows of earlier machines (`--ended`) goes into it
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
@@ -22,7 +21,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import IO, Annotated, Any
 
@@ -39,6 +37,7 @@ from x1_pretrain.money.clock import Clock, stamp
 from x1_pretrain.money.ledger import NAME, Ledger, LedgerError, Row, read_rows
 from x1_pretrain.money.notify import Notifier
 from x1_pretrain.money.trainer_options import mirror_of, trainer_option, trainer_options, without_option
+from x1_pretrain.records.processes import dies_with_parent
 from x1_pretrain.records.run_folder import read_jsonl
 
 GRACE_S = 45.0  # real seconds a child gets after SIGTERM: a checkpoint, and some
@@ -221,17 +220,10 @@ def start(command: Sequence[str], log: IO[bytes] | None = None) -> subprocess.Po
         command,
         env={**os.environ, "X1_UNATTENDED": "1"},
         start_new_session=True,
-        preexec_fn=partial(_end_with_parent, os.getpid()),
+        preexec_fn=dies_with_parent(signal.SIGTERM),
         stdout=log,
         stderr=log,
     )
-
-
-def _end_with_parent(parent: int) -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:  # gone before it was asked for
-            os._exit(INTERRUPTED)
 
 
 def batches(folder: Path) -> int:

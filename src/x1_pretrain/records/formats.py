@@ -43,6 +43,14 @@ VERSIONS = FORMATS | {
 }
 
 
+def of_run(earlier: Mapping[str, Any]) -> dict[str, int]:
+    """For a run folder's manifest; `earlier` is what a session before wrote, {} if there was none. A run from
+    before `steps.jsonl` never says that it has it: it lacks the first steps."""
+    told = earlier.get("formats")
+    without = bool(earlier) and not (isinstance(told, dict) and "steps.jsonl" in told)
+    return {name: number for name, number in FORMATS.items() if not (without and name == "steps.jsonl")}
+
+
 def refuse_newer(tree: Mapping[str, Any], file: Path) -> None:
     """RefusedError if `tree`, which is what `file` says, was written by a later x1."""
     kind = tree.get("kind")

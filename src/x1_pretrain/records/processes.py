@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+from collections.abc import Callable
 from pathlib import Path
 
+from x1_pretrain.errors import INTERRUPTED
+
+SET_PDEATHSIG = 1  # of prctl
 STATES = {"T": "stopped", "t": "held by a debugger", "D": "waiting for a disk or a driver", "Z": "ended"}
 
 
@@ -49,6 +54,21 @@ def _answers(pid: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def dies_with_parent(number: int) -> Callable[[], None] | None:
+    """For `preexec_fn`: the kernel sends the child that signal when the thread that started it ends. None
+    where the system can't. Nothing is looked up after the fork, where another thread's lock may be held."""
+    prctl, parent = getattr(ctypes.CDLL(None), "prctl", None), os.getpid()
+    if prctl is None:
+        return None
+
+    def before() -> None:
+        prctl(SET_PDEATHSIG, number)
+        if os.getppid() != parent:  # gone before it was asked for
+            os._exit(INTERRUPTED)
+
+    return before
 
 
 def cores() -> int:

@@ -84,31 +84,42 @@ def _token_problems(run: Run, rows: Sequence[Row]) -> list[str]:
 def every_step(run: Run, read_rows: Callable[[], Sequence[Row]]) -> Check:
     """steps.jsonl holds each step once, in order, up to the last, and the numbers of the rows of metrics."""
     name, file, formats = "every step on record", run.folder / STEPS, run.manifest.get("formats")
-    if not file.exists() and not (isinstance(formats, dict) and STEPS in formats):
+    from_the_start = isinstance(formats, dict) and STEPS in formats
+    if not file.exists() and not from_the_start:
         return Check(name, NOT_APPLICABLE, "no steps.jsonl: an older run")
     rows, events = read_rows(), run.events()
     recorded = [with_numbers(row) for row in read_jsonl(file).rows if is_number(row.get("step"))]
     steps = [row["step"] for row in recorded]
-    first = 1 + min((one["step"] for one in reached(events)), default=0)
+    first = 1 + _begun(events, steps, from_the_start)
     last = max([last_step(rows), saved(events), *steps])
     if last < first:
         return Check(name, PASSED, "no step done yet")
+    by_step = {row["step"]: row for row in recorded}
+    same = [row for row in rows if is_train(row) and row["step"] in by_step]
+    problems = _holes(steps, first, last, lost_up_to(events, STEPS))
+    problems += [problem for row in same for problem in _disagreement(row, by_step[row["step"]])]
+    span = f"{len(steps):,} steps, {first:,} to {last:,}, each once"
+    return judged(name, problems, f"{span}; the {len(same):,} rows of metrics agree")
+
+
+def _begun(events: Sequence[Row], steps: Sequence[int], from_the_start: bool) -> int:
+    """The step after which the rows begin: where the run did. One from before there was such a file has it
+    from a later session on."""
+    begun: list[int] = sorted({one["step"] for one in reached(events)} or {0})
+    if from_the_start:
+        return begun[0]
+    wanted = steps[0] - 1 if steps else begun[-1]
+    return wanted if wanted in begun else begun[0]
+
+
+def _holes(steps: Sequence[int], first: int, last: int, lost: int) -> list[str]:
     problems = [f"begins at step {steps[0]}, expected {first}"] if steps and steps[0] < first else []
-    lost = lost_up_to(events, STEPS)
     problems += [
         f"no row of {_stretch(a + 1, b - 1)}{_lost(a + 1, lost)}"
         for a, b in pairwise(sorted({first - 1, *steps, last + 1}))
         if b != a + 1
     ]
-    problems += [f"step {a} is followed by step {b}" for a, b in pairwise(steps) if b <= a]
-    by_step = {row["step"]: row for row in recorded}
-    same = [row for row in rows if is_train(row) and row["step"] in by_step]
-    problems += [problem for row in same for problem in _disagreement(row, by_step[row["step"]])]
-    return judged(
-        name,
-        problems,
-        f"{len(steps):,} steps, {first:,} to {last:,}, each once; the {len(same):,} rows of metrics agree",
-    )
+    return problems + [f"step {a} is followed by step {b}" for a, b in pairwise(steps) if b <= a]
 
 
 def _stretch(first: int, last: int) -> str:
@@ -130,17 +141,14 @@ def saved(events: Sequence[Row]) -> int:
 
 def lost_up_to(events: Sequence[Row], file: str) -> int:
     """The step at which a session came back from a mirror that had lost rows of the file; 0: none did."""
-    told = (f"{file}: rows are missing", f"{file}: ends at step")  # as a restore says it
     return max(
-        (
-            event["step"]
-            for event in events
-            if event.get("event") == "mirror"
-            and is_number(event.get("step"))
-            and str(event.get("message")).startswith(told)
-        ),
-        default=0,
+        (one["step"] for one in events if is_number(one.get("step")) and _says_lost(one, file)), default=0
     )
+
+
+def _says_lost(event: Row, file: str) -> bool:
+    lost = event.get("lost")
+    return event.get("event") == "mirror" and isinstance(lost, list) and file in lost
 
 
 def _lost(step: int, lost: int) -> str:

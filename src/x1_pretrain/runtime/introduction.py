@@ -13,7 +13,7 @@ from x1_pretrain.config_reading import to_yaml
 from x1_pretrain.errors import UserError
 from x1_pretrain.model.flops import parameter_counts
 from x1_pretrain.records import run_manifest
-from x1_pretrain.records.formats import FORMATS
+from x1_pretrain.records.formats import of_run
 from x1_pretrain.records.metrics import utc_now
 from x1_pretrain.records.mirror_state import go_on_without
 from x1_pretrain.runtime import assemble
@@ -94,32 +94,28 @@ def introduction(run: Run) -> str:
     return "\n".join((size, length, work))
 
 
-def first_written(run: Run) -> str | None:
-    """When this run's first session wrote its manifest."""
+def written_before(run: Run) -> dict[str, Any]:
+    """The manifest of this run's session before; {} for the first one, or if someone damaged it."""
     try:
         earlier = json.loads((run.config.folder / "manifest.json").read_text(encoding="utf-8"))
-        return earlier["created_utc"] if earlier["run_id"] == run.session.run_id else None
-    except (
-        OSError,
-        ValueError,
-        LookupError,
-        TypeError,
-    ):  # the first session, or someone damaged it: written anew
-        return None
+        return dict(earlier) if earlier["run_id"] == run.session.run_id else {}
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
 
 
 def manifest(run: Run) -> dict[str, Any]:
     """`manifest.json` of the run folder."""
+    earlier = written_before(run)
     config, counts, flops = run.config, parameter_counts(run.config.model), run.flops
     mixture = config.data.mixture()
     fingerprints = [c.fingerprint for c in run.corpora.values()]
     return {
         "schema_version": 1,
         "kind": "run",
-        "formats": dict(FORMATS),
+        "formats": of_run(earlier),
         "run_id": run.session.run_id,
         "name": config.name,
-        "created_utc": first_written(run) or utc_now(),
+        "created_utc": earlier.get("created_utc") or utc_now(),
         "updated_utc": utc_now(),
         "session": run.session.number,
         "argv": run_manifest.argv(),

@@ -29,7 +29,7 @@ from x1_pretrain.numbers import size
 from x1_pretrain.runtime.signals import Signals
 
 LISTEN_S = 0.2  # between two looks for a signal, while the mirror opens
-LATE_S = 5.0  # after the time that a drain was given
+LATE_S = 5.0  # after the time that a drain was given, and for the last words of one that ended
 AGAIN_S = 30.0  # between two starts of a mirror that dies
 PROGRESS_S = 5.0  # between two lines of progress
 UNATTENDED = "X1_UNATTENDED"  # set by `x1 supervise` for its trainer
@@ -80,7 +80,7 @@ class Mirror:
         self._is_open = threading.Event()
         self._order: dict[str, Any] | None = None  # to publish: repeated to a mirror that was started again
         self._heard_s = self._started_s = time.monotonic()
-        self._said_s = -math.inf
+        self._said_s, self._ended_s = -math.inf, math.inf
         self._draining = False
         self._told_dead = False
         self._process, self._reader = self._start("w")
@@ -97,6 +97,8 @@ class Mirror:
         signals.opening = True
         try:
             while not mirror._is_open.wait(LISTEN_S):
+                if mirror._ended():
+                    mirror._end_unopened(mirror._process)
                 if signals.interrupted():
                     raise MirrorRefusedError(
                         f"{signals.requested}: nothing was started; relaunch the same command", INTERRUPTED
@@ -147,6 +149,9 @@ class Mirror:
             except ValueError:
                 continue  # a library's own words
             self._take(happening)
+        self._end_unopened(process)
+
+    def _end_unopened(self, process: subprocess.Popen[str]) -> None:
         if not self._is_open.is_set():
             log = Path(self.job.folder) / LOG
             self._refused = MirrorRefusedError(
@@ -195,10 +200,9 @@ class Mirror:
 
     def _keep_alive(self) -> None:
         now = time.monotonic()
-        lives = self._process.poll() is None or self._reader.is_alive()  # until its last word was taken
-        if lives or self.lost or self._draining or now - self._started_s < AGAIN_S:
+        if not self._ended() or self.lost or self._draining or now - self._started_s < AGAIN_S:
             return
-        code, self._started_s = self._process.returncode, now
+        code, self._started_s, self._ended_s = self._process.returncode, now, math.inf
         said = f"the mirror's process ended (exit code {code}, see {LOG}): started again, until it lives"
         if not self._told_dead:
             self._news.append(("mirror", said, {"exit_code": code, "alert": True}))
@@ -208,6 +212,12 @@ class Mirror:
             self._process, self._reader = self._start("a")
         if self._order is not None:
             self._tell(self._process, self._order)
+
+    def _ended(self) -> bool:
+        """And its last word was taken; but a child of it may hold its output for ever."""
+        now = time.monotonic()
+        self._ended_s = math.inf if self._process.poll() is None else min(self._ended_s, now)
+        return now - self._ended_s > LATE_S or (self._ended_s <= now and not self._reader.is_alive())
 
     def row(self) -> dict[str, float]:
         """How far behind it is, now: a mirror that says nothing is behind by that time too."""
@@ -233,7 +243,11 @@ class Mirror:
         if self._process.poll() is None:
             self._tell(self._process, {"do": "drain", "within_s": within_s, "why": why})
         deadline = time.monotonic() + within_s + LATE_S
-        while self._reader.is_alive() and time.monotonic() < min(deadline, self._asked_end_s()):
+        while (
+            self._reader.is_alive()
+            and not self._ended()
+            and time.monotonic() < min(deadline, self._asked_end_s())
+        ):
             self._reader.join(LISTEN_S)
             beat()
         if self.left is None:

@@ -61,7 +61,8 @@ def begin(run: Run) -> None:
     opened = run.mirror.opened
     for note in opened.notes:
         run.event("mirror", f"  {note}")
-    run.event("mirror", f"  mirrored in {opened.label} (epoch {opened.epoch})", epoch=opened.epoch)
+    lost = {"lost": opened.lost} if opened.lost else {}
+    run.event("mirror", f"  mirrored in {opened.label} (epoch {opened.epoch})", epoch=opened.epoch, **lost)
     if same_disk(parse(run.mirror.job.uri), run.config.folder):
         run.event("mirror", "  the mirror is on the same disk as the run: it dies with it")
     if opened.moved_from is not None:

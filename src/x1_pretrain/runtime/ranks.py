@@ -2,14 +2,13 @@
 
 The command starts itself once a rank, with torchrun's variables, and stays as their parent. Against torchrun:
 the exit code is the run's own, so that whoever supervises knows what to do; ranks whose peer is gone are
-waited for and then ended; a request to stop reaches each rank once; no rank outlives the parent; what all
-ranks refuse is said once; and the port at which they meet is taken before anyone is told of it.
+waited for and then ended; on Linux no rank outlives the parent; what all ranks refuse is said once; and the
+port at which they meet is taken before anyone is told of it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import resource
 import signal
@@ -25,19 +24,20 @@ from types import FrameType
 from typing import IO
 
 from x1_pretrain.errors import BUDGET_CHECKPOINTED, BUDGET_STOPPED, FINISHED, INTERRUPTED, REFUSED, USAGE
-from x1_pretrain.records.processes import cores
+from x1_pretrain.records.processes import cores, dies_with_parent
 
 SETTLE_S = 30.0  # for the other ranks, once one has left: saving is done by then, waiting for it is not
-SAME_S = 0.5  # a signal that comes to a whole process group as well is one request
 POLL_S = 0.05
+HELD_S = 0.5  # the other ranks' words: the first may be about to say the same
+LAST_WORDS_S = 1.0
 MEETING = "X1_MEETING"  # the open socket at which the first rank waits for the others
 DECIDED = (REFUSED, BUDGET_STOPPED, BUDGET_CHECKPOINTED, USAGE)  # what a rank ends with on purpose
-PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+PASSED_ON = (signal.SIGTERM, signal.SIGINT)
 
 
 def is_rank() -> bool:
     """Whether this process is one already: ours, or torchrun's."""
-    return "RANK" in os.environ
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def is_first() -> bool:
@@ -49,27 +49,26 @@ def run(size: int, command: Sequence[str] | None = None, settle_s: float = SETTL
     """This very command, once a rank; its exit code. A signal that ended the ranks ends this process too."""
     command = command or [sys.executable, *sys.orig_argv[1:]]
     ranks = Ranks(settle_s)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # and so in a rank, until it has stacks to write
     with ranks.passing_on():
-        with socket.create_server(("127.0.0.1", 0)) as meeting:  # only the first rank keeps it open
-            for number in range(size):
-                ranks.children.append(Rank(number, start(command, number, size, meeting)))
-                ranks.words.listen(number, ranks.children[-1].process.stderr)
-        for number in list(ranks.asked_s):  # before all were there
-            ranks.pass_on(number)
-        code = ranks.wait()
+        try:
+            with socket.create_server(("127.0.0.1", 0)) as meeting:  # only the first rank keeps it open
+                for number in range(size):
+                    ranks.children.append(Rank(number, start(command, number, size, meeting)))
+                    ranks.words.listen(number, ranks.children[-1].process.stderr)
+            signal.signal(signal.SIGUSR1, lambda number, _: ranks.pass_on(number))
+            for number in ranks.asked:  # before all were there
+                ranks.pass_on(number)
+            code = ranks.wait()
+        except BaseException:
+            ranks.pass_on(signal.SIGKILL)
+            raise
     if code < 0:
         end_by(-code)
     return code
 
 
 def start(command: Sequence[str], number: int, size: int, meeting: socket.socket) -> subprocess.Popen[bytes]:
-    linux, parent = ctypes.CDLL(None), os.getpid()
-
-    def die_with_parent() -> None:
-        linux.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:
-            os._exit(1)
-
     place = {
         "RANK": number,
         "LOCAL_RANK": number,
@@ -79,7 +78,8 @@ def start(command: Sequence[str], number: int, size: int, meeting: socket.socket
         "MASTER_PORT": meeting.getsockname()[1],
         MEETING: meeting.fileno(),
     }
-    usual = {"OMP_NUM_THREADS": str(max(1, cores() // size)), "GLOO_SOCKET_IFNAME": "lo"}
+    usual = {"OMP_NUM_THREADS": str(max(1, cores() // size))}
+    usual |= {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
     return subprocess.Popen(
         list(command),
         env={**usual, **os.environ, **{name: str(value) for name, value in place.items()}},
@@ -87,7 +87,7 @@ def start(command: Sequence[str], number: int, size: int, meeting: socket.socket
         stderr=subprocess.PIPE,
         start_new_session=True,
         pass_fds=[meeting.fileno()] if number == 0 else [],
-        preexec_fn=die_with_parent if sys.platform == "linux" else None,
+        preexec_fn=dies_with_parent(signal.SIGKILL),
     )
 
 
@@ -117,7 +117,7 @@ class Ranks:
     def __init__(self, settle_s: float = SETTLE_S) -> None:
         self.children: list[Rank] = []
         self.words = Words()
-        self.asked_s: dict[int, float] = {}
+        self.asked: list[int] = []
         self._settle_s = settle_s
         self._deadline: float | None = None
 
@@ -132,29 +132,28 @@ class Ranks:
             self.words.tell()
             time.sleep(POLL_S)
         self.words.close()
-        return outcome([one.process.returncode for one in self.children if not one.ended])
+        return outcome([None if one.ended else one.process.returncode for one in self.children])
 
     def _left(self, one: Rank) -> None:
         one.told, code = True, one.process.returncode
         others = not all(other.told for other in self.children)
         if code not in (FINISHED, INTERRUPTED, *DECIDED) and not one.ended:
-            how = (
-                f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-            )
-            self.words.say(
-                f"x1: rank {one.number} {how}"
-                + (f"; the others get {self._settle_s:.0f} s" if others and not self._deadline else "")
-            )
+            then = f"; the others get {self._settle_s:.0f} s" if others and not self._deadline else ""
+            self.words.say(f"x1: rank {one.number} {ending(code)}{then}")
         if code or one.number == 0:
             self._deadline = self._deadline or time.monotonic() + self._settle_s
 
     def _end_the_rest(self) -> None:
         """They wait for one that is gone, in a library that no request reaches."""
         for one in self.children:
-            if not one.told and not one.ended:
+            if one.ended and not one.told:
+                self.words.say(f"x1: rank {one.number} can't be killed: it waits for a driver or a disk")
+                one.told = True
+            elif not one.told:
                 self.words.say(f"x1: rank {one.number} did not follow within {self._settle_s:.0f} s: killed")
                 one.ended = True
                 one.process.kill()
+        self._deadline = time.monotonic() + SETTLE_S
 
     @contextlib.contextmanager
     def passing_on(self) -> Iterator[None]:
@@ -169,10 +168,8 @@ class Ranks:
                 signal.signal(number, handler)
 
     def _on_request(self, number: int, _: FrameType | None) -> None:
-        now = time.monotonic()
-        if now - self.asked_s.get(number, -SAME_S) >= SAME_S:
-            self.asked_s[number] = now
-            self.pass_on(number)
+        self.asked.append(number)
+        self.pass_on(number)
 
     def _on_pause(self, number: int, _: FrameType | None) -> None:
         """Ctrl-Z, and `fg`: the ranks are not in the terminal's group."""
@@ -185,15 +182,22 @@ class Ranks:
             one.process.send_signal(number)
 
 
-def outcome(codes: Sequence[int]) -> int:
-    """Of a run, from those of its ranks in their order. When one is gone the others fail as well, so what a
-    rank decided counts before a fault, and the first rank's 0 says that all is done."""
-    if codes[:1] == [FINISHED]:
+def ending(code: int) -> str:
+    if code >= 0:
+        return f"ended with exit code {code}"
+    named = -code in set(signal.Signals)
+    return f"was killed by {signal.Signals(-code).name if named else f'signal {-code}'}"
+
+
+def outcome(codes: Sequence[int | None]) -> int:
+    """Of a run, from those of its ranks in their order; None: we ended it. When one is gone the others fail
+    as well, so what a rank decided counts before a fault, and the first rank's 0 says that all is done."""
+    known = [code for code in codes if code is not None]
+    if codes[0] == FINISHED:
         return FINISHED
-    killed = [code for code in codes if code < 0]
-    return next(
-        (code for code in [*DECIDED, *killed, INTERRUPTED, *codes] if code in codes and code), FINISHED
-    )
+    killed = [code for code in known if code < 0]
+    order = [*DECIDED, *killed, INTERRUPTED, *known]
+    return next((code for code in order if code in known and code), FINISHED)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -216,7 +220,7 @@ class Words:
     def _read(self, number: int, words: IO[bytes]) -> None:
         for line in words:
             if number:
-                self.held.append((time.monotonic() + SAME_S, number, line))
+                self.held.append((time.monotonic() + HELD_S, number, line))
             else:
                 self._write(line)
 
@@ -229,7 +233,7 @@ class Words:
     def close(self) -> None:
         """What they said last; a process that a rank left behind may hold the pipe open."""
         for thread in self.threads:
-            thread.join(SAME_S)
+            thread.join(LAST_WORDS_S)
         self.tell(all_of_it=True)
 
     def say(self, text: str) -> None:

@@ -7,6 +7,7 @@ request leave right away. A hang-up (the terminal is gone) is survived.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
@@ -17,6 +18,7 @@ from typing import Self
 from x1_pretrain.errors import INTERRUPTED
 
 REQUESTS = (signal.SIGTERM, signal.SIGINT)
+SAME_S = 0.5  # a signal to a process and then to its whole group, as `timeout` sends it, is one request
 
 
 class Signals:
@@ -27,7 +29,7 @@ class Signals:
         self.requested: str | None = None  # the name of the first signal, or who else asked and why
         self.requested_s: float | None = None  # when, by the monotonic clock
         self.exit_code = INTERRUPTED
-        self._signalled = False
+        self._signalled_s = -math.inf
         self.nothing_to_save = False
         self.opening = False  # nothing was begun yet: whoever waits looks for the request
         self.before_leaving: Callable[[str], None] = lambda _: None  # last words of an immediate exit
@@ -57,18 +59,20 @@ class Signals:
             self._leave(why)
 
     def _on_request(self, number: int, _: FrameType | None) -> None:
-        name = signal.Signals(number).name
-        if self._signalled:
+        name, now = signal.Signals(number).name, time.monotonic()
+        if now - self._signalled_s < SAME_S:
+            return
+        if self._signalled_s > -math.inf:
             self._say(
                 f"\nx1: {name} again: leaving at once; the last checkpoint is safe, relaunch to go on from "
                 "it\n"
             )
             self._leave(name)
-        self._signalled = True
+        self._signalled_s = now
         if self.requested is not None:
             self._say(f"\nx1: {name}: leaving already (once more: at once)\n")
             return
-        self.requested, self.requested_s = name, time.monotonic()
+        self.requested, self.requested_s = name, now
         if self.nothing_to_save:
             self._say(f"\nx1: {name}: nothing was learned since the last checkpoint; leaving\n")
             self._leave(name)

@@ -9,10 +9,9 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import Store, TCPStore
 
 from x1_pretrain.errors import UserError
-from x1_pretrain.runtime.ranks import MEETING
+from x1_pretrain.runtime.ranks import MEETING, is_rank
 
 T = TypeVar("T")
 OLDEST_TORCH = (2, 11)
@@ -132,20 +131,25 @@ def join(device: str | None = None, patience_s: float = 1800.0) -> World:
     return World(rank, size, chosen)
 
 
-def _meeting(rank: int, size: int, patience: timedelta) -> Store:
+def _meeting(rank: int, size: int, patience: timedelta) -> Any:
     """Where our own ranks meet: at a socket that their parent opened for the first of them."""
     where, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     opened = int(os.environ[MEETING]) if rank == 0 else None
-    return TCPStore(where, port, size, rank == 0, patience, master_listen_fd=opened)
+    stores: Any = dist  # a torch without distributed has none
+    return stores.TCPStore(where, port, size, rank == 0, patience, master_listen_fd=opened)
 
 
 def ranks_wanted(text: str, device: str | None) -> int:
     """`--ranks N` or `auto`: as many processes as GPUs."""
+    if text != "auto" and (not text.isdecimal() or int(text) < 1):
+        raise UserError(f"--ranks {text}: expected a number of processes, 1 or more, or auto")
+    if is_rank():
+        return 1
     gpus = torch.cuda.device_count() if device != "cpu" else 0
     if text == "auto":
         return max(1, gpus)
-    if not text.isdecimal() or int(text) < 1:
-        raise UserError(f"--ranks {text}: expected a number of processes, 1 or more, or auto")
+    if 0 < gpus < int(text):
+        raise UserError(f"--ranks {text}: this machine has {gpus} GPU(s), and each rank needs one")
     if int(text) == 1 < gpus:
         print(f"1 of the {gpus} GPUs here is used; --ranks {gpus} uses them all", flush=True)
     return int(text)

@@ -192,7 +192,11 @@ class FolderStore:
             )
         _make_folders(self._root / WRITING, self._root.parent)
         self._device = self._root.stat().st_dev
-        _sweep(self._root / WRITING, self._probe())
+        try:
+            now = self._probe()
+        except DeniedError:
+            now = datetime.now(UTC)  # a full disk: what is swept may be what fills it
+        _sweep(self._root / WRITING, now)
 
     def _refuse_other_disk(self) -> None:
         """Nothing is "not there" or "new" because the disk was unmounted under us."""

@@ -95,3 +95,11 @@ class Store(Protocol):
         """The store's own clock, which all writers share; None where it can't be asked."""
 
     def close(self) -> None: ...
+
+
+def there(store: Store, key: str) -> Meta | None:
+    """What the store knows of an object; None where it is not there."""
+    try:
+        return store.stat(key)
+    except NotThereError:
+        return None
