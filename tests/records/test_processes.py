@@ -38,12 +38,6 @@ def test_a_child_whose_parent_is_gone_before_it_asked_does_not_begin(monkeypatch
     assert subprocess.call(["true"], preexec_fn=before) == INTERRUPTED
 
 
-def test_a_child_can_be_born_deaf_to_a_signal() -> None:
-    ask = "import signal; print(signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN)"
-    before = dies_with_parent(signal.SIGKILL, ignoring=(signal.SIGUSR1,))
-    assert subprocess.check_output([sys.executable, "-c", ask], preexec_fn=before) == b"True\n"
-
-
 def test_where_the_system_has_no_such_call_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
     assert dies_with_parent(signal.SIGKILL) is None
