@@ -454,10 +454,10 @@ def main(
     if (size := ranks_wanted(ranks_, device)) > 1:
         loaded.blocks_per_rank(size)
         return ranks.run(size)
-    if (picked := pick_up(config, os.environ)) and ranks.is_first():
+    if (picked := pick_up(config, os.environ)) and not ranks.place()[0]:
         print(f"from {beside(config)}: {' '.join(f'{key}={value}' for key, value in picked.items())}")
     with (
-        Signals(quiet=not ranks.is_first()) as signals,
+        Signals(quiet=ranks.place()[0] > 0) as signals,
         started(
             loaded,
             signals,

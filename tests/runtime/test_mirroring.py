@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -217,3 +218,9 @@ def test_a_mirror_that_died_is_heard_to_the_end_before_it_is_started_again(
     assert [fields["exit_code"] for _, _, fields in mirror.news()] == [1]
     assert started == ["a"]
     words.set()
+
+
+def test_a_refusal_reaches_the_other_ranks_as_it_is() -> None:
+    """It is sent to them pickled."""
+    there = pickle.loads(pickle.dumps(MirrorRefusedError("held by process 7", 78)))
+    assert (str(there), there.exit_code) == ("held by process 7", 78)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from x1_pretrain.errors import UserError
+from x1_pretrain.runtime import ranks
 from x1_pretrain.runtime.ranks import outcome
 from x1_pretrain.runtime.world import ranks_wanted
 
@@ -127,8 +128,23 @@ def test_a_number_of_ranks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
             ranks_wanted(wrong, None)
     monkeypatch.setenv("RANK", "1")
     assert ranks_wanted("2", None) == 2  # left over from elsewhere
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert ranks_wanted("2", None) == 2
+    assert ranks.place() == (0, 1)
     monkeypatch.setenv("WORLD_SIZE", "2")
+    assert [ranks_wanted(text, None) for text in ("1", "auto")] == [1, 1]
+    with pytest.raises(UserError, match="--ranks 2: WORLD_SIZE=2 says that this is one of several"):
+        ranks_wanted("2", None)
+    monkeypatch.setenv("X1_MEETING", "7")
     assert ranks_wanted("2", None) == 1  # it is one of them
+    assert ranks.place() == (1, 2)
+
+
+def test_a_program_from_standard_input_can_not_be_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("", "-"):
+        monkeypatch.setattr(sys, "argv", [name])
+        with pytest.raises(UserError, match="can't be read twice"):
+            ranks.run(2)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -240,12 +256,44 @@ def test_what_all_refuse_is_said_once(parent: Callable[..., Parent]) -> None:
     assert (code, said) == (2, "x1: no such file\n")
 
 
+def test_what_the_others_say_of_a_lost_rank_is_kept_in_a_file(parent: Callable[..., Parent]) -> None:
+    """A killed rank says nothing; its peers print tracebacks, some of them at once."""
+    waits = "while os.path.exists(f'/proc/{pid}') and open(f'/proc/{pid}/stat').read().split()[2] != 'Z':"
+    reads = (
+        "file = Path(sys.argv[1] + '/1')\nwhile not (file.exists() and file.read_text()): time.sleep(.01)\n"
+    )
+    peer = f"{reads}pid = file.read_text()\n{waits} time.sleep(.001)\nraise ConnectionError('closed by peer')"
+    code = f"{READY}\nif rank: {SLEEPS}\n{peer}"
+    running = parent(code)
+    until(lambda: running.ready())
+    os.kill(running.ready()[1], signal.SIGKILL)
+    code_, said = running.end()
+    assert code_ == -signal.SIGKILL
+    first, second = said.splitlines()
+    assert first.startswith("x1: rank 1 was killed by SIGKILL")
+    kept = Path(second.rpartition(" is in ")[2])
+    assert second.startswith("x1: what the other ranks said to it (")
+    assert "closed by peer" in kept.read_text()
+    kept.unlink()
+
+
+def test_a_pipe_that_nobody_reads_holds_nothing_up(parent: Callable[..., Parent]) -> None:
+    running = parent(
+        f"{READY}[sys.stderr.write('x' * 99 + '\\n') for _ in range(3000)]; time.sleep(600)", settle_s=0.2
+    )
+    os.kill(running.ready()[1], signal.SIGKILL)
+    assert running.process.wait(60) == -signal.SIGKILL  # while nobody reads what is said
+
+
+@pytest.mark.parametrize("closed", ["<&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_files_do_not_take_the_meeting_s_place(tmp_path: Path, closed: str) -> None:
+    held = "import os, sys; os.fstat(int(os.environ['X1_MEETING'])) if os.environ['RANK'] == '0' else 0"
+    words = [sys.executable, "-c", PARENT, "2", "60", sys.executable, "-c", held]
+    assert subprocess.call(["sh", "-c", f'"$@" {closed}', "sh", *words], timeout=120) == 0
+
+
 def test_what_one_alone_says_has_its_number(parent: Callable[..., Parent]) -> None:
     words = "print('x1: no GPU' if rank else 'x1: hello', file=sys.stderr); print('more', file=sys.stderr); "
-    code, said = parent(f"{words}sys.exit(2 if rank else 1)").end()
+    code, said = parent(f"{words}sys.exit(2)").end()
     assert code == 2
-    lines = said.splitlines()
-    assert {"x1: hello", "more", "rank 1: x1: no GPU", "rank 1: more"} <= set(lines)
-    assert "x1: rank 0 ended with exit code 1; the others get 60 s" in lines or (
-        "x1: rank 0 ended with exit code 1" in lines  # the other had left before
-    )
+    assert sorted(said.splitlines()) == ["more", "rank 1: more", "rank 1: x1: no GPU", "x1: hello"]

@@ -43,6 +43,9 @@ class MirrorRefusedError(UserError):
         super().__init__(message)
         self.exit_code = exit_code
 
+    def __reduce__(self) -> tuple[object, ...]:  # it goes from the first rank to the others
+        return type(self), (str(self), self.exit_code)
+
 
 def job_for(config: RunConfig, must_exist: bool, fresh: bool) -> Job:
     """What the mirror has to know of the run."""

@@ -10,44 +10,52 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import resource
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import FrameType
 from typing import IO
 
-from x1_pretrain.errors import BUDGET_CHECKPOINTED, BUDGET_STOPPED, FINISHED, INTERRUPTED, REFUSED, USAGE
+from x1_pretrain.errors import (
+    BUDGET_CHECKPOINTED,
+    BUDGET_STOPPED,
+    FINISHED,
+    INTERRUPTED,
+    REFUSED,
+    USAGE,
+    UserError,
+)
 from x1_pretrain.records.processes import cores, dies_with_parent
 
 SETTLE_S = 30.0  # for the other ranks, once one has left: saving is done by then, waiting for it is not
 POLL_S = 0.05
 HELD_S = 0.5  # the other ranks' words: the first may be about to say the same
 LAST_WORDS_S = 1.0
+OURS = b"x1: "
 MEETING = "X1_MEETING"  # the open socket at which the first rank waits for the others
 DECIDED = (REFUSED, BUDGET_STOPPED, BUDGET_CHECKPOINTED, USAGE)  # what a rank ends with on purpose
 PASSED_ON = (signal.SIGTERM, signal.SIGINT)
 
 
-def is_rank() -> bool:
-    """Whether this process is one already: ours, or torchrun's."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
-def is_first() -> bool:
-    """Whether this process speaks: the first rank, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
+def place() -> tuple[int, int]:
+    """This process's rank, and of how many: ours, torchrun's, or the only one."""
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    return (int(os.environ.get("RANK", 0)), size) if size > 1 else (0, 1)
 
 
 def run(size: int, command: Sequence[str] | None = None, settle_s: float = SETTLE_S) -> int:
     """This very command, once a rank; its exit code. A signal that ended the ranks ends this process too."""
-    command = command or [sys.executable, *sys.orig_argv[1:]]
+    command = command or again()
+    open_standard_files()
     ranks = Ranks(settle_s)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # and so in a rank, until it has stacks to write
     with ranks.passing_on():
@@ -68,8 +76,25 @@ def run(size: int, command: Sequence[str] | None = None, settle_s: float = SETTL
     return code
 
 
+def again() -> list[str]:
+    """The command that started this process."""
+    if sys.argv[0] in ("", "-"):
+        raise UserError(
+            "--ranks: each rank starts the program anew, which can't be read twice from standard input; put "
+            "it into a file, or use `x1 train`"
+        )
+    return [sys.executable, *sys.orig_argv[1:]]
+
+
+def open_standard_files() -> None:
+    """Where one is closed, the next file that is opened would take its place."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
+
+
 def start(command: Sequence[str], number: int, size: int, meeting: socket.socket) -> subprocess.Popen[bytes]:
-    place = {
+    here = {
         "RANK": number,
         "LOCAL_RANK": number,
         "WORLD_SIZE": size,
@@ -82,7 +107,7 @@ def start(command: Sequence[str], number: int, size: int, meeting: socket.socket
     usual |= {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
     return subprocess.Popen(
         list(command),
-        env={**usual, **os.environ, **{name: str(value) for name, value in place.items()}},
+        env={**usual, **os.environ, **{name: str(value) for name, value in here.items()}},
         stdin=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         start_new_session=True,
@@ -124,9 +149,10 @@ class Ranks:
     def wait(self) -> int:
         """Until all have ended; the run's exit code, negative for a signal."""
         while not all(one.told for one in self.children):
-            for one in self.children:
-                if not one.told and one.process.poll() is not None:
-                    self._left(one)
+            for _ in range(2):  # who fails because of another is seen to have left no earlier than that one
+                left = [one for one in self.children if not one.told and one.process.poll() is not None]
+            for one in sorted(left, key=lambda one: one.process.returncode >= 0):  # a killed one is the cause
+                self._left(one)
             if self._deadline and time.monotonic() > self._deadline:
                 self._end_the_rest()
             self.words.tell()
@@ -137,9 +163,11 @@ class Ranks:
     def _left(self, one: Rank) -> None:
         one.told, code = True, one.process.returncode
         others = not all(other.told for other in self.children)
-        if code not in (FINISHED, INTERRUPTED, *DECIDED) and not one.ended:
+        unexpected = code not in (FINISHED, INTERRUPTED, *DECIDED) and not one.ended
+        if unexpected and self.words.lost is None:  # what the others end with comes of it
             then = f"; the others get {self._settle_s:.0f} s" if others and not self._deadline else ""
             self.words.say(f"x1: rank {one.number} {ending(code)}{then}")
+            self.words.lost = one.number
         if code or one.number == 0:
             self._deadline = self._deadline or time.monotonic() + self._settle_s
 
@@ -204,42 +232,74 @@ def outcome(codes: Sequence[int | None]) -> int:
 # What they say on stderr
 
 
-@dataclass
 class Words:
-    """The first rank's lines at once; the others' under their number, but for what was said already."""
+    """The ranks' lines: under their number, but for the first's and for what was said already. After a rank
+    was lost, what the others say of it goes into a file: it is long, and not the cause.
 
-    held: deque[tuple[float, int, bytes]] = field(default_factory=deque)
-    said: deque[bytes] = field(default_factory=lambda: deque(maxlen=50))
-    threads: list[threading.Thread] = field(default_factory=list)
+    Lines are held for a moment, so that it is known by then who was lost; ours, `x1: ...`, of the first rank
+    are not. A thread of its own writes: nobody may read the other end."""
+
+    def __init__(self) -> None:
+        self.lost: int | None = None
+        self._held: deque[tuple[float, int, bytes]] = deque()
+        self._said: deque[bytes] = deque(maxlen=50)
+        self._aside: list[bytes] = []
+        self._readers: list[threading.Thread] = []
+        self._queue: queue.Queue[bytes | None] = queue.Queue(10_000)
+        self._writer = threading.Thread(target=self._write, daemon=True)
+        self._writer.start()
 
     def listen(self, number: int, words: IO[bytes] | None) -> None:
-        thread = threading.Thread(target=self._read, args=(number, words), daemon=True)
-        thread.start()
-        self.threads.append(thread)
+        self._readers.append(threading.Thread(target=self._read, args=(number, words), daemon=True))
+        self._readers[-1].start()
 
     def _read(self, number: int, words: IO[bytes]) -> None:
         for line in words:
-            if number:
-                self.held.append((time.monotonic() + HELD_S, number, line))
+            if number == 0 and (line.startswith(OURS) or line == b"\n"):
+                self._say(line)
             else:
-                self._write(line)
+                self._held.append((time.monotonic() + HELD_S, number, line))
+            while len(self._held) > 10_000:
+                time.sleep(POLL_S)
 
     def tell(self, all_of_it: bool = False) -> None:
-        while self.held and (all_of_it or self.held[0][0] < time.monotonic()):
-            _, number, line = self.held.popleft()
-            if not (line.startswith(b"x1: ") and line in self.said):
-                self._write(line, f"rank {number}: ".encode())
+        while self._held and (all_of_it or self._held[0][0] < time.monotonic()):
+            _, number, line = self._held.popleft()
+            before = f"rank {number}: ".encode() if number else b""
+            if line.startswith(OURS) and line in self._said:
+                continue
+            if self.lost not in (None, number) and not line.startswith(OURS):
+                self._aside.append(before + line)
+            else:
+                self._say(line, before)
 
     def close(self) -> None:
         """What they said last; a process that a rank left behind may hold the pipe open."""
-        for thread in self.threads:
+        for thread in self._readers:
             thread.join(LAST_WORDS_S)
         self.tell(all_of_it=True)
+        if self._aside:
+            self.say(f"x1: what the other ranks said to it ({len(self._aside)} lines) is in {self._kept()}")
+        with contextlib.suppress(queue.Full):
+            self._queue.put_nowait(None)
+        self._writer.join(LAST_WORDS_S)
+
+    def _kept(self) -> str:
+        with contextlib.suppress(OSError):
+            with tempfile.NamedTemporaryFile(prefix="x1-ranks-", suffix=".txt", delete=False) as file:
+                file.writelines(self._aside)
+            return file.name
+        return "no file: none could be written"
 
     def say(self, text: str) -> None:
-        self._write(text.encode() + b"\n")
+        self._say(text.encode() + b"\n")
 
-    def _write(self, line: bytes, before: bytes = b"") -> None:
-        self.said.append(line)
-        with contextlib.suppress(OSError):  # nobody looks any more
-            os.write(2, before + line)
+    def _say(self, line: bytes, before: bytes = b"") -> None:
+        self._said.append(line)
+        with contextlib.suppress(queue.Full):
+            self._queue.put_nowait(before + line)
+
+    def _write(self) -> None:
+        while (line := self._queue.get()) is not None:
+            with contextlib.suppress(OSError):  # nobody looks any more
+                os.write(2, line)

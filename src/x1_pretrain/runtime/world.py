@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 from x1_pretrain.errors import UserError
-from x1_pretrain.runtime.ranks import MEETING, is_rank
+from x1_pretrain.runtime import ranks
+from x1_pretrain.runtime.ranks import MEETING
 
 T = TypeVar("T")
 OLDEST_TORCH = (2, 11)
@@ -116,8 +117,8 @@ def join(device: str | None = None, patience_s: float = 1800.0) -> World:
     that waits longer than `patience_s` for the others gives up; it must cover what the first rank does alone,
     such as compiling."""
     require_torch()
-    size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    chosen = _device(device, int(os.environ.get("LOCAL_RANK", 0)))
+    rank, size = ranks.place()
+    chosen = _device(device, int(os.environ.get("LOCAL_RANK", 0)) if size > 1 else 0)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if size > 1:
@@ -143,7 +144,11 @@ def ranks_wanted(text: str, device: str | None) -> int:
     """`--ranks N` or `auto`: as many processes as GPUs."""
     if text != "auto" and (not text.isdecimal() or int(text) < 1):
         raise UserError(f"--ranks {text}: expected a number of processes, 1 or more, or auto")
-    if is_rank():
+    if MEETING in os.environ:
+        return 1
+    if (size := ranks.place()[1]) > 1:
+        if text not in ("1", "auto"):
+            raise UserError(f"--ranks {text}: WORLD_SIZE={size} says that this is one of several (torchrun?)")
         return 1
     gpus = torch.cuda.device_count() if device != "cpu" else 0
     if text == "auto":
