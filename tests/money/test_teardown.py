@@ -226,7 +226,7 @@ def test_a_full_disk_does_not_keep_a_machine(
     def full(*_: object, **__: object) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("os.pwrite", full)
+    monkeypatch.setattr("os.fsync", full)
     assert ending(rental, machine, said).run()
     assert not rental.truth(machine.machine_id).alive
     assert any("No space left" in line for line in said)
