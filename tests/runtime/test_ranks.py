@@ -154,7 +154,8 @@ def test_a_program_from_standard_input_can_not_be_started_again(monkeypatch: pyt
 def test_each_rank_knows_its_place_and_one_holds_the_meeting(parent: Callable[..., Parent]) -> None:
     names = "('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR')"
     held = "os.path.exists('/proc/self/fd/' + os.environ['X1_MEETING'])"
-    running = parent(f"print(*(os.environ[n] for n in {names}), {held}, os.getpgrp() == os.getpid())", size=3)
+    words = f"' '.join(map(str, [*(os.environ[n] for n in {names}), {held}, os.getpgrp() == os.getpid()]))"
+    running = parent(f"os.write(1, {words}.encode() + b'\\n')", size=3)
     said, _ = running.process.communicate(timeout=120)
     assert sorted(said.splitlines()) == [
         "0 0 3 127.0.0.1 True True",
