@@ -13,6 +13,8 @@ from pathlib import Path
 
 import psutil
 
+from x1_pretrain.records.processes import cores
+
 
 @dataclass(frozen=True)
 class Host:
@@ -42,7 +44,7 @@ def look(root: Path = Path("/"), environment: Mapping[str, str] = os.environ) ->
     return Host(
         python=(sys.version_info.major, sys.version_info.minor),
         system=platform.platform(),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=cores(),
         cpu_quota=cpu_quota(root),
         load=os.getloadavg()[0] / (os.cpu_count() or 1),
         memory_bytes=min(psutil.virtual_memory().available, memory_left(root) or sys.maxsize),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import re
 import subprocess
@@ -14,6 +13,7 @@ from typing import Any
 import psutil
 
 from x1_pretrain import __version__
+from x1_pretrain.records.processes import cores
 
 PACKAGES = {"torch": "torch", "flash_attn": "flash-attn", "transformers": "transformers", "numpy": "numpy"}
 
@@ -49,7 +49,7 @@ def host() -> dict[str, Any]:
     """The machine without its accelerator."""
     return {
         "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "ram_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "system": platform.platform(),
     }

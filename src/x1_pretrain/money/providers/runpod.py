@@ -50,7 +50,7 @@ STATUSES = {
 # `args` is one line that is split as a shell would; the script travels beside it, where nothing is split.
 # It becomes a file and replaces the shell, so that it is the container's first process and gets its signals.
 SCRIPT_VARIABLE = "X1_START_SCRIPT"
-SCRIPT_FILE = "/tmp/x1-start.sh"
+SCRIPT_FILE = "/tmp/x1-start.sh"  # in the rented container
 ARGS = f"bash -c 'printenv {SCRIPT_VARIABLE} | base64 -d > {SCRIPT_FILE} && exec bash {SCRIPT_FILE}'"
 SCRIPT_BYTES = 90_000  # Linux takes 128 KiB in one variable, and base64 adds a third
 # Lists have no pages in the documented API. Should one come with a mark of more, it must not pass for whole.
